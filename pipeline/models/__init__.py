@@ -1,0 +1,17 @@
+"""Object-centric video models in pure PyTorch + timm (no Ray import)."""
+
+from pipeline.models.backbone import Backbone, BackboneConfig, load_backbone_weights
+from pipeline.models.checkpoints import load_slot_model, save_public_checkpoint, save_slot_model
+from pipeline.models.slot_model import SlotModel, SlotModelConfig, SlotModelOutput
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "SlotModel",
+    "SlotModelConfig",
+    "SlotModelOutput",
+    "load_backbone_weights",
+    "load_slot_model",
+    "save_public_checkpoint",
+    "save_slot_model",
+]

@@ -1,0 +1,254 @@
+"""`SlotModel`: frames -> slots, masks and reconstructed features (SlotContrast's architecture).
+
+Shapes: B clips, T frames, N slots, P patches, F backbone feature size, d slot size, S image side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.backbone import Backbone, BackboneConfig
+from pipeline.models.decoders import MLPDecoder
+from pipeline.models.layers import MLP, LearnedSlots, Predictor, RandomSlots, SlotAttention
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FIRST_FRAME_ITERATIONS = 3
+NEXT_FRAME_ITERATIONS = 2
+
+
+@dataclass(frozen=True)
+class SlotModelConfig:
+    """Everything that is needed to build a `SlotModel` before its weights are loaded."""
+
+    backbone: BackboneConfig
+    num_slots: int
+    slot_size: int
+    initializer: str = "learned"  # or "random"
+    corrector_mlp: bool = True
+    decoder_hidden_sizes: tuple[int, ...] = (1024, 1024, 1024)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SlotModelConfig:
+        """The inverse of `to_dict`, also after a round trip through JSON."""
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**{**values, "backbone": BackboneConfig(**values["backbone"])})
+
+
+@dataclass(frozen=True)
+class SlotModelOutput:
+    """What one forward pass gives.
+
+    slots: `(B, T, N, d)`, before the predictor. attention: `(B, T, N, P)`, softmax over N.
+    masks: `(B, T, N, P)`, the decoder's, softmax over N. reconstruction and backbone_features:
+    `(B, T, P, F)`.
+    """
+
+    slots: Tensor
+    attention: Tensor
+    masks: Tensor
+    reconstruction: Tensor
+    backbone_features: Tensor
+
+
+class Encoder(nn.Module):
+    """Backbone and the trained projection LayerNorm -> Linear(2F) -> ReLU -> Linear(d)."""
+
+    def __init__(self, config: SlotModelConfig) -> None:
+        super().__init__()
+        self.backbone = Backbone(config.backbone)
+        size = self.backbone.feature_size
+        self.output_transform = MLP([size, 2 * size, config.slot_size], norm=True)
+
+
+class Processor(nn.Module):
+    """Slot attention within a frame (corrector) and the step to the next one (predictor)."""
+
+    def __init__(self, config: SlotModelConfig) -> None:
+        super().__init__()
+        self.corrector = SlotAttention(config.slot_size, mlp=config.corrector_mlp)
+        self.predictor = Predictor(config.slot_size)
+
+
+class SlotModel(nn.Module):
+    """An object-centric video model; module names are those of the public checkpoints.
+
+    The backbone is frozen, everything else trains.
+    """
+
+    def __init__(self, config: SlotModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        initializers = {"learned": LearnedSlots, "random": RandomSlots}
+        self.initializer = initializers[config.initializer](config.num_slots, config.slot_size)
+        self.encoder = Encoder(config)
+        self.processor = Processor(config)
+        self.decoder = MLPDecoder(
+            self.encoder.backbone.num_patches,
+            config.slot_size,
+            self.encoder.backbone.feature_size,
+            config.decoder_hidden_sizes,
+        )
+
+    @property
+    def image_size(self) -> int:
+        return self.config.backbone.image_size
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; P is its square."""
+        return self.encoder.backbone.grid
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.pos_emb.device
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def num_parameters(self) -> int:
+        """All parameters, the frozen backbone's included (the paper's Table 2)."""
+        return sum(p.numel() for p in self.parameters())
+
+    # --- from pixels to slots ---------------------------------------------------------------
+
+    def prepare(self, clips: Sequence[np.ndarray]) -> Tensor:
+        """B clips of uint8 frames `(T, h, w, 3)`, sizes may differ -> normalised `(B, T, 3, S, S)`.
+
+        Every clip is resized to the model's own square input (bicubic, anti-aliased, clamped to
+        [0, 1]) and normalised with the model's own mean and standard deviation.
+        """
+        size = (self.image_size, self.image_size)
+        mean = torch.tensor(self.config.mean, device=self.device).view(3, 1, 1)
+        std = torch.tensor(self.config.std, device=self.device).view(3, 1, 1)
+        videos = []
+        for frames in clips:
+            pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
+            pixels = pixels.permute(0, 3, 1, 2).float().div_(255)
+            if tuple(pixels.shape[-2:]) != size:
+                pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp_(0, 1)
+            videos.append((pixels - mean) / std)
+        return torch.stack(videos)
+
+    def backbone_features(self, video_BTCHW: Tensor) -> Tensor:
+        """Frozen features `(B, T, P, F)` of a normalised video."""
+        return self.encoder.backbone(video_BTCHW.flatten(0, 1)).unflatten(0, video_BTCHW.shape[:2])
+
+    def initial_slots(self, batch_size: int, noise_seeds: Sequence[int] | None = None) -> Tensor:
+        """Slots `(B, N, d)` that frame 0 starts from; `noise_seeds` (one a clip) where drawn."""
+        noise = None
+        if isinstance(self.initializer, RandomSlots) and noise_seeds is not None:
+            shape = (self.config.num_slots, self.config.slot_size)
+            noise = torch.stack(
+                [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in noise_seeds]
+            ).to(self.device)
+        return self.initializer(batch_size, noise)
+
+    def roll_out(
+        self, backbone_features: Tensor, initial_slots: Tensor | None = None, rollout: str = "forward"
+    ) -> tuple[Tensor, Tensor]:
+        """Slots `(B, T, N, d)` and attention `(B, T, N, P)` from features `(B, T, P, F)`.
+
+        `rollout="cyclic"` (SlotCurri) goes on from the last frame's prediction back to frame 0 and
+        lets those slots replace the forward ones; the last frame keeps its own.
+        """
+        if rollout not in ("forward", "cyclic"):
+            raise ValueError(f"rollout must be 'forward' or 'cyclic', not {rollout!r}")
+        features_BTPD = self.encoder.output_transform(backbone_features)
+        state = self.initial_slots(len(features_BTPD)) if initial_slots is None else initial_slots
+        slots, attention, state = self._advance(features_BTPD, state, first=True)
+        if rollout == "cyclic":
+            for t in range(features_BTPD.shape[1] - 2, -1, -1):
+                slots[t], attention[t] = self.processor.corrector(
+                    state, features_BTPD[:, t], NEXT_FRAME_ITERATIONS
+                )
+                state = self.processor.predictor(slots[t])
+        return torch.stack(slots, 1), torch.stack(attention, 1)
+
+    def _advance(
+        self, features_BTPD: Tensor, state_BND: Tensor, *, first: bool
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Slots and attention of each frame, and the state that starts the frame after them."""
+        slots, attention = [], []
+        for t in range(features_BTPD.shape[1]):
+            iterations = FIRST_FRAME_ITERATIONS if first and t == 0 else NEXT_FRAME_ITERATIONS
+            slots_BND, attention_BNP = self.processor.corrector(state_BND, features_BTPD[:, t], iterations)
+            state_BND = self.processor.predictor(slots_BND)
+            slots.append(slots_BND)
+            attention.append(attention_BNP)
+        return slots, attention, state_BND
+
+    def decode(self, slots_BTND: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction `(B, T, P, F)` and masks `(B, T, N, P)`."""
+        reconstruction, masks = self.decoder(slots_BTND.flatten(0, 1))
+        shape = slots_BTND.shape[:2]
+        return reconstruction.unflatten(0, shape), masks.unflatten(0, shape)
+
+    def forward(
+        self,
+        video: Tensor | None = None,
+        *,
+        initial_slots: Tensor | None = None,
+        rollout: str = "forward",
+        backbone_features: Tensor | None = None,
+    ) -> SlotModelOutput:
+        """Runs a normalised float video `(B, T, 3, S, S)`, or features computed before.
+
+        Raises:
+            ValueError: neither or both of video and features, or a video of another size.
+        """
+        if (video is None) == (backbone_features is None):
+            raise ValueError("pass a video or its backbone_features, and not both")
+        if backbone_features is None:
+            assert video is not None
+            expected = (3, self.image_size, self.image_size)
+            if video.ndim != 5 or tuple(video.shape[2:]) != expected:
+                raise ValueError(f"video has shape {tuple(video.shape)}, expected (B, T, {expected})")
+            backbone_features = self.backbone_features(video)
+        slots, attention = self.roll_out(backbone_features, initial_slots, rollout)
+        reconstruction, masks = self.decode(slots)
+        return SlotModelOutput(slots, attention, masks, reconstruction, backbone_features)
+
+    # --- videos of any length -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(
+        self, chunks: Iterable[np.ndarray], *, noise_seed: int = 0
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Runs a video that comes in chunks of uint8 frames `(t, h, w, 3)`, in constant memory.
+
+        Slots are carried from chunk to chunk, so how the video is cut does not change the result.
+        Yields `(frames, slots (t, N, d), masks (t, N, P))` for each chunk.
+        """
+        state: Tensor | None = None
+        for frames in chunks:
+            features = self.encoder.output_transform(self.backbone_features(self.prepare([frames])))
+            first = state is None
+            if state is None:
+                state = self.initial_slots(1, [noise_seed])
+            slots, _, state = self._advance(features, state, first=first)
+            slots_BTND = torch.stack(slots, 1)
+            yield frames, slots_BTND[0], self.decode(slots_BTND)[1][0]
+
+    def label_maps(self, masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:
+        """Slot index of every pixel, `(T, *size)` uint8: bilinear resize, then argmax over slots."""
+        grid_TNhw = masks_TNP.float().unflatten(-1, (self.grid, self.grid))
+        # One frame at a time: N full-size masks of a whole chunk would be the peak of all memory.
+        return torch.stack(
+            [
+                F.interpolate(frame[None], size, mode="bilinear")[0].argmax(0).to(torch.uint8)
+                for frame in grid_TNhw
+            ]
+        )
