@@ -1,0 +1,300 @@
+"""Stage `shard`: videos -> a published clip set, on Ray Data.
+
+The task that decodes a video also writes its shard; only names and counts travel through Ray. Shards
+are written whole, so a job that was killed goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_masks
+from pipeline.clips.sources import BadVideo, Frame, VideoRef
+from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.sources.videos import list_videos, read_frames
+from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, VideoEntry
+from pipeline.config import Clips, Config
+from pipeline.progress import Progress, log
+
+FORMAT = 1  # of the clip table; a change makes new clip sets
+
+
+class TooManyBadVideos(RuntimeError):
+    """More videos were set aside than `clips.max_bad_fraction` allows."""
+
+
+def dataset_folder(config: Config, split: str) -> str:
+    """The folder of a split's videos, generated first if the data set is synthetic."""
+    if config.dataset.kind == "synthetic":
+        return _generate(config, split)
+    if not config.dataset.path:
+        raise ValueError("dataset.path: is not set; give the folder that holds the videos")
+    return str(Path(config.dataset.path) / split) if split else config.dataset.path
+
+
+def _generate(config: Config, split: str) -> str:
+    settings = config.dataset.synthetic
+    validation = split == config.evaluate.split
+    # Another seed, so that no validation video is a training video.
+    synthetic = SyntheticSettings(
+        videos=settings.validation_videos if validation else settings.videos,
+        frames=settings.frames,
+        size=settings.size,
+        seed=2 * settings.seed + validation,
+    )
+    name = storage.fingerprint({**asdict(synthetic), "format": FORMAT})
+    if storage.is_remote(config.storage.root):
+        folder = str(Path(tempfile.gettempdir()) / f"slotmatch-generated-{name}")
+    else:
+        folder = storage.absolute(storage.join(config.storage.root, "generated", name))
+    if not storage.is_complete(folder):
+        with Progress(f"generate {split or 'videos'}", synthetic.videos, "videos") as progress:
+            write_dataset(synthetic, folder, on_progress=lambda done, total: progress.advance(done - progress.done))
+        storage.publish(folder, {"kind": "generated", "settings": asdict(synthetic)})
+    return folder
+
+
+def clip_set_uri(config: Config, videos: list[VideoRef]) -> str:
+    """The folder that a clip set of these videos has or will have."""
+    return storage.join(storage.absolute(config.storage.root), "clips", _fingerprint(config.clips, videos))
+
+
+def _fingerprint(settings: Clips, videos: list[VideoRef]) -> str:
+    return storage.fingerprint(
+        {
+            "format": FORMAT,
+            "settings": _content_settings(settings),
+            "decoder": {"av": av.__version__, **{k: v for k, v in av.library_versions.items() if "codec" in k}},
+            "sources": [(v.video_id, v.content) for v in videos],
+        }
+    )
+
+
+def _content_settings(settings: Clips) -> dict[str, Any]:
+    """The settings that decide what a clip set holds, so not how many bad videos are tolerated."""
+    return settings.model_dump(exclude={"max_bad_fraction"})
+
+
+def find_clips(config: Config, split: str) -> str:
+    """The URI of the clip set that `shard` makes of a split, whether it is published yet or not."""
+    return clip_set_uri(config, list_videos(dataset_folder(config, split), config.dataset.masks))
+
+
+def shard(config: Config, split: str) -> dict[str, Any]:
+    """Makes the clip set of one split, or finds it made. Needs a Ray session.
+
+    Returns what the job's summary holds: `uri`, counts of videos, clips and frames, the bad videos
+    with their reasons, and how many shards were computed and reused.
+
+    Raises:
+        FileNotFoundError: no videos.
+        TooManyBadVideos: more than `clips.max_bad_fraction` of them were set aside.
+    """
+    videos = list_videos(dataset_folder(config, split), config.dataset.masks)
+    uri = clip_set_uri(config, videos)
+    label = f"shard {split or 'videos'}"
+    if storage.is_complete(uri):
+        log(f"{label}: all clips found, reusing {uri}")
+        manifest = storage.read_manifest(uri)
+        return _summary(uri, manifest, computed=0)
+    settings = config.clips
+    step = settings.videos_per_shard
+    groups = [videos[i : i + step] for i in range(0, len(videos), step)]
+    names = [f"shard-{i:05d}.parquet" for i in range(len(groups))]
+    folder = storage.join(uri, SHARD_FOLDER)
+    reports: dict[str, dict[str, Any]] = {}
+    for name in storage.list_names(folder):
+        if name in names:
+            reports[name] = _read_report(storage.join(folder, name))
+    missing = [(n, g) for n, g in zip(names, groups, strict=True) if n not in reports]
+    if reports:
+        log(f"{label}: {len(reports)} of {len(names)} shards are there already")
+    with Progress(label, len(videos), "videos") as progress:
+        progress.skip(sum(len(g) for n, g in zip(names, groups, strict=True) if n in reports))
+        for report in _run(missing, folder, settings):
+            reports[report["name"]] = report
+            progress.advance(len(report["videos"]) + len(report["bad"]))
+    ordered = [reports[name] for name in names]
+    bad = [entry for report in ordered for entry in report["bad"]]
+    for entry in bad:
+        log(f"{label}: set aside {entry['video']}: {entry['reason']}")
+    if len(bad) > settings.max_bad_fraction * len(videos) or len(bad) == len(videos):
+        raise TooManyBadVideos(
+            f"{len(bad)} of {len(videos)} videos can't be used, more than clips.max_bad_fraction = "
+            f"{settings.max_bad_fraction}: "
+            + "; ".join(f"{e['video']} ({e['reason']})" for e in bad[:10])
+            + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        )
+    entries = [VideoEntry(**entry) for report in ordered for entry in report["videos"]]
+    _write_index(storage.join(uri, INDEX_FILE), entries)
+    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    manifest = {
+        "kind": "clips",
+        "fingerprint": uri.rsplit("/", 1)[-1],
+        "split": split,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "settings": _content_settings(settings),
+        "sources": storage.fingerprint([(v.video_id, v.content) for v in videos]),
+        "videos": len(entries),
+        "clips": sum(e.clips for e in entries),
+        "frames": sum(e.frames for e in entries),
+        "annotated_videos": sum(e.annotated for e in entries),
+        "shards": [{"name": r["name"], "rows": r["rows"], "bytes": r["bytes"]} for r in ordered],
+        "bad": bad,
+    }
+    storage.publish(uri, manifest)
+    return _summary(uri, manifest, computed=len(missing))
+
+
+def _summary(uri: str, manifest: dict[str, Any], *, computed: int) -> dict[str, Any]:
+    keys = ("fingerprint", "videos", "clips", "frames", "annotated_videos", "bad")
+    reused = len(manifest["shards"]) - computed
+    return {"uri": uri, **{k: manifest[k] for k in keys}, "computed_shards": computed, "reused_shards": reused}
+
+
+def _run(missing: list[tuple[str, list[VideoRef]]], folder: str, settings: Clips) -> Iterator[dict[str, Any]]:
+    if not missing:
+        return
+    import ray
+
+    rows = [{"work": json.dumps([name, [list(v) for v in group]])} for name, group in missing]
+    options = {"folder": folder, "settings": settings}
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _shard_task, fn_kwargs=options, num_cpus=1
+    )
+    for row in dataset.iter_rows():
+        yield json.loads(row["report"])
+
+
+def _shard_task(row: dict[str, str], folder: str, settings: Clips) -> dict[str, str]:
+    name, group = json.loads(row["work"])
+    report = write_shard([VideoRef(*v) for v in group], storage.join(folder, name), settings)
+    return {"report": json.dumps(report)}
+
+
+def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, Any]:
+    """Decodes videos and writes their clips as one Parquet file.
+
+    Returns the file's report, which is in its metadata as well: the videos (rows of the index), the
+    bad ones with reasons, rows and bytes. At most a row group is held in memory: each video's clips
+    go to a temporary file first, and into the shard once the video has been read to its end.
+    """
+    schema = clip_schema(settings.codec)
+    good: list[dict[str, Any]] = []
+    bad: list[dict[str, str]] = []
+    rows = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / "shard.parquet"
+        writer = pq.ParquetWriter(local, schema, compression="none", use_dictionary=["video_id"])
+        for video in videos:
+            spool = Path(scratch) / "video.arrow"
+            try:
+                entry = _spool_video(video, spool, schema, settings)
+            except BadVideo as error:
+                bad.append({"video": Path(video.path).name, "path": video.path, "reason": str(error)})
+                continue
+            with pa.OSFile(str(spool)) as file:
+                for batch in pa.ipc.open_stream(file):
+                    writer.write_batch(batch, row_group_size=len(batch))
+            good.append(asdict(VideoEntry(shard=uri.rsplit("/", 1)[-1], first_row=rows, **entry)))
+            rows += entry["clips"]
+        report = {"name": uri.rsplit("/", 1)[-1], "videos": good, "bad": bad, "rows": rows}
+        writer.add_key_value_metadata({SHARD_KEY: json.dumps(report)})
+        writer.close()
+        with open(local, "rb") as source, storage.atomic_write(uri) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        return {**report, "bytes": local.stat().st_size}
+
+
+def _read_report(uri: str) -> dict[str, Any]:
+    try:
+        metadata = pq.ParquetFile(storage.open_read(uri)).metadata.metadata
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri}: the shard is damaged ({error}); delete it and run again") from error
+    return {**json.loads(metadata[SHARD_KEY]), "bytes": storage.size(uri)}
+
+
+def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips) -> dict[str, Any]:
+    """Writes one video's clips as record batches of about a row group; returns its counts."""
+    limit = settings.row_group_mb * 2**20
+    frames = read_frames(
+        video, short_side=settings.short_side, fps=settings.fps, max_seconds=settings.max_seconds
+    )
+    rows: list[dict[str, Any]] = []
+    pending = clips = full = total = 0
+    shape: tuple[int, ...] | None = None
+    annotated = False
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as sink:
+        for group in _group(frames, settings.clip_frames):
+            for frame in group:
+                shape = shape or frame.pixels.shape[:2]
+                if frame.pixels.shape[:2] != shape:
+                    raise BadVideo(f"its frame size changes from {shape} to {frame.pixels.shape[:2]} (height, width)")
+            assert shape is not None
+            encoded = [encode_frame(f.pixels, settings.codec, settings.quality) for f in group]
+            annotated = group[0].masks is not None
+            rows.append(
+                {
+                    "video_id": video.video_id,
+                    "clip_index": clips,
+                    "start_frame": total,
+                    "full": len(group) == settings.clip_frames,
+                    "height": shape[0],
+                    "width": shape[1],
+                    "timestamps": [f.seconds for f in group],
+                    "frames": encoded,
+                    "masks": [encode_masks(f.masks or {}) for f in group] if annotated else None,
+                }
+            )
+            clips, full, total = clips + 1, full + rows[-1]["full"], total + len(group)
+            pending += sum(map(len, encoded))
+            if pending >= limit:
+                sink.write_batch(_batch(rows, schema))
+                rows, pending = [], 0
+        if rows:
+            sink.write_batch(_batch(rows, schema))
+    if shape is None:
+        raise BadVideo("has no frames")
+    return {
+        "video_id": video.video_id,
+        "clips": clips,
+        "full_clips": full,
+        "frames": total,
+        "height": shape[0],
+        "width": shape[1],
+        "annotated": annotated,
+    }
+
+
+def _batch(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist(rows, schema)
+
+
+def _group(frames: Iterator[Frame], length: int) -> Iterator[list[Frame]]:
+    group: list[Frame] = []
+    for frame in frames:
+        group.append(frame)
+        if len(group) == length:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _write_index(uri: str, entries: list[VideoEntry]) -> None:
+    table = pa.Table.from_pylist([asdict(e) for e in entries])
+    with storage.atomic_write(uri) as file:
+        pq.write_table(table, file)
+

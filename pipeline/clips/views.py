@@ -1,0 +1,63 @@
+"""Views: what a model sees of a clip, as explicit numbers.
+
+View k of a clip follows from (data-set seed, clip, k) alone, so teacher and student see the same
+pixels, whenever and wherever each of them runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pipeline.config import Targets
+
+
+@dataclass(frozen=True)
+class View:
+    """A crop box in pixels of the stored frame, a horizontal flip, a seed for drawn initial slots."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    noise_seed: int
+
+    def to_dict(self) -> dict[str, int | bool]:
+        return asdict(self)
+
+
+def stable_hash(*parts: object) -> int:
+    """63 bits that follow from the parts alone: the same on every machine and in every process."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def make_view(
+    recipe: Targets, seed: int, video_id: str, clip_index: int, k: int, height: int, width: int
+) -> View:
+    """View k of a clip whose frames are height x width pixels.
+
+    View 0 is the central square without a flip. The others crop a square, at a random place where
+    the recipe says so, and flip with its probability.
+    """
+    clip_seed = stable_hash(seed, video_id, clip_index, k)
+    short = min(height, width)
+    if k == 0:
+        return View((height - short) // 2, (width - short) // 2, short, short, False, clip_seed)
+    rng = np.random.default_rng(clip_seed)
+    scale, vertical, horizontal, flip = rng.random(4)
+    if recipe.crop == "random":
+        side = max(1, round(short * (recipe.min_scale + (1 - recipe.min_scale) * scale)))
+        top, left = round(vertical * (height - side)), round(horizontal * (width - side))
+    else:
+        side, top, left = short, (height - short) // 2, (width - short) // 2
+    return View(top, left, side, side, bool(flip < recipe.flip), clip_seed)
+
+
+def apply_view(frames_THWC: np.ndarray, view: View) -> np.ndarray:
+    """The view's pixels, `(T, h, w, 3)` uint8; resizing is left to each model."""
+    cropped = frames_THWC[:, view.top : view.top + view.height, view.left : view.left + view.width]
+    return np.ascontiguousarray(cropped[:, :, ::-1] if view.flip else cropped)

@@ -1,0 +1,67 @@
+"""Connecting to Ray once for a job, with the settings that were found to work."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.config import Config
+
+
+@contextlib.contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Connects to `ray.address` (or `$RAY_ADDRESS`), else starts a local Ray and ends it afterwards.
+
+    Does nothing where this process is connected already, as in a pipeline of several stages.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    # "local" and not None: a stale file of an earlier cluster must not decide where we run.
+    # The dashboard stays on: without it, stopped Tune trials have been seen to leak their resources.
+    if not address:
+        options |= {"address": "local", "num_cpus": config.ray.num_cpus}
+    else:
+        options |= {"address": address}
+    ray.init(**options)
+    try:
+        from ray.data import DataContext
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.train").setLevel(logging.WARNING)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_gpus() -> int:
+    """GPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def actor_options(cpus: float) -> dict[str, Any]:
+    """Resources and pool size of actors that run a model: a GPU each where there are any."""
+    import ray
+
+    gpus = cluster_gpus()
+    if gpus:
+        return {"num_gpus": 1, "concurrency": (1, gpus)}
+    total = ray.cluster_resources().get("CPU", 1)
+    # Some CPU must stay free, or Ray Data waits for ever without a word.
+    return {"num_cpus": cpus, "concurrency": (1, max(1, int((total - 0.2) // cpus)))}

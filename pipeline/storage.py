@@ -1,0 +1,229 @@
+"""The one place that touches a file system: a local path or `s3://bucket/prefix`.
+
+Everything is written whole or not at all: a local file appears by renaming, an object by completing
+its upload. A folder is complete once its manifest is there, which is written last; readers refuse a
+folder without one. S3 is configured by the standard AWS environment variables (`AWS_ENDPOINT_URL`,
+`AWS_ACCESS_KEY_ID`, …).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import fsspec
+
+MANIFEST = "manifest.json"
+_ATTEMPTS = 4
+_T = TypeVar("_T")
+
+
+class IncompleteError(RuntimeError):
+    """A folder that has no manifest: nothing was published there, or its job has not ended."""
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in uri
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, so that it means the same in every process of this machine."""
+    return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that holds `uri`, and the path in it.
+
+    Raises:
+        ValueError: a scheme other than `s3://`.
+    """
+    scheme, separator, path = uri.partition("://")
+    if not separator:
+        return fsspec.filesystem("file"), absolute(uri)
+    if scheme != "s3":
+        raise ValueError(f"storage {uri!r}: only local paths and s3:// are supported")
+    # Listings change under us whenever another job publishes, so none is cached.
+    return fsspec.filesystem("s3", use_listings_cache=False), path
+
+
+def retry(operation: Callable[[], _T], uri: str) -> _T:
+    """Runs an idempotent operation; a remote one is tried again when the network fails.
+
+    What another try can't mend (not found, no permission, no such bucket) is raised at once.
+    """
+    attempts = _ATTEMPTS if is_remote(uri) else 1
+    for attempt in range(attempts):
+        try:
+            return operation()
+        except (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError):
+            raise
+        except (OSError, TimeoutError):
+            if attempt == attempts - 1:
+                raise
+            time.sleep(0.5 * 2**attempt)
+    raise AssertionError
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return retry(lambda: bool(fs.exists(path)), uri)
+
+
+def size(uri: str) -> int:
+    fs, path = filesystem(uri)
+    return retry(lambda: int(fs.size(path)), uri)
+
+
+def list_names(uri: str) -> list[str]:
+    """Sorted names in a folder; empty where there is none."""
+    fs, path = filesystem(uri)
+    try:
+        entries = retry(lambda: fs.ls(path, detail=False), uri)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries}
+    return sorted(name for name in names if not name.startswith(".tmp-"))
+
+
+def open_read(uri: str) -> IO[bytes]:
+    fs, path = filesystem(uri)
+    return retry(lambda: fs.open(path, "rb"), uri)
+
+
+def read_bytes(uri: str) -> bytes:
+    fs, path = filesystem(uri)
+    return retry(lambda: fs.cat_file(path), uri)
+
+
+@contextlib.contextmanager
+def atomic_write(uri: str) -> Iterator[IO[bytes]]:
+    """A binary file that appears under its name only if the block ends without an error."""
+    fs, path = filesystem(uri)
+    if is_remote(uri):
+        file = fs.open(path, "wb")
+        try:
+            yield file
+        except BaseException:
+            file.discard() if hasattr(file, "discard") else None
+            raise
+        file.close()
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    def operation() -> None:
+        with atomic_write(uri) as file:
+            file.write(content)
+
+    retry(operation, uri)
+
+
+def write_json(uri: str, content: Any) -> None:
+    write_bytes(uri, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(uri: str) -> Any:
+    """Raises ValueError, naming the file, where it holds no JSON."""
+    try:
+        return json.loads(read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{uri}: not JSON ({error})") from error
+
+
+def publish(folder: str, manifest: dict[str, Any]) -> None:
+    """Makes a folder complete by writing its manifest."""
+    write_json(join(folder, MANIFEST), manifest)
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """Raises IncompleteError where the folder is missing or unfinished."""
+    try:
+        return read_json(join(folder, MANIFEST))
+    except FileNotFoundError:
+        raise IncompleteError(
+            f"{folder} has no {MANIFEST}: it does not exist or its job has not finished; run the job again"
+        ) from None
+
+
+def is_complete(folder: str) -> bool:
+    return exists(join(folder, MANIFEST))
+
+
+def upload_folder(local: str | Path, uri: str) -> None:
+    """Copies the files of a flat local folder, the manifest (if any) last."""
+    files = sorted(Path(local).iterdir(), key=lambda p: (p.name == MANIFEST, p.name))
+    for file in files:
+
+        def operation(file: Path = file) -> None:
+            with open(file, "rb") as source, atomic_write(join(uri, file.name)) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+
+        retry(operation, uri)
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[str]:
+    """A local path with the content of a file or a flat folder; a local `uri` is itself."""
+    if not is_remote(uri):
+        yield absolute(uri)
+        return
+    fs, path = filesystem(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        if retry(lambda: bool(fs.isfile(path)), uri):
+            target = str(Path(folder) / path.rsplit("/", 1)[-1])
+            retry(lambda: fs.get_file(path, target), uri)
+        else:
+            target = folder
+            names = list_names(uri)
+            if not names:
+                raise FileNotFoundError(f"nothing at {uri}")
+            for name in names:
+                local = str(Path(folder) / name)
+                retry(lambda name=name, local=local: fs.get_file(f"{path}/{name}", local), uri)
+        yield target
+
+
+def delete(uri: str) -> None:
+    """Removes a file or a folder with all it holds; nothing there is no error."""
+    fs, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        retry(lambda: fs.rm(path, recursive=True), uri)
+
+
+def fingerprint(content: Any) -> str:
+    """16 hex digits that follow from JSON-like content alone."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def hash_file(uri: str) -> str:
+    """A hash of a file's bytes, of which nothing but one block is held in memory."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open_read(uri) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
