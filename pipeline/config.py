@@ -101,7 +101,7 @@ class Training(Section):
     alpha: NonNegativeFloat = 1.0  # weight of the slot-slot contrastive loss
     temperature: PositiveFloat = 0.1
     seed: NonNegativeInt = 42
-    workers: PositiveInt = 1
+    workers: NonNegativeInt = 1  # 0: in this process, for tests
     cpus_per_worker: PositiveFloat = 0.8  # on a small machine leave some for Ray's own work
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     loader_threads: PositiveInt = 2
@@ -332,7 +332,7 @@ def _check_models(config: Config) -> list[str]:
 def _check_combinations(config: Config) -> list[str]:
     problems = []
     for name, train in (("teacher.train", config.teacher.train), ("distill", config.distill)):
-        if train.batch_size % train.workers:
+        if train.workers and train.batch_size % train.workers:
             nearest = max(1, round(train.batch_size / train.workers)) * train.workers
             problems.append(
                 f"{name}.batch_size: {train.batch_size} can't be shared equally by {train.workers} workers; "

@@ -1,0 +1,61 @@
+"""Trivial segmentations, to be printed beside every score: a model that loses to them learned nothing.
+
+Each takes a number of slots and returns a predictor: chunks of frames `(t, h, w, 3)` uint8 in,
+`(frames, labels (t, h, w) uint8)` out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+Predictor = Callable[[Iterator[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
+
+
+def one_slot(num_slots: int) -> Predictor:
+    """Everything in one slot."""
+
+    def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for frames in chunks:
+            yield frames, np.zeros(frames.shape[:3], np.uint8)
+
+    return predict
+
+
+def grid(num_slots: int) -> Predictor:
+    """A fixed grid of `num_slots` blocks, as square as their number allows."""
+    rows = next(r for r in range(int(num_slots**0.5), 0, -1) if num_slots % r == 0)
+    columns = num_slots // rows
+
+    def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for frames in chunks:
+            t, height, width = frames.shape[:3]
+            labels = (np.arange(height) * rows // height)[:, None] * columns + np.arange(width) * columns // width
+            yield frames, np.broadcast_to(labels, (t, height, width)).astype(np.uint8)
+
+    return predict
+
+
+def colour_kmeans(num_slots: int) -> Predictor:
+    """k-means on the colours of the first chunk; its centres label the whole video."""
+
+    def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        from scipy.cluster.vq import kmeans2, vq
+
+        centres = None
+        for frames in chunks:
+            colours = frames.reshape(-1, 3).astype(np.float32)
+            if centres is None:
+                sample = colours[:: max(1, len(colours) // 20_000)]
+                centres, _ = kmeans2(sample, num_slots, minit="++", seed=0, missing="warn")
+            yield frames, vq(colours, centres)[0].reshape(frames.shape[:3]).astype(np.uint8)
+
+    return predict
+
+
+BASELINES: dict[str, Callable[[int], Predictor]] = {
+    "one slot": one_slot,
+    "grid": grid,
+    "colour k-means": colour_kmeans,
+}

@@ -1,0 +1,78 @@
+"""Checkpoints of a training run: complete or absent, and enough to go on to the identical curve.
+
+A checkpoint is a model folder (`load_slot_model` opens it) with the optimizer's state and the history
+of losses beside it. The training loop draws no random numbers, so there is no random state to save:
+step s uses what follows from (seed, s).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.models import SlotModel, save_slot_model
+from pipeline.models.checkpoints import WEIGHTS_FILE
+
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    step: int
+    history: list[dict[str, float]]
+
+
+def save_checkpoint(
+    run_uri: str, model: SlotModel, optimizer: torch.optim.Optimizer, state: TrainingState, *, keep: int
+) -> str:
+    """Publishes a checkpoint of `run_uri` and deletes the oldest beyond `keep`; returns its URI."""
+    uri = storage.join(run_uri, CHECKPOINT_FOLDER, f"step_{state.step:08d}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        save_slot_model(model, folder)
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "history.json").write_text(json.dumps(state.history))
+        (folder / storage.MANIFEST).write_text(json.dumps({"kind": "checkpoint", "step": state.step}))
+        storage.upload_folder(folder, uri)
+    for name in _complete(run_uri)[:-keep]:
+        storage.delete(storage.join(run_uri, CHECKPOINT_FOLDER, name))
+    return uri
+
+
+def latest_checkpoint(run_uri: str) -> str | None:
+    """The newest complete checkpoint of a run."""
+    names = _complete(run_uri)
+    return storage.join(run_uri, CHECKPOINT_FOLDER, names[-1]) if names else None
+
+
+def _complete(run_uri: str) -> list[str]:
+    folder = storage.join(run_uri, CHECKPOINT_FOLDER)
+    return [n for n in storage.list_names(folder) if storage.is_complete(storage.join(folder, n))]
+
+
+def load_checkpoint(uri: str, model: SlotModel, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Fills `model` and `optimizer` from a checkpoint.
+
+    Raises:
+        ValueError: a file of it is damaged or of another model.
+    """
+    from safetensors.torch import load_file
+
+    with storage.local_copy(uri) as folder:
+        try:
+            model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
+            optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", weights_only=True))
+            manifest: dict[str, Any] = json.loads((Path(folder) / storage.MANIFEST).read_text())
+            history = json.loads((Path(folder) / "history.json").read_text())
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint {uri} can't be resumed from ({type(error).__name__}: {error}); delete it to go "
+                "back to the one before"
+            ) from error
+    return TrainingState(manifest["step"], history)

@@ -1,0 +1,180 @@
+"""Batches for training: which clips a step uses, and a loader that reads ahead.
+
+Which samples step s sees follows from (seed, s) alone. There is no shuffle buffer and no state: every
+worker computes the same batch and takes its share, and a resumed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.clips.table import ClipSet, VideoEntry
+from pipeline.clips.views import View, apply_view, make_view, stable_hash
+from pipeline.config import Targets
+from pipeline.targets import TargetMismatch, TargetSet
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip of one video, seen through one of its views."""
+
+    video: VideoEntry
+    clip_index: int
+    view: int
+
+    @property
+    def row(self) -> int:
+        return self.video.first_row + self.clip_index
+
+
+class Sampler:
+    """Every epoch visits each video once, in an order, with a clip and a view of its own.
+
+    Raises:
+        ValueError: no video has a full clip.
+    """
+
+    def __init__(self, videos: list[VideoEntry], *, seed: int, batch_size: int, views: int) -> None:
+        self.videos = [v for v in videos if v.full_clips]
+        if not self.videos:
+            raise ValueError("no video is long enough for one full clip: lower clips.clip_frames")
+        self.seed, self.batch_size, self.views = seed, batch_size, views
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            rng = np.random.default_rng(stable_hash(self.seed, "order", epoch))
+            self._orders[epoch] = rng.permutation(len(self.videos))
+            if len(self._orders) > 4:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def batch(self, step: int) -> list[Sample]:
+        samples = []
+        for index in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, position = divmod(index, len(self.videos))
+            video = self.videos[self._order(epoch)[position]]
+            clip = stable_hash(self.seed, "clip", epoch, video.video_id) % video.full_clips
+            view = stable_hash(self.seed, "view", epoch, video.video_id) % self.views
+            samples.append(Sample(video, clip, view))
+        return samples
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Samples as they are read: `pixels` uint8 clips, or features `(B, T, P, F)` instead."""
+
+    views: list[View]
+    pixels: list[np.ndarray] | None
+    features: torch.Tensor | None
+    target_slots: torch.Tensor | None
+    samples: list[Sample]
+
+
+class Loader:
+    """Reads this worker's share of the batches of steps `start … stop - 1`, a few ahead, in threads.
+
+    Iterate to get `(RawBatch, seconds waited)`. Use as a context manager.
+    """
+
+    def __init__(
+        self,
+        clips_uri: str,
+        targets_uri: str | None,
+        sampler: Sampler,
+        *,
+        recipe: Targets,
+        dataset_seed: int,
+        pixels: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        stop: int,
+        threads: int = 2,
+    ) -> None:
+        self.clips_uri, self.targets_uri = clips_uri, targets_uri
+        self.sampler, self.recipe, self.dataset_seed = sampler, recipe, dataset_seed
+        self.pixels = pixels
+        self.rank, self.world_size = rank, world_size
+        self.start, self.stop = start, stop
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._ahead = threads + 1
+        self._local = threading.local()  # Parquet readers are not safe to share
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[RawBatch, float]]:
+        pending: list[Future[RawBatch]] = []
+        step = self.start
+        while step < self.stop or pending:
+            while step < self.stop and len(pending) < self._ahead:
+                share = self.sampler.batch(step)[self.rank :: self.world_size]
+                pending.append(self._pool.submit(self._read, share))
+                step += 1
+            waiting = time.monotonic()
+            batch = pending.pop(0).result()
+            yield batch, time.monotonic() - waiting
+
+    def _sets(self) -> tuple[ClipSet, TargetSet | None]:
+        if not hasattr(self._local, "sets"):
+            targets = TargetSet(self.targets_uri) if self.targets_uri else None
+            self._local.sets = (ClipSet(self.clips_uri), targets)
+        return self._local.sets
+
+    def _read(self, samples: list[Sample]) -> RawBatch:
+        clips, targets = self._sets()
+        views: list[View] = []
+        pixels: list[np.ndarray] = []
+        features: list[np.ndarray] = []
+        slots: list[np.ndarray] = []
+        for sample in samples:
+            video = sample.video
+            if targets is not None:
+                view = self._read_target(targets, sample, features, slots)
+            else:
+                view = make_view(
+                    self.recipe, self.dataset_seed, video.video_id, sample.clip_index, sample.view, video.height, video.width
+                )
+            views.append(view)
+            if self.pixels:
+                clip = clips.read_clip(video.shard, sample.row)
+                if (clip.video_id, clip.clip_index) != (video.video_id, sample.clip_index):
+                    raise ValueError(f"{clips.uri} {video.shard}: row {sample.row} is of {clip.video_id}")
+                pixels.append(apply_view(clip.frames, view))
+        return RawBatch(
+            views=views,
+            pixels=pixels if self.pixels else None,
+            features=_stack(features),
+            target_slots=_stack(slots),
+            samples=samples,
+        )
+
+    def _read_target(self, targets: TargetSet, sample: Sample, features: list[Any], slots: list[Any]) -> View:
+        wanted = not self.pixels
+        video_id, clip_index, target = targets.read(sample.video.shard, sample.row, sample.view, features=wanted)
+        if (video_id, clip_index) != (sample.video.video_id, sample.clip_index):
+            raise TargetMismatch(
+                f"{targets.uri} {sample.video.shard}: expected {sample.video.video_id} clip {sample.clip_index}, "
+                f"found {video_id} clip {clip_index}; the targets are of other clips"
+            )
+        slots.append(target.slots)
+        if target.features is not None:
+            features.append(target.features)
+        return target.view
+
+
+def _stack(arrays: list[np.ndarray]) -> torch.Tensor | None:
+    return torch.from_numpy(np.stack(arrays)).float() if arrays else None

@@ -1,0 +1,246 @@
+"""The training loop that every worker runs; students and teachers differ only in their `TrainingSpec`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import storage
+from pipeline.builders import MODEL_FOLDER, build_student, build_teacher, load_model
+from pipeline.clips.table import ClipSet
+from pipeline.clips.views import apply_view, make_view
+from pipeline.config import Config, Distill, Training
+from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.distill.data import Loader, RawBatch, Sampler
+from pipeline.distill.step import Batch, DistillationObjective, learning_rate_factor, training_step
+from pipeline.figures import overlay_strip
+from pipeline.models import SlotModel, SlotModelConfig, save_public_checkpoint, save_slot_model
+from pipeline.progress import Progress, log
+from pipeline.targets import TargetSet, teacher_slots
+from pipeline.tracking import RunLogger
+
+HISTORY_FILE = "history.json"
+PUBLIC_CHECKPOINT = "teacher.ckpt"
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """What one training run needs to know; travels to every worker."""
+
+    config: Config
+    role: str  # "student" or "teacher"
+    run_uri: str
+    clips_uri: str
+    targets_uri: str | None = None
+    teacher_uri: str | None = None
+    teacher_config: SlotModelConfig | None = None  # gives the sizes that the student leaves open
+    mlflow_run: str | None = None
+
+    @property
+    def settings(self) -> Training:
+        return self.config.distill if self.role == "student" else self.config.teacher.train
+
+    @property
+    def label(self) -> str:
+        name = self.config.distill.name if self.role == "student" else ""
+        return f"{'distill' if self.role == 'student' else 'teacher'}{f' ({name})' if name else ''}"
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.bfloat16
+    return None
+
+
+class _Run:
+    """The models and the data of one worker."""
+
+    def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.clips = ClipSet(spec.clips_uri)
+        self.targets = TargetSet(spec.targets_uri) if spec.targets_uri else None
+        self.teacher: SlotModel | None = None
+        self.model = self._build()
+        if self.teacher is not None:
+            self.teacher.to(device)
+        # Features are worth reading only if they replace the frames altogether.
+        self.cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
+
+    def _build(self) -> SlotModel:
+        spec, config = self.spec, self.spec.config
+        if spec.role == "teacher":
+            return build_teacher(config).to(self.device)
+        if spec.teacher_uri is None:
+            return build_student(config, teacher=spec.teacher_config, seed=config.distill.seed).to(self.device)
+        teacher = load_model(spec.teacher_uri, num_heads=config.teacher.num_heads)
+        if config.distill.live_teacher:
+            self.teacher = teacher.requires_grad_(False)
+        return build_student(config, teacher=teacher, seed=config.distill.seed).to(self.device)
+
+    def batch(self, raw: RawBatch) -> Batch:
+        targets = raw.target_slots
+        if self.teacher is not None:
+            assert raw.pixels is not None
+            rollout = self.spec.config.targets.rollout
+            with torch.no_grad():
+                targets = teacher_slots(self.teacher, raw.pixels, raw.views, rollout)
+        initial = None
+        if self.model.config.initializer == "random":
+            initial = self.model.initial_slots(len(raw.views), [v.noise_seed for v in raw.views])
+        video = self.model.prepare(raw.pixels) if raw.pixels is not None else None
+        return Batch(video, raw.features, targets, initial).to(self.device)
+
+    def picture(self, folder: str, step: int) -> Path:
+        """An overlay strip of the first video's first clip."""
+        video = next(v for v in self.clips.videos if v.full_clips)
+        frames = self.clips.read_clip(video.shard, video.first_row).frames
+        config = self.spec.config
+        view = make_view(config.targets, config.dataset.seed, video.video_id, 0, 0, video.height, video.width)
+        pixels = apply_view(frames, view)
+        self.model.eval()
+        *_, (_, _, masks) = self.model.stream([pixels], noise_seed=view.noise_seed)
+        labels = self.model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
+        self.model.train()
+        path = Path(folder) / f"overlay_{step:08d}.png"
+        overlay_strip(pixels, [("masks", labels)], self.model.config.num_slots).save(path)
+        return path
+
+
+def train_loop(
+    spec: TrainingSpec,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    after_checkpoint: Callable[[int], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Trains to the end, from the newest checkpoint of the run if there is one.
+
+    Returns `status` ("ok", or "non-finite" where the gradient was), the last step, the history of
+    losses and the rate. The models and checkpoints are in the run folder.
+    """
+    settings, device = spec.settings, device or torch.device("cpu")
+    run = _Run(spec, device)
+    model = run.model
+    model.train()
+    optimizer = torch.optim.Adam(model.trainable_parameters(), lr=settings.learning_rate)
+    state = TrainingState(0, [])
+    resumed = latest_checkpoint(spec.run_uri)
+    if resumed:
+        state = load_checkpoint(resumed, model, optimizer)
+        if rank == 0:
+            log(f"{spec.label}: going on from step {state.step} ({resumed})")
+    distill = settings if isinstance(settings, Distill) else None
+    if distill is not None:
+        model.decoder.fast = distill.fast_decoder
+    objective: torch.nn.Module = DistillationObjective(
+        model, alpha=settings.alpha, beta=distill.beta if distill else 0.0, temperature=settings.temperature
+    )
+    if world_size > 1:
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)
+    logger = RunLogger(spec.config, spec.mlflow_run if rank == 0 else None)
+    history = list(state.history)
+    step, status = state.step, "ok"
+    autocast = _autocast_dtype(settings.precision, device)
+    frames_per_step = settings.batch_size * run.clips.clip_frames
+    sampler = Sampler(
+        run.clips.videos,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        views=spec.config.targets.views,
+    )
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        loader = stack.enter_context(
+            Loader(
+                spec.clips_uri,
+                spec.targets_uri,
+                sampler,
+                recipe=spec.config.targets,
+                dataset_seed=spec.config.dataset.seed,
+                pixels=not run.cached_features,
+                rank=rank,
+                world_size=world_size,
+                start=step,
+                stop=settings.steps,
+                threads=settings.loader_threads,
+            )
+        )
+        progress = stack.enter_context(Progress(spec.label, settings.steps, "steps")) if rank == 0 else None
+        if progress:
+            progress.skip(step)
+        waited = 0.0
+        since = time.monotonic()
+        last = step
+        for raw, seconds in loader:
+            waited += seconds
+            factor = learning_rate_factor(step, warmup_steps=settings.warmup_steps, total_steps=settings.steps)
+            rate = settings.learning_rate * factor
+            values = training_step(
+                objective,
+                optimizer,
+                run.batch(raw),
+                learning_rate=rate,
+                gradient_clip=settings.gradient_clip,
+                autocast=autocast,
+            )
+            if not _finite(values["gradient_norm"]):
+                status = "non-finite"
+                break
+            step += 1
+            if step % settings.log_every == 0 or step == settings.steps:
+                values = _mean_over_workers(values, world_size, device)
+                history.append({"step": step, **values})
+                elapsed = max(time.monotonic() - since, 1e-9)
+                speed = {
+                    "learning_rate": rate,
+                    "frames_per_second": (step - last) * frames_per_step / elapsed,
+                    "data_wait_share": waited / elapsed,
+                }
+                logger.metrics({**values, **speed}, step)
+                waited, since, last = 0.0, time.monotonic(), step
+            if progress:
+                progress.advance(note=f"loss {values['total']:.4f}")
+            picture_due = settings.overlay_every and step % settings.overlay_every == 0
+            if rank == 0 and (picture_due or step == settings.steps):
+                logger.file(run.picture(scratch, step), "overlays")
+            if step % settings.checkpoint_every == 0 or step == settings.steps:
+                if rank == 0:
+                    saved = TrainingState(step, history)
+                    save_checkpoint(spec.run_uri, model, optimizer, saved, keep=settings.keep_checkpoints)
+                after_checkpoint(step)
+    if status == "ok" and rank == 0:
+        _publish_model(spec, model, history)
+    return {"status": status, "step": step, "history": history}
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _mean_over_workers(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:
+    if world_size == 1:
+        return values
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64 if device.type == "cpu" else None, device=device)
+    dist.all_reduce(tensor)
+    return dict(zip(values, (tensor / world_size).tolist(), strict=True))
+
+
+def _publish_model(spec: TrainingSpec, model: SlotModel, history: list[dict[str, float]]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        save_slot_model(model, scratch)
+        storage.upload_folder(scratch, storage.join(spec.run_uri, MODEL_FOLDER))
+    if spec.role == "teacher":
+        with tempfile.TemporaryDirectory() as scratch:
+            save_public_checkpoint(model, Path(scratch) / PUBLIC_CHECKPOINT, step=spec.settings.steps)
+            storage.upload_folder(scratch, spec.run_uri)
+    storage.write_json(storage.join(spec.run_uri, HISTORY_FILE), history)

@@ -1,0 +1,242 @@
+"""Stages `distill` and `teacher`: the training loop on Ray Train, resumable and published once."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from pipeline import storage, tracking
+from pipeline.builders import (
+    MODEL_FOLDER,
+    RUN_DETAILS,
+    backbone_identity,
+    load_model,
+    model_hash,
+    require_teacher,
+    teacher_run_uri,
+    view_recipe,
+)
+from pipeline.clips.table import ClipSet
+from pipeline.config import Config, ConfigError
+from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, train_loop
+from pipeline.models import SlotModelConfig
+from pipeline.progress import log
+from pipeline.ray_session import cluster_gpus
+from pipeline.targets import TargetSet, find_targets
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite; the last good checkpoint is kept."""
+
+
+def distill(config: Config, clips_uri: str) -> dict[str, Any]:
+    """Distils a student from cached targets (or a live teacher; or, with beta = 0, from none).
+
+    Finished runs of the same config, clips and targets are found and reused; an unfinished one goes on
+    from its last checkpoint. Returns the job's summary. Needs a Ray session.
+
+    Raises:
+        storage.IncompleteError: clips or targets are not published.
+        ConfigError: the student doesn't fit the teacher.
+        NonFiniteLoss: training diverged.
+    """
+    clips = ClipSet(clips_uri)
+    with_teacher = config.distill.beta > 0
+    available = with_teacher or config.teacher.checkpoint is not None or config.targets.student_features
+    location = require_teacher(config, clips.fingerprint) if available else None
+    targets_uri = teacher_config = None
+    if location is not None:
+        targets_uri = find_targets(config, clips)
+        # Without KD the cache still gives the student's features, where it has been filled with them.
+        if config.distill.live_teacher or not (with_teacher or _has_features(config, targets_uri)):
+            targets_uri = None
+        if targets_uri is not None:
+            teacher_config = TargetSet(targets_uri).teacher_config
+        else:
+            teacher_config = load_model(location, num_heads=config.teacher.num_heads).config
+        _check_sizes(config, teacher_config)
+    content = {
+        "clips": clips.fingerprint,
+        "targets": targets_uri.rsplit("/", 1)[-1] if targets_uri else None,
+        "teacher": model_hash(location) if location and config.distill.live_teacher else None,
+        "student": config.student.model_dump(exclude={"backbone_weights"}),
+        "backbone": backbone_identity(config.student),
+        "distill": config.distill.model_dump(exclude=RUN_DETAILS),
+        "views": view_recipe(config),
+        "sizes": [config.teacher.num_slots, config.teacher.slot_size] if teacher_config is None else None,
+    }
+    name = storage.fingerprint(content)
+    uri = storage.join(storage.absolute(config.storage.root), "students", name)
+    spec = TrainingSpec(
+        config,
+        "student",
+        uri,
+        clips_uri,
+        targets_uri,
+        location if with_teacher else None,
+        teacher_config,
+    )
+    return _train(spec, {"clips": clips.fingerprint, "targets": str(content["targets"])})
+
+
+def _has_features(config: Config, targets_uri: str) -> bool:
+    return config.targets.student_features and storage.is_complete(targets_uri)
+
+
+def _check_sizes(config: Config, teacher: SlotModelConfig) -> None:
+    """Before Ray Train starts: the student's slots are the teacher's."""
+    for key in ("num_slots", "slot_size"):
+        own, other = getattr(config.student, key), getattr(teacher, key)
+        if own is not None and own != other:
+            raise ConfigError(f"student.{key}: {own} differs from the teacher's {other}; nearest valid: {other}")
+
+
+def train_teacher(config: Config, clips_uri: str) -> dict[str, Any]:
+    """Trains a SlotContrast teacher on the clips; errors and return value as in `distill`."""
+    clips = ClipSet(clips_uri)
+    uri = teacher_run_uri(config, clips.fingerprint)
+    spec = TrainingSpec(config, "teacher", uri, clips_uri)
+    return _train(spec, {"clips": clips.fingerprint})
+
+
+def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
+    config, uri = spec.config, spec.run_uri
+    if storage.is_complete(uri):
+        log(f"{spec.label}: this run is finished, reusing {uri}")
+        return {**_summary(spec), "reused": True}
+    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    name = config.distill.name if spec.role == "student" else ""
+    tags = {
+        **tags,
+        "role": spec.role,
+        "seed": str(spec.settings.seed),
+        "git_revision": git_revision(),
+        "mlflow.runName": name or f"{spec.role}-{uri.rsplit('/', 1)[-1][:8]}",
+    }
+    run_id = tracking.start_run(config, uri, tags["mlflow.runName"], tags)
+    logger = tracking.RunLogger(config, run_id)
+    spec = TrainingSpec(**{**spec.__dict__, "mlflow_run": run_id})
+    started = time.monotonic()
+    try:
+        result = _fit(spec)
+    except BaseException:
+        logger.end("FAILED")
+        raise
+    if result["status"] == "non-finite":
+        logger.end("FAILED")
+        raise NonFiniteLoss(
+            f"{spec.label}: the gradient was not finite in step {result['step'] + 1}; the last good checkpoint "
+            f"is kept in {uri}. Lower the learning rate ({spec.settings.learning_rate:g}), or set precision=fp32"
+        )
+    storage.publish(
+        uri,
+        {
+            "kind": spec.role,
+            "fingerprint": uri.rsplit("/", 1)[-1],
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "clips_uri": spec.clips_uri,
+            "targets_uri": spec.targets_uri,
+            "teacher_uri": spec.teacher_uri,
+            "mlflow_run": run_id,
+            "steps": spec.settings.steps,
+            "seconds": round(time.monotonic() - started, 1),
+            "losses": result["history"][-1] if result["history"] else {},
+            "tags": tags,
+        },
+    )
+    logger.end("FINISHED")
+    return {**_summary(spec), "reused": False}
+
+
+def _summary(spec: TrainingSpec) -> dict[str, Any]:
+    manifest = storage.read_manifest(spec.run_uri)
+    return {
+        "uri": spec.run_uri,
+        "model": storage.join(spec.run_uri, MODEL_FOLDER),
+        "history": storage.join(spec.run_uri, HISTORY_FILE),
+        "mlflow_run": manifest["mlflow_run"],
+        "steps": manifest["steps"],
+        "losses": manifest["losses"],
+    }
+
+
+def _worker(options: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+
+    def report(step: int) -> None:
+        ray.train.report({"step": step})  # a barrier: every worker reports as often
+
+    return train_loop(
+        options["spec"],
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        after_checkpoint=report,
+    )
+
+
+def _fit(spec: TrainingSpec) -> dict[str, Any]:
+    import ray.train
+    import ray.train.torch
+
+    config, settings = spec.config, spec.settings
+    if settings.workers == 0:
+        return train_loop(spec)
+    root = storage.join(storage.absolute(config.storage.root), "ray")
+    # Ray keeps only its own bookkeeping here; the checkpoints are ours. A name of its own for every
+    # attempt: Ray would take a finished run of the same name for one to be resumed.
+    name = f"{spec.role}-{uuid.uuid4().hex[:12]}"
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"spec": spec},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=cluster_gpus() > 0,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if cluster_gpus() else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=_arrow_path(root),
+            storage_filesystem=_arrow_filesystem(root),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    finally:
+        storage.delete(storage.join(root, name))
+
+
+def _arrow_path(uri: str) -> str:
+    return storage.filesystem(uri)[1]
+
+
+def _arrow_filesystem(uri: str) -> Any:
+    if not storage.is_remote(uri):
+        return None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(storage.filesystem(uri)[0]))
+
+
+def git_revision() -> str:
+    """The commit of this checkout, or "unknown" outside of one."""
+    import subprocess
+    from pathlib import Path
+
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"

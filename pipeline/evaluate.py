@@ -1,0 +1,248 @@
+"""Stage `evaluate`: FG-ARI and mBO at image and video level over a clip set with masks, on Ray Data.
+
+Whole videos run through the model from their first frame, central square crop, masks at the crop's own
+resolution. A score always comes with its protocol: which clips, how many videos, which flags.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import storage
+from pipeline.baselines import BASELINES
+from pipeline.builders import load_model
+from pipeline.clips.schema import stack_masks
+from pipeline.clips.table import ClipSet, VideoEntry
+from pipeline.clips.views import View, apply_view, stable_hash
+from pipeline.config import Config
+from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
+from pipeline.progress import Progress, log
+from pipeline.ray_session import actor_options
+
+SCORES = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class VideoScore:
+    """One video's scores; `image_frames` frames have an object. NaN where none has."""
+
+    video_id: str
+    image_frames: int
+    image_fg_ari: float
+    image_mbo: float
+    video_fg_ari: float
+    video_mbo: float
+    slots_in_use: float
+
+
+def score_video(counts: OverlapCounts, video_id: str) -> VideoScore:
+    """Scores from the counts of a video's frames."""
+    video = counts.to_video(len(counts.shared))
+    values = {}
+    for name, per_sample in (("fg_ari", ari_per_sample), ("mbo", best_overlap_per_sample)):
+        for level, table in (("image", counts), ("video", video)):
+            scores, valid = per_sample(table)
+            values[f"{level}_{name}"] = float(scores[valid].mean()) if bool(valid.any()) else float("nan")
+    frames = int((counts.true_area.sum(1) > 0).sum())
+    # A slot that owns less than a hundredth of the video says nothing.
+    share = video.slot_area[0] / video.slot_area.sum().clamp(min=1)
+    return VideoScore(video_id, frames, slots_in_use=float((share > 0.01).sum()), **values)
+
+
+def mean_scores(scores: list[VideoScore]) -> dict[str, float]:
+    """The data set's scores: image level over all frames, video level over all videos with objects."""
+    valid = [s for s in scores if s.image_frames]
+    if not valid:
+        raise ValueError("not one video has an annotated object")
+    frames = np.array([s.image_frames for s in valid])
+    result = {}
+    for name in SCORES:
+        values = np.array([getattr(s, name) for s in valid])
+        weights = frames if name.startswith("image") else np.ones_like(frames)
+        result[name] = float((values * weights).sum() / weights.sum())
+    result["slots_in_use"] = float(np.mean([s.slots_in_use for s in valid]))
+    return result
+
+
+def square(height: int, width: int) -> View:
+    """The central square that models are evaluated on."""
+    short = min(height, width)
+    return View((height - short) // 2, (width - short) // 2, short, short, False, 0)
+
+
+def video_counts(
+    clips: ClipSet,
+    video: VideoEntry,
+    predict: Callable[[Iterator[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]],
+    *,
+    ignore_overlaps: bool = False,
+) -> OverlapCounts:
+    """Counts of a video's frames, streamed clip by clip: its length does not matter for memory.
+
+    `predict` takes chunks of frames `(t, h, w, 3)` and yields `(frames, labels (t, h, w))` for each.
+    """
+    crop = square(video.height, video.width)
+    box = (slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width))
+    annotations: list[list[dict[int, np.ndarray]]] = []
+
+    def chunks() -> Iterator[np.ndarray]:
+        for clip in clips.iter_video(video, masks=True):
+            assert clip.masks is not None
+            annotations.append([{i: m[box] for i, m in frame.items()} for frame in clip.masks])
+            yield apply_view(clip.frames, crop)
+
+    pieces: list[tuple[list[int], OverlapCounts]] = []
+    for _, labels in predict(chunks()):
+        masks = annotations.pop(0)
+        object_ids = sorted({i for frame in masks for i in frame})
+        true_masks = stack_masks(masks, object_ids, labels.shape[1:])
+        counts = count_overlaps(
+            torch.from_numpy(true_masks)[None], torch.from_numpy(labels)[None], ignore_overlaps=ignore_overlaps
+        )
+        pieces.append((object_ids, counts))
+    return _merge(pieces)
+
+
+def _merge(pieces: list[tuple[list[int], OverlapCounts]]) -> OverlapCounts:
+    """Counts of consecutive chunks, each with its own objects and slots, as those of one video."""
+    all_ids = sorted({i for ids, _ in pieces for i in ids})
+    num_slots = max(c.slot_area.shape[1] for _, c in pieces)
+    parts = []
+    for ids, counts in pieces:
+        frames, _, used = counts.shared.shape
+        shared = torch.zeros(frames, len(all_ids), num_slots, dtype=torch.long)
+        true_area = torch.zeros(frames, len(all_ids), dtype=torch.long)
+        slot_area = torch.zeros(frames, num_slots, dtype=torch.long)
+        columns = [all_ids.index(i) for i in ids]
+        shared[:, columns, :used] = counts.shared
+        true_area[:, columns] = counts.true_area
+        slot_area[:, :used] = counts.slot_area
+        parts.append((shared, true_area, slot_area))
+    return OverlapCounts(*(torch.cat(group) for group in zip(*parts, strict=True)))
+
+
+def model_predictor(model: Any, video: VideoEntry) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
+    """Labels of a slot model, slots carried through the video."""
+
+    def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for frames, _, masks in model.stream(chunks, noise_seed=stable_hash("evaluate", video.video_id)):
+            yield frames, model.label_maps(masks, frames.shape[1:3]).cpu().numpy()
+
+    return predict
+
+
+class _ScoreActor:
+    """A Ray Data actor that scores the videos of a shard with one model or one baseline."""
+
+    def __init__(self, clips_uri: str, model_uri: str | None, baseline: str | None, options: dict[str, Any]):
+        self.clips = ClipSet(clips_uri)
+        self.baseline = baseline
+        self.num_slots, self.ignore_overlaps = options["num_slots"], options["ignore_overlaps"]
+        self.model = None
+        if model_uri is not None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.model = load_model(model_uri, num_heads=options["num_heads"]).to(device)
+
+    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+        scores = []
+        for video in self.clips.videos:
+            if video.shard != row["shard"] or not video.annotated:
+                continue
+            if self.model is not None:
+                predict = model_predictor(self.model, video)
+            else:
+                predict = BASELINES[str(self.baseline)](self.num_slots)
+            counts = video_counts(self.clips, video, predict, ignore_overlaps=self.ignore_overlaps)
+            scores.append(asdict(score_video(counts, video.video_id)))
+        return {"scores": scores}
+
+
+def protocol(config: Config, clips: ClipSet) -> dict[str, Any]:
+    """What makes two scores comparable; `fingerprint` is equal where all of it is."""
+    content = {
+        "format": FORMAT,
+        "clips": clips.fingerprint,
+        "videos": clips.manifest["annotated_videos"],
+        "frames": "whole videos, central square crop, forward roll-out",
+        "ignore_overlaps": config.evaluate.ignore_overlaps,
+    }
+    return {**content, "fingerprint": storage.fingerprint(content)}
+
+
+def evaluate(
+    config: Config,
+    clips_uri: str,
+    *,
+    model_uri: str | None = None,
+    baseline: str | None = None,
+    num_slots: int = 1,
+    num_heads: int | None = None,
+) -> dict[str, Any]:
+    """Scores one model (or one trivial baseline) on a clip set; needs a Ray session.
+
+    Returns `scores`, `protocol`, the number of `videos`, and `uri`, where the rows per video are. The
+    same model on the same clips is found and reused.
+
+    Raises:
+        ValueError: no video of the clip set has masks.
+    """
+    from pipeline.builders import model_hash
+
+    clips = ClipSet(clips_uri)
+    if not clips.manifest["annotated_videos"]:
+        raise ValueError(f"{clips_uri} has no masks to score against (dataset.masks = {config.dataset.masks!r})")
+    rules = protocol(config, clips)
+    what = {"model": model_hash(model_uri) if model_uri else None, "baseline": baseline, "slots": num_slots}
+    name = storage.fingerprint({**rules, **what})
+    uri = storage.join(storage.absolute(config.storage.root), "evaluations", f"{name}.json")
+    if storage.exists(uri):
+        return storage.read_json(uri)
+    options = {"num_slots": num_slots, "num_heads": num_heads, "ignore_overlaps": config.evaluate.ignore_overlaps}
+    scores: list[VideoScore] = []
+    label = f"evaluate {baseline or 'model'}"
+    started = time.monotonic()
+    with Progress(label, rules["videos"], "videos") as progress:
+        for row in _run(config, clips, (clips_uri, model_uri, baseline, options)):
+            scores += [VideoScore(**s) for s in row["scores"]]
+            progress.advance(len(row["scores"]))
+    scores.sort(key=lambda s: s.video_id)
+    means = mean_scores(scores)
+    if model_uri and means["slots_in_use"] < 2:
+        log(f"evaluate: WARNING, {means['slots_in_use']:.1f} slots are in use on average: the slots have collapsed")
+    result = {
+        "uri": uri,
+        "scores": means,
+        "protocol": rules,
+        "videos": len(scores),
+        "seconds": round(time.monotonic() - started, 1),
+        "per_video": [asdict(s) for s in scores],
+    }
+    storage.write_json(uri, result)
+    return result
+
+
+def _run(config: Config, clips: ClipSet, arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    import ray
+
+    rows = [{"shard": shard} for shard in clips.shards]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = dataset.map(_ScoreActor, fn_constructor_args=arguments, **actor_options(config.ray.teacher_cpus))
+    yield from dataset.iter_rows()
+
+
+def score_table(rows: list[tuple[str, dict[str, float]]]) -> str:
+    """Scores in percent as text, one row a method."""
+    width = max(len(name) for name, _ in rows)
+    titles = ("image FG-ARI", "image mBO", "video FG-ARI", "video mBO", "slots in use")
+    lines = [" " * width + "".join(f"{title:>14}" for title in titles)]
+    for name, scores in rows:
+        cells = [f"{100 * scores[key]:14.1f}" for key in SCORES] + [f"{scores['slots_in_use']:14.1f}"]
+        lines.append(name.ljust(width) + "".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,379 @@
+"""Stage `cache`: the frozen teacher runs once over every (clip, view), on Ray Data.
+
+A target set has one Parquet file for each clip shard, under the same name, with `views` rows for each
+clip in the clips' order: row r of the clips is rows r * views … of the targets. Slots of a frame depend
+on where its clip started, so targets belong to clips, never to single frames.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.builders import (
+    backbone_identity,
+    build_backbone,
+    build_student,
+    load_model,
+    model_hash,
+    require_teacher,
+    teacher_location,
+    view_recipe,
+)
+from pipeline.clips.schema import Clip
+from pipeline.clips.table import SHARD_FOLDER, ClipSet, ShardReader
+from pipeline.clips.views import View, apply_view, make_view, stable_hash
+from pipeline.config import Config
+from pipeline.models import SlotModel, SlotModelConfig
+from pipeline.progress import Progress, log
+from pipeline.ray_session import actor_options
+
+FORMAT = 1
+SHAPE_KEY = b"shape"
+_ROW_GROUP_BYTES = 1 << 20
+# Between two runs on one machine slots differ by about 1e-6; between two kinds of GPU by more.
+VERIFY_TOLERANCE = 1e-3
+
+
+class TargetMismatch(RuntimeError):
+    """Cached targets that are not what the teacher computes: damaged or of another origin."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row: the view, slots `(T, N, d)`, and the student's features `(T, P, F)` where cached."""
+
+    view: View
+    slots: np.ndarray
+    features: np.ndarray | None
+
+
+class TargetSet:
+    """A published folder of targets; raises storage.IncompleteError where there is none."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.manifest: dict[str, Any] = storage.read_manifest(uri)
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.views: int = self.manifest["views"]["views"]
+        self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
+
+    @property
+    def teacher_config(self) -> SlotModelConfig:
+        return SlotModelConfig.from_dict(self.manifest["teacher_config"])
+
+    @property
+    def has_features(self) -> bool:
+        return self.manifest["student_features"] is not None
+
+    def read(self, shard: str, clip_row: int, view: int, *, features: bool = False) -> tuple[str, int, Target]:
+        """Video id, clip index and target of one (clip, view), found by position."""
+        columns = [f.name for f in fields(View)] + ["video_id", "clip_index", "slots"]
+        columns += ["features"] if features else []
+        row = self.reader.row(shard, clip_row * self.views + view, columns)
+        values = row.select([f.name for f in fields(View)] + ["video_id", "clip_index"]).to_pylist()[0]
+        video_id, clip_index = values.pop("video_id"), values.pop("clip_index")
+        target = Target(
+            view=View(**values),
+            slots=_array(row, "slots"),
+            features=_array(row, "features") if features else None,
+        )
+        return video_id, clip_index, target
+
+
+def _array(row: pa.Table, name: str) -> np.ndarray:
+    field = row.schema.field(name)
+    shape = json.loads(field.metadata[SHAPE_KEY])
+    column = row.column(name).combine_chunks()
+    if name == "slots":
+        return column.flatten().to_numpy().reshape(shape)
+    dtype = np.dtype(field.metadata[b"dtype"].decode())
+    return np.frombuffer(column[0].as_py(), dtype).reshape(shape)
+
+
+def _schema(slots_shape: tuple[int, ...], features_shape: tuple[int, ...] | None, dtype: str) -> pa.Schema:
+    columns = [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("clip_index", pa.int32(), nullable=False),
+        pa.field("view", pa.int32(), nullable=False),
+        pa.field("top", pa.int32(), nullable=False),
+        pa.field("left", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("flip", pa.bool_(), nullable=False),
+        pa.field("noise_seed", pa.int64(), nullable=False),
+        # Null for a shorter tail, which training skips.
+        pa.field(
+            "slots",
+            pa.list_(pa.float32(), int(np.prod(slots_shape))),
+            metadata={SHAPE_KEY: json.dumps(slots_shape)},
+        ),
+    ]
+    if features_shape is not None:
+        # Bytes: Parquet reads lists of millions of numbers an order of magnitude slower.
+        metadata = {SHAPE_KEY: json.dumps(features_shape), b"dtype": dtype}
+        columns.append(pa.field("features", pa.large_binary(), metadata=metadata))
+    return pa.schema(columns)
+
+
+class TargetMaker:
+    """The frozen teacher (and, where its features are cached, the student's backbone)."""
+
+    def __init__(self, config: Config, clips_uri: str, teacher_uri: str) -> None:
+        self.config = config
+        self.clips = ClipSet(clips_uri)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.teacher = load_model(teacher_uri, num_heads=config.teacher.num_heads).to(self.device)
+        self.student: SlotModel | None = None
+        if config.targets.student_features:
+            # The frozen backbone is all that is used of it.
+            self.student = build_student(config, teacher=self.teacher.config, seed=0).to(self.device)
+
+    def items(self, clip: Clip) -> list[tuple[Clip, int, View]]:
+        height, width = clip.frames.shape[1:3]
+        recipe, seed = self.config.targets, self.config.dataset.seed
+        return [
+            (clip, k, make_view(recipe, seed, clip.video_id, clip.clip_index, k, height, width))
+            for k in range(recipe.views)
+        ]
+
+    @torch.no_grad()
+    def compute(self, items: list[tuple[Clip, int, View]]) -> tuple[Tensor, Tensor | None]:
+        """Teacher slots `(M, T, N, d)` and student features `(M, T, P, F)` of M full clips' views."""
+        pixels = [apply_view(clip.frames, view) for clip, _, view in items]
+        slots = teacher_slots(self.teacher, pixels, [v for _, _, v in items], self.config.targets.rollout)
+        features = None
+        if self.student is not None:
+            features = self.student.backbone_features(self.student.prepare(pixels)).cpu()
+        return slots.cpu(), features
+
+    def schema(self) -> pa.Schema:
+        T = self.clips.clip_frames
+        slots_shape = (T, self.teacher.config.num_slots, self.teacher.config.slot_size)
+        features_shape = None
+        if self.student is not None:
+            backbone = self.student.encoder.backbone
+            features_shape = (T, backbone.num_patches, backbone.feature_size)
+        return _schema(slots_shape, features_shape, self.config.targets.feature_dtype)
+
+    def write_shard(self, shard: str, folder: str) -> dict[str, int]:
+        """Computes and publishes the targets of one clip shard."""
+        schema = self.schema()
+        clips = rows = 0
+        with storage.atomic_write(storage.join(folder, shard)) as file:
+            writer = pq.ParquetWriter(file, schema, compression="none", use_dictionary=["video_id"])
+            for items in self._batches(shard):
+                full = [item for item in items if item[0].full]
+                slots, features = self.compute(full) if full else (None, None)
+                if slots is not None and not bool(torch.isfinite(slots).all()):
+                    names = sorted({f"{c.video_id} clip {c.clip_index}" for c, _, _ in full})
+                    raise ValueError(f"the teacher's slots are not finite for one of: {', '.join(names)}")
+                table = self._table(items, slots, features, schema)
+                limit = max(1, _ROW_GROUP_BYTES * len(table) // max(table.nbytes, 1))
+                writer.write_table(table, row_group_size=limit)
+                rows += len(items)
+                clips += sum(1 for _, k, _ in items if k == 0)
+            writer.close()
+        return {"clips": clips, "rows": rows}
+
+    def _batches(self, shard: str) -> Iterator[list[tuple[Clip, int, View]]]:
+        pending: list[tuple[Clip, int, View]] = []
+        for clip in self.clips.iter_shard(shard):
+            pending += self.items(clip)
+            if len(pending) >= self.config.targets.batch_size:
+                yield pending
+                pending = []
+        if pending:
+            yield pending
+
+    def _table(
+        self,
+        items: list[tuple[Clip, int, View]],
+        slots: Tensor | None,
+        features: Tensor | None,
+        schema: pa.Schema,
+    ) -> pa.Table:
+        columns: dict[str, Any] = {
+            "video_id": [clip.video_id for clip, _, _ in items],
+            "clip_index": [clip.clip_index for clip, _, _ in items],
+            "view": [k for _, k, _ in items],
+        }
+        for field in fields(View):
+            columns[field.name] = [getattr(view, field.name) for _, _, view in items]
+        short = np.array([not clip.full for clip, _, _ in items])
+        width = schema.field("slots").type.list_size
+        values = np.zeros((len(items), width), np.float32)
+        if slots is not None:
+            values[~short] = slots.numpy().reshape(-1, width)
+        columns["slots"] = pa.FixedSizeListArray.from_arrays(
+            pa.array(values.ravel()), width, mask=pa.array(short)
+        )
+        if "features" in schema.names:
+            dtype = np.dtype(self.config.targets.feature_dtype)
+            encoded = iter([f.numpy().astype(dtype).tobytes() for f in features] if features is not None else [])
+            columns["features"] = [None if s else next(encoded) for s in short]
+        return pa.Table.from_pydict(columns, schema=schema)
+
+    def verify_shard(self, shard: str, targets_uri: str, fraction: float) -> dict[str, Any]:
+        """Computes a random share of a published shard's rows again; returns the worst deviation."""
+        targets = TargetSet(targets_uri)
+        checked, worst, where = 0, 0.0, ""
+        for row, clip in enumerate(self.clips.iter_shard(shard)):
+            for item in self.items(clip) if clip.full else []:
+                seed = stable_hash(self.config.dataset.seed, "verify", clip.video_id, clip.clip_index, item[1])
+                if seed % 10**6 >= fraction * 10**6:
+                    continue
+                video_id, clip_index, target = targets.read(shard, row, item[1])
+                if (video_id, clip_index, target.view) != (clip.video_id, clip.clip_index, item[2]):
+                    raise TargetMismatch(f"{targets_uri} {shard}: row {row} is of {video_id} clip {clip_index}")
+                slots = self.compute([item])[0][0].numpy()
+                deviation = float(np.abs(slots - target.slots).max() / max(np.abs(slots).max(), 1e-12))
+                checked += 1
+                if deviation >= worst:
+                    worst, where = deviation, f"{clip.video_id} clip {clip.clip_index} view {item[1]}"
+        return {"checked": checked, "worst": worst, "where": where}
+
+
+def teacher_slots(teacher: SlotModel, pixels: list[np.ndarray], views: list[View], rollout: str) -> Tensor:
+    """The frozen teacher's slots `(M, T, N, d)` of M views; the same code cached and live."""
+    video = teacher.prepare(pixels)
+    initial = teacher.initial_slots(len(views), [v.noise_seed for v in views])
+    return teacher.roll_out(teacher.backbone_features(video), initial, rollout)[0]
+
+
+class _ShardActor:
+    """A Ray Data actor that holds a `TargetMaker` and works through shards."""
+
+    def __init__(self, maker: tuple[Config, str, str], targets_uri: str, verify: float) -> None:
+        self.maker = TargetMaker(*maker)
+        self.targets_uri = targets_uri
+        self.verify = verify
+
+    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+        shard = row["shard"]
+        if self.verify:
+            return {"shard": shard, **self.maker.verify_shard(shard, self.targets_uri, self.verify)}
+        return {"shard": shard, **self.maker.write_shard(shard, storage.join(self.targets_uri, SHARD_FOLDER))}
+
+
+def find_targets(config: Config, clips: ClipSet) -> str:
+    """The URI of the target set that `cache` makes of a clip set, published yet or not."""
+    return _describe(config, clips)[0]
+
+
+def _describe(config: Config, clips: ClipSet) -> tuple[str, dict[str, Any]]:
+    teacher_uri = teacher_location(config, clips.fingerprint)
+    content = {
+        "format": FORMAT,
+        "clips": clips.fingerprint,
+        "teacher": model_hash(teacher_uri),
+        "num_heads": config.teacher.num_heads,
+        "rollout": config.targets.rollout,
+        "views": view_recipe(config),
+        "student_features": None,
+    }
+    if config.targets.student_features:
+        content["student_features"] = {
+            **backbone_identity(config.student),
+            "dtype": config.targets.feature_dtype,
+        }
+    uri = storage.join(storage.absolute(config.storage.root), "targets", storage.fingerprint(content))
+    return uri, content
+
+
+def cache(config: Config, clips_uri: str) -> dict[str, Any]:
+    """Makes the target set of a clip set, or finds it made. Needs a Ray session.
+
+    Returns what the job's summary holds: `uri`, counts, and how many shards were computed and reused.
+
+    Raises:
+        storage.IncompleteError: the clips are not published.
+        ConfigError: no teacher, or a student that doesn't fit it.
+        TargetMismatch: `targets.verify` found rows that the teacher does not reproduce.
+    """
+    clips = ClipSet(clips_uri)
+    teacher_uri = require_teacher(config, clips.fingerprint)
+    uri, content = _describe(config, clips)
+    maker = (config, clips_uri, teacher_uri)
+    if storage.is_complete(uri):
+        log(f"cache: all targets found, reusing {uri}")
+        manifest = storage.read_manifest(uri)
+        computed = 0
+    else:
+        teacher_config = load_model(teacher_uri, num_heads=config.teacher.num_heads).config
+        if config.targets.student_features:
+            build_backbone(config.student)  # fails here and now if its weights can't be had
+        folder = storage.join(uri, SHARD_FOLDER)
+        done = set(storage.list_names(folder))
+        missing = [shard for shard in clips.shards if shard not in done]
+        if done:
+            log(f"cache: {len(clips.shards) - len(missing)} of {len(clips.shards)} shards are there already")
+        rows_of = {s["name"]: s["rows"] for s in clips.manifest["shards"]}
+        with Progress("cache", clips.manifest["clips"], "clips") as progress:
+            progress.skip(sum(rows_of[s] for s in clips.shards if s in done))
+            for report in _run(config, missing, maker, uri, verify=0.0):
+                progress.advance(report["clips"])
+        computed = len(missing)
+        manifest = {
+            "kind": "targets",
+            "fingerprint": uri.rsplit("/", 1)[-1],
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **content,
+            "clips_uri": clips_uri,
+            "teacher_uri": teacher_uri,
+            "teacher_config": teacher_config.to_dict(),
+            "shards": clips.shards,
+            "rows": clips.manifest["clips"] * config.targets.views,
+        }
+        storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+        storage.publish(uri, manifest)
+    summary = {
+        "uri": uri,
+        "fingerprint": manifest["fingerprint"],
+        "clips": clips.manifest["clips"],
+        "views": config.targets.views,
+        "rows": manifest["rows"],
+        "computed_shards": computed,
+        "reused_shards": len(clips.shards) - computed,
+    }
+    if config.targets.verify:
+        summary["verified_rows"] = _verify(config, clips, maker, uri)
+    return summary
+
+
+def _run(
+    config: Config, shards: list[str], maker: tuple[Config, str, str], uri: str, *, verify: float
+) -> Iterator[dict[str, Any]]:
+    if not shards:
+        return
+    import ray
+
+    options = actor_options(config.ray.teacher_cpus)
+    dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
+    dataset = dataset.map(_ShardActor, fn_constructor_args=(maker, uri, verify), **options)
+    yield from dataset.iter_rows()
+
+
+def _verify(config: Config, clips: ClipSet, maker: tuple[Config, str, str], uri: str) -> int:
+    checked = 0
+    with Progress("verify targets", len(clips.shards), "shards") as progress:
+        for report in _run(config, clips.shards, maker, uri, verify=config.targets.verify):
+            checked += report["checked"]
+            progress.advance()
+            if report["worst"] > VERIFY_TOLERANCE:
+                raise TargetMismatch(
+                    f"{uri} {report['shard']}: {report['where']} differs from what the teacher computes by "
+                    f"{report['worst']:.2g} of its largest value (tolerance {VERIFY_TOLERANCE:g}); delete the "
+                    "folder and cache again"
+                )
+    return checked
