@@ -31,7 +31,9 @@ def grid(num_slots: int) -> Predictor:
     def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for frames in chunks:
             t, height, width = frames.shape[:3]
-            labels = (np.arange(height) * rows // height)[:, None] * columns + np.arange(width) * columns // width
+            labels = (np.arange(height) * rows // height)[:, None] * columns + np.arange(
+                width
+            ) * columns // width
             yield frames, np.broadcast_to(labels, (t, height, width)).astype(np.uint8)
 
     return predict

@@ -120,7 +120,9 @@ def build_teacher(config: Config) -> SlotModel:
     section = config.teacher
     if section.num_slots is None or section.slot_size is None:
         raise ConfigError("teacher.num_slots and teacher.slot_size: must be set to train a teacher")
-    return build_model(section, num_slots=section.num_slots, slot_size=section.slot_size, seed=section.train.seed)
+    return build_model(
+        section, num_slots=section.num_slots, slot_size=section.slot_size, seed=section.train.seed
+    )
 
 
 def load_model(uri: str, *, num_heads: int | None = None) -> SlotModel:
@@ -212,4 +214,3 @@ def require_teacher(config: Config, clips_fingerprint: str) -> str:
             "no teacher: train one on these clips (python -m jobs.teacher CONFIG), or set teacher.checkpoint"
         )
     return uri
-

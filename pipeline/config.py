@@ -6,6 +6,7 @@ value and the nearest valid one. Nothing here touches a disk beyond the YAML fil
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -28,7 +30,14 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("bool", "a number or text")
+        return value
 
 
 class Synthetic(Section):
@@ -215,10 +224,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, not YAML, or any key or value that can't be used.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} can't be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -228,12 +237,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """A `Config` from nested plain values and overrides; errors as in `load_config`."""
+    values = {k: v for k, v in copy.deepcopy(values).items() if v is not None}  # all of a section commented out
     for override in overrides:
         _apply_override(values, override)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        # A union complains once for each of its members; a mapping was never meant to be a name.
+        errors = [e for e in error.errors() if not (e["loc"][-1] == "str" and isinstance(e["input"], dict))]
+        raise ConfigError("\n".join(map(_explain, errors))) from None
     problems = [*_check_models(config), *_check_combinations(config)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -269,6 +281,10 @@ def _explain(error: Any) -> str:
         prefix = ".".join(str(part) for part in location[:-1])
         hint = f"did you mean {'.'.join(filter(None, [prefix, near[0]]))!r}?" if near else ""
         return f"{key}: unknown key (value {value!r}); {hint or 'valid: ' + ', '.join(names)}"
+    if kind == "invalid_key":
+        return f"{key}: keys must be text"
+    if kind == "model_type":
+        return f"{key}: {value!r} is not a section of keys and values"
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", str(limits.get("expected", "")))
         near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.0)
@@ -287,10 +303,7 @@ def _field_names(location: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Config
     for part in location:
         annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-        else:
-            model = ViT
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ViT
     return list(model.model_fields)
 
 
@@ -302,10 +315,11 @@ def _check_models(config: Config) -> list[str]:
         if name == "teacher" and config.teacher.checkpoint:
             continue  # the file decides
         if patch and model.image_size % patch:
-            lower = max(patch, model.image_size // patch * patch)
+            lower = model.image_size // patch * patch
+            nearest = f"{lower} or {lower + patch}" if lower else str(patch)
             problems.append(
                 f"{name}.image_size: {model.image_size} is not a multiple of the patch size {patch}; "
-                f"nearest: {lower} or {model.image_size // patch * patch + patch}"
+                f"nearest: {nearest}"
             )
         if isinstance(model.backbone, ViT) and model.backbone.embed_dim % model.backbone.num_heads:
             problems.append(
@@ -341,5 +355,7 @@ def _check_combinations(config: Config) -> list[str]:
     if config.dataset.kind == "videos" and config.evaluate.split == config.dataset.split != "":
         problems.append(f"evaluate.split: {config.evaluate.split!r} is the training split (dataset.split)")
     if config.clips.clip_frames < 2 and (config.distill.alpha or config.teacher.train.alpha):
-        problems.append("clips.clip_frames: 1 leaves no neighbouring frames for the contrastive loss; use alpha=0")
+        problems.append(
+            "clips.clip_frames: 1 leaves no neighbouring frames for the contrastive loss; use alpha=0"
+        )
     return problems

@@ -16,14 +16,14 @@ import torch
 
 from pipeline import storage
 from pipeline.baselines import BASELINES
-from pipeline.builders import load_model
+from pipeline.builders import load_model, model_hash
 from pipeline.clips.schema import stack_masks
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, stable_hash
 from pipeline.config import Config
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
 from pipeline.progress import Progress, log
-from pipeline.ray_session import actor_options
+from pipeline.ray_session import actor_options, ray_session
 
 SCORES = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
 FORMAT = 1
@@ -104,7 +104,9 @@ def video_counts(
         object_ids = sorted({i for frame in masks for i in frame})
         true_masks = stack_masks(masks, object_ids, labels.shape[1:])
         counts = count_overlaps(
-            torch.from_numpy(true_masks)[None], torch.from_numpy(labels)[None], ignore_overlaps=ignore_overlaps
+            torch.from_numpy(true_masks)[None],
+            torch.from_numpy(labels)[None],
+            ignore_overlaps=ignore_overlaps,
         )
         pieces.append((object_ids, counts))
     return _merge(pieces)
@@ -185,7 +187,7 @@ def evaluate(
     num_slots: int = 1,
     num_heads: int | None = None,
 ) -> dict[str, Any]:
-    """Scores one model (or one trivial baseline) on a clip set; needs a Ray session.
+    """Scores one model (or one trivial baseline) on a clip set.
 
     Returns `scores`, `protocol`, the number of `videos`, and `uri`, where the rows per video are. The
     same model on the same clips is found and reused.
@@ -193,18 +195,22 @@ def evaluate(
     Raises:
         ValueError: no video of the clip set has masks.
     """
-    from pipeline.builders import model_hash
-
     clips = ClipSet(clips_uri)
     if not clips.manifest["annotated_videos"]:
-        raise ValueError(f"{clips_uri} has no masks to score against (dataset.masks = {config.dataset.masks!r})")
+        raise ValueError(
+            f"{clips_uri} has no masks to score against (dataset.masks = {config.dataset.masks!r})"
+        )
     rules = protocol(config, clips)
     what = {"model": model_hash(model_uri) if model_uri else None, "baseline": baseline, "slots": num_slots}
     name = storage.fingerprint({**rules, **what})
     uri = storage.join(storage.absolute(config.storage.root), "evaluations", f"{name}.json")
     if storage.exists(uri):
         return storage.read_json(uri)
-    options = {"num_slots": num_slots, "num_heads": num_heads, "ignore_overlaps": config.evaluate.ignore_overlaps}
+    options = {
+        "num_slots": num_slots,
+        "num_heads": num_heads,
+        "ignore_overlaps": config.evaluate.ignore_overlaps,
+    }
     scores: list[VideoScore] = []
     label = f"evaluate {baseline or 'model'}"
     started = time.monotonic()
@@ -215,7 +221,9 @@ def evaluate(
     scores.sort(key=lambda s: s.video_id)
     means = mean_scores(scores)
     if model_uri and means["slots_in_use"] < 2:
-        log(f"evaluate: WARNING, {means['slots_in_use']:.1f} slots are in use on average: the slots have collapsed")
+        log(
+            f"evaluate: WARNING, {means['slots_in_use']:.1f} slots are in use on average: the slots have collapsed"
+        )
     result = {
         "uri": uri,
         "scores": means,
@@ -229,12 +237,17 @@ def evaluate(
 
 
 def _run(config: Config, clips: ClipSet, arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    import ray
-
     rows = [{"shard": shard} for shard in clips.shards]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset = dataset.map(_ScoreActor, fn_constructor_args=arguments, **actor_options(config.ray.teacher_cpus))
-    yield from dataset.iter_rows()
+    with ray_session(config):
+        import ray
+
+        options = actor_options(config.ray.teacher_cpus)
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        yield from dataset.map(
+            _ScoreActor,  # type: ignore[arg-type]
+            fn_constructor_args=arguments,
+            **options,
+        ).iter_rows()
 
 
 def score_table(rows: list[tuple[str, dict[str, float]]]) -> str:

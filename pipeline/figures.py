@@ -33,7 +33,12 @@ def overlay(frame: np.ndarray, labels: np.ndarray, num_slots: int, *, opacity: f
 
 
 def overlay_strip(
-    frames: np.ndarray, rows: Sequence[tuple[str, np.ndarray]], num_slots: int, *, columns: int = 6, size: int = 128
+    frames: np.ndarray,
+    rows: Sequence[tuple[str, np.ndarray]],
+    num_slots: int,
+    *,
+    columns: int = 6,
+    size: int = 128,
 ) -> Image.Image:
     """Frames over one row of overlays for each `(name, labels (T, H, W))`, at a few time steps."""
     count = min(columns, len(frames))

@@ -9,6 +9,7 @@ folder without one. S3 is configured by the standard AWS environment variables (
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -55,8 +56,10 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return fsspec.filesystem("file"), absolute(uri)
     if scheme != "s3":
         raise ValueError(f"storage {uri!r}: only local paths and s3:// are supported")
-    # Listings change under us whenever another job publishes, so none is cached.
-    return fsspec.filesystem("s3", use_listings_cache=False), path
+    # Listings change under us whenever another job publishes, so none is cached. Servers other than
+    # AWS answer a ranged read with the whole object's checksum, which would then never match.
+    checksums = {"response_checksum_validation": "when_required", "request_checksum_calculation": "when_required"}
+    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=checksums), path
 
 
 def retry(operation: Callable[[], _T], uri: str) -> _T:
@@ -117,7 +120,8 @@ def atomic_write(uri: str) -> Iterator[IO[bytes]]:
         try:
             yield file
         except BaseException:
-            file.discard() if hasattr(file, "discard") else None
+            file.discard()
+            file.closed = True  # else the garbage collector closes, and so uploads, it after all
             raise
         file.close()
         return
@@ -202,8 +206,7 @@ def local_copy(uri: str) -> Iterator[str]:
             if not names:
                 raise FileNotFoundError(f"nothing at {uri}")
             for name in names:
-                local = str(Path(folder) / name)
-                retry(lambda name=name, local=local: fs.get_file(f"{path}/{name}", local), uri)
+                retry(functools.partial(fs.get_file, f"{path}/{name}", str(Path(folder) / name)), uri)
         yield target
 
 

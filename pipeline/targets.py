@@ -36,7 +36,7 @@ from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.config import Config
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.progress import Progress, log
-from pipeline.ray_session import actor_options
+from pipeline.ray_session import actor_options, ray_session
 
 FORMAT = 1
 SHAPE_KEY = b"shape"
@@ -76,7 +76,9 @@ class TargetSet:
     def has_features(self) -> bool:
         return self.manifest["student_features"] is not None
 
-    def read(self, shard: str, clip_row: int, view: int, *, features: bool = False) -> tuple[str, int, Target]:
+    def read(
+        self, shard: str, clip_row: int, view: int, *, features: bool = False
+    ) -> tuple[str, int, Target]:
         """Video id, clip index and target of one (clip, view), found by position."""
         columns = [f.name for f in fields(View)] + ["video_id", "clip_index", "slots"]
         columns += ["features"] if features else []
@@ -112,7 +114,8 @@ def _schema(slots_shape: tuple[int, ...], features_shape: tuple[int, ...] | None
         pa.field("width", pa.int32(), nullable=False),
         pa.field("flip", pa.bool_(), nullable=False),
         pa.field("noise_seed", pa.int64(), nullable=False),
-        # Null for a shorter tail, which training skips.
+        pa.field("full", pa.bool_(), nullable=False),
+        # Zeros for a shorter tail, which training skips: Arrow can't read null lists of fixed size back.
         pa.field(
             "slots",
             pa.list_(pa.float32(), int(np.prod(slots_shape))),
@@ -215,12 +218,13 @@ class TargetMaker:
         values = np.zeros((len(items), width), np.float32)
         if slots is not None:
             values[~short] = slots.numpy().reshape(-1, width)
-        columns["slots"] = pa.FixedSizeListArray.from_arrays(
-            pa.array(values.ravel()), width, mask=pa.array(short)
-        )
+        columns["full"] = ~short
+        columns["slots"] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width)
         if "features" in schema.names:
             dtype = np.dtype(self.config.targets.feature_dtype)
-            encoded = iter([f.numpy().astype(dtype).tobytes() for f in features] if features is not None else [])
+            encoded = iter(
+                [f.numpy().astype(dtype).tobytes() for f in features] if features is not None else []
+            )
             columns["features"] = [None if s else next(encoded) for s in short]
         return pa.Table.from_pydict(columns, schema=schema)
 
@@ -230,12 +234,16 @@ class TargetMaker:
         checked, worst, where = 0, 0.0, ""
         for row, clip in enumerate(self.clips.iter_shard(shard)):
             for item in self.items(clip) if clip.full else []:
-                seed = stable_hash(self.config.dataset.seed, "verify", clip.video_id, clip.clip_index, item[1])
+                seed = stable_hash(
+                    self.config.dataset.seed, "verify", clip.video_id, clip.clip_index, item[1]
+                )
                 if seed % 10**6 >= fraction * 10**6:
                     continue
                 video_id, clip_index, target = targets.read(shard, row, item[1])
                 if (video_id, clip_index, target.view) != (clip.video_id, clip.clip_index, item[2]):
-                    raise TargetMismatch(f"{targets_uri} {shard}: row {row} is of {video_id} clip {clip_index}")
+                    raise TargetMismatch(
+                        f"{targets_uri} {shard}: row {row} is of {video_id} clip {clip_index}"
+                    )
                 slots = self.compute([item])[0][0].numpy()
                 deviation = float(np.abs(slots - target.slots).max() / max(np.abs(slots).max(), 1e-12))
                 checked += 1
@@ -292,7 +300,7 @@ def _describe(config: Config, clips: ClipSet) -> tuple[str, dict[str, Any]]:
 
 
 def cache(config: Config, clips_uri: str) -> dict[str, Any]:
-    """Makes the target set of a clip set, or finds it made. Needs a Ray session.
+    """Makes the target set of a clip set, or finds it made.
 
     Returns what the job's summary holds: `uri`, counts, and how many shards were computed and reused.
 
@@ -356,12 +364,16 @@ def _run(
 ) -> Iterator[dict[str, Any]]:
     if not shards:
         return
-    import ray
+    with ray_session(config):
+        import ray
 
-    options = actor_options(config.ray.teacher_cpus)
-    dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
-    dataset = dataset.map(_ShardActor, fn_constructor_args=(maker, uri, verify), **options)
-    yield from dataset.iter_rows()
+        options = actor_options(config.ray.teacher_cpus)
+        dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
+        yield from dataset.map(
+            _ShardActor,  # type: ignore[arg-type]
+            fn_constructor_args=(maker, uri, verify),
+            **options,
+        ).iter_rows()
 
 
 def _verify(config: Config, clips: ClipSet, maker: tuple[Config, str, str], uri: str) -> int:

@@ -36,7 +36,8 @@ def client_of(tracking_uri: str) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import logging
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
     if tracking_uri.startswith("file:") or "://" not in tracking_uri:
@@ -111,7 +112,9 @@ class RunLogger:
             operation(self._client)
         except Exception as error:  # whatever the server or the network does, training goes on
             if not self._failed:
-                log(f"mlflow: {what} could not be logged ({type(error).__name__}: {str(error)[:200]}); going on")
+                log(
+                    f"mlflow: {what} could not be logged ({type(error).__name__}: {str(error)[:200]}); going on"
+                )
             self._failed = True
 
     def metrics(self, values: dict[str, float], step: int) -> None:

@@ -88,7 +88,9 @@ def decode_masks(objects: list[dict], height: int, width: int) -> dict[int, np.n
     }
 
 
-def stack_masks(masks: list[dict[int, np.ndarray]], object_ids: list[int], shape: tuple[int, int]) -> np.ndarray:
+def stack_masks(
+    masks: list[dict[int, np.ndarray]], object_ids: list[int], shape: tuple[int, int]
+) -> np.ndarray:
     """`(T, C, H, W)` bool with one channel for each of `object_ids`, empty where it is absent."""
     stacked = np.zeros((len(masks), len(object_ids), *shape), dtype=bool)
     for t, objects in enumerate(masks):

@@ -27,6 +27,7 @@ from pipeline.clips.sources.videos import list_videos, read_frames
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, VideoEntry
 from pipeline.config import Clips, Config
 from pipeline.progress import Progress, log
+from pipeline.ray_session import ray_session
 
 FORMAT = 1  # of the clip table; a change makes new clip sets
 
@@ -61,7 +62,9 @@ def _generate(config: Config, split: str) -> str:
         folder = storage.absolute(storage.join(config.storage.root, "generated", name))
     if not storage.is_complete(folder):
         with Progress(f"generate {split or 'videos'}", synthetic.videos, "videos") as progress:
-            write_dataset(synthetic, folder, on_progress=lambda done, total: progress.advance(done - progress.done))
+            write_dataset(
+                synthetic, folder, on_progress=lambda done, total: progress.advance(done - progress.done)
+            )
         storage.publish(folder, {"kind": "generated", "settings": asdict(synthetic)})
     return folder
 
@@ -76,7 +79,10 @@ def _fingerprint(settings: Clips, videos: list[VideoRef]) -> str:
         {
             "format": FORMAT,
             "settings": _content_settings(settings),
-            "decoder": {"av": av.__version__, **{k: v for k, v in av.library_versions.items() if "codec" in k}},
+            "decoder": {
+                "av": av.__version__,
+                **{k: v for k, v in av.library_versions.items() if "codec" in k},
+            },
             "sources": [(v.video_id, v.content) for v in videos],
         }
     )
@@ -93,7 +99,7 @@ def find_clips(config: Config, split: str) -> str:
 
 
 def shard(config: Config, split: str) -> dict[str, Any]:
-    """Makes the clip set of one split, or finds it made. Needs a Ray session.
+    """Makes the clip set of one split, or finds it made.
 
     Returns what the job's summary holds: `uri`, counts of videos, clips and frames, the bad videos
     with their reasons, and how many shards were computed and reused.
@@ -123,7 +129,7 @@ def shard(config: Config, split: str) -> dict[str, Any]:
         log(f"{label}: {len(reports)} of {len(names)} shards are there already")
     with Progress(label, len(videos), "videos") as progress:
         progress.skip(sum(len(g) for n, g in zip(names, groups, strict=True) if n in reports))
-        for report in _run(missing, folder, settings):
+        for report in _run(config, missing, folder):
             reports[report["name"]] = report
             progress.advance(len(report["videos"]) + len(report["bad"]))
     ordered = [reports[name] for name in names]
@@ -161,21 +167,26 @@ def shard(config: Config, split: str) -> dict[str, Any]:
 def _summary(uri: str, manifest: dict[str, Any], *, computed: int) -> dict[str, Any]:
     keys = ("fingerprint", "videos", "clips", "frames", "annotated_videos", "bad")
     reused = len(manifest["shards"]) - computed
-    return {"uri": uri, **{k: manifest[k] for k in keys}, "computed_shards": computed, "reused_shards": reused}
+    return {
+        "uri": uri,
+        **{k: manifest[k] for k in keys},
+        "computed_shards": computed,
+        "reused_shards": reused,
+    }
 
 
-def _run(missing: list[tuple[str, list[VideoRef]]], folder: str, settings: Clips) -> Iterator[dict[str, Any]]:
+def _run(config: Config, missing: list[tuple[str, list[VideoRef]]], folder: str) -> Iterator[dict[str, Any]]:
     if not missing:
         return
-    import ray
-
     rows = [{"work": json.dumps([name, [list(v) for v in group]])} for name, group in missing]
-    options = {"folder": folder, "settings": settings}
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _shard_task, fn_kwargs=options, num_cpus=1
-    )
-    for row in dataset.iter_rows():
-        yield json.loads(row["report"])
+    options = {"folder": folder, "settings": config.clips}
+    with ray_session(config):
+        import ray
+
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        task: Any = _shard_task
+        for row in dataset.map(task, fn_kwargs=options, num_cpus=1).iter_rows():
+            yield json.loads(row["report"])
 
 
 def _shard_task(row: dict[str, str], folder: str, settings: Clips) -> dict[str, str]:
@@ -197,7 +208,9 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, 
     rows = 0
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / "shard.parquet"
-        writer = pq.ParquetWriter(local, schema, compression="none", use_dictionary=["video_id"])
+        writer = pq.ParquetWriter(
+            local, schema, compression="none", use_dictionary=["video_id"], write_page_checksum=True
+        )
         for video in videos:
             spool = Path(scratch) / "video.arrow"
             try:
@@ -241,7 +254,9 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
             for frame in group:
                 shape = shape or frame.pixels.shape[:2]
                 if frame.pixels.shape[:2] != shape:
-                    raise BadVideo(f"its frame size changes from {shape} to {frame.pixels.shape[:2]} (height, width)")
+                    raise BadVideo(
+                        f"its frame size changes from {shape} to {frame.pixels.shape[:2]} (height, width)"
+                    )
             assert shape is not None
             encoded = [encode_frame(f.pixels, settings.codec, settings.quality) for f in group]
             annotated = group[0].masks is not None
@@ -297,4 +312,3 @@ def _write_index(uri: str, entries: list[VideoEntry]) -> None:
     table = pa.Table.from_pylist([asdict(e) for e in entries])
     with storage.atomic_write(uri) as file:
         pq.write_table(table, file)
-

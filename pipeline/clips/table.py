@@ -47,12 +47,20 @@ class ShardReader:
         if shard not in self._files:
             uri = storage.join(self.folder, shard)
             try:
-                self._files[shard] = pq.ParquetFile(storage.open_read(uri))
+                self._files[shard] = pq.ParquetFile(storage.open_read(uri), page_checksum_verification=True)
             except FileNotFoundError as error:
                 raise ValueError(f"{uri}: the shard is missing though its folder is published") from error
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{uri}: the shard is damaged ({error})") from error
         return self._files[shard]
+
+    def _read_group(self, shard: str, group: int, columns: list[str] | None) -> pa.Table:
+        try:
+            return self.file(shard).read_row_group(group, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"{storage.join(self.folder, shard)}: row group {group} is damaged ({error})"
+            ) from error
 
     def row(self, shard: str, row: int, columns: list[str] | None = None) -> pa.Table:
         """One row as a table of length 1."""
@@ -63,10 +71,7 @@ class ShardReader:
             group += 1
         key = (shard, group, tuple(columns) if columns else None)
         if key not in self._groups:
-            try:
-                self._groups[key] = file.read_row_group(group, columns=columns, use_threads=False)
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ValueError(f"{storage.join(self.folder, shard)}: row group {group} is damaged ({error})") from error
+            self._groups[key] = self._read_group(shard, group, columns)
             if len(self._groups) > _CACHED_ROW_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -76,7 +81,7 @@ class ShardReader:
         """All rows of a shard in order, each as a table of length 1; one row group in memory."""
         file = self.file(shard)
         for group in range(file.metadata.num_row_groups):
-            table = file.read_row_group(group, columns=columns, use_threads=False)
+            table = self._read_group(shard, group, columns)
             for row in range(len(table)):
                 yield table.slice(row, 1)
 

@@ -146,7 +146,13 @@ class Loader:
                 view = self._read_target(targets, sample, features, slots)
             else:
                 view = make_view(
-                    self.recipe, self.dataset_seed, video.video_id, sample.clip_index, sample.view, video.height, video.width
+                    self.recipe,
+                    self.dataset_seed,
+                    video.video_id,
+                    sample.clip_index,
+                    sample.view,
+                    video.height,
+                    video.width,
                 )
             views.append(view)
             if self.pixels:
@@ -164,7 +170,9 @@ class Loader:
 
     def _read_target(self, targets: TargetSet, sample: Sample, features: list[Any], slots: list[Any]) -> View:
         wanted = not self.pixels
-        video_id, clip_index, target = targets.read(sample.video.shard, sample.row, sample.view, features=wanted)
+        video_id, clip_index, target = targets.read(
+            sample.video.shard, sample.row, sample.view, features=wanted
+        )
         if (video_id, clip_index) != (sample.video.video_id, sample.clip_index):
             raise TargetMismatch(
                 f"{targets.uri} {sample.video.shard}: expected {sample.video.video_id} clip {sample.clip_index}, "

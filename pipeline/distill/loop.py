@@ -80,7 +80,9 @@ class _Run:
         if spec.role == "teacher":
             return build_teacher(config).to(self.device)
         if spec.teacher_uri is None:
-            return build_student(config, teacher=spec.teacher_config, seed=config.distill.seed).to(self.device)
+            return build_student(config, teacher=spec.teacher_config, seed=config.distill.seed).to(
+                self.device
+            )
         teacher = load_model(spec.teacher_uri, num_heads=config.teacher.num_heads)
         if config.distill.live_teacher:
             self.teacher = teacher.requires_grad_(False)
@@ -146,7 +148,7 @@ def train_loop(
         model, alpha=settings.alpha, beta=distill.beta if distill else 0.0, temperature=settings.temperature
     )
     if world_size > 1:
-        objective = DistributedDataParallel(objective, broadcast_buffers=False)
+        objective = DistributedDataParallel(objective)
     logger = RunLogger(spec.config, spec.mlflow_run if rank == 0 else None)
     history = list(state.history)
     step, status = state.step, "ok"
@@ -183,7 +185,9 @@ def train_loop(
         last = step
         for raw, seconds in loader:
             waited += seconds
-            factor = learning_rate_factor(step, warmup_steps=settings.warmup_steps, total_steps=settings.steps)
+            factor = learning_rate_factor(
+                step, warmup_steps=settings.warmup_steps, total_steps=settings.steps
+            )
             rate = settings.learning_rate * factor
             values = training_step(
                 objective,
@@ -230,7 +234,9 @@ def _finite(value: float) -> bool:
 def _mean_over_workers(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:
     if world_size == 1:
         return values
-    tensor = torch.tensor(list(values.values()), dtype=torch.float64 if device.type == "cpu" else None, device=device)
+    tensor = torch.tensor(
+        list(values.values()), dtype=torch.float64 if device.type == "cpu" else None, device=device
+    )
     dist.all_reduce(tensor)
     return dict(zip(values, (tensor / world_size).tolist(), strict=True))
 

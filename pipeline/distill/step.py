@@ -26,7 +26,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if v is not None else None for k, v in moved.items()})
+        return Batch(
+            **{k: v.to(device, non_blocking=True) if v is not None else None for k, v in moved.items()}
+        )
 
 
 class DistillationObjective(nn.Module):
@@ -100,5 +102,7 @@ def training_step(
     if bool(torch.isfinite(norm)):
         optimizer.step()
     names = list(losses)
-    values = torch.stack([*(losses[name].detach() for name in names), norm.to(losses["total"].dtype)]).tolist()
+    values = torch.stack(
+        [*(losses[name].detach() for name in names), norm.to(losses["total"].dtype)]
+    ).tolist()
     return dict(zip([*names, "gradient_norm"], values, strict=True))

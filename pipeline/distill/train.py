@@ -22,7 +22,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, train_loop
 from pipeline.models import SlotModelConfig
 from pipeline.progress import log
-from pipeline.ray_session import cluster_gpus
+from pipeline.ray_session import cluster_gpus, ray_session
 from pipeline.targets import TargetSet, find_targets
 
 
@@ -34,13 +34,23 @@ def distill(config: Config, clips_uri: str) -> dict[str, Any]:
     """Distils a student from cached targets (or a live teacher; or, with beta = 0, from none).
 
     Finished runs of the same config, clips and targets are found and reused; an unfinished one goes on
-    from its last checkpoint. Returns the job's summary. Needs a Ray session.
+    from its last checkpoint. Returns the job's summary.
 
     Raises:
         storage.IncompleteError: clips or targets are not published.
         ConfigError: the student doesn't fit the teacher.
         NonFiniteLoss: training diverged.
     """
+    spec, tags = _student_spec(config, clips_uri)
+    return _train(spec, tags)
+
+
+def find_student(config: Config, clips_uri: str) -> str:
+    """The run folder of this config's student, whether it has been trained yet or not."""
+    return _student_spec(config, clips_uri)[0].run_uri
+
+
+def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[str, str]]:
     clips = ClipSet(clips_uri)
     with_teacher = config.distill.beta > 0
     available = with_teacher or config.teacher.checkpoint is not None or config.targets.student_features
@@ -77,7 +87,7 @@ def distill(config: Config, clips_uri: str) -> dict[str, Any]:
         location if with_teacher else None,
         teacher_config,
     )
-    return _train(spec, {"clips": clips.fingerprint, "targets": str(content["targets"])})
+    return spec, {"clips": clips.fingerprint, "targets": str(content["targets"])}
 
 
 def _has_features(config: Config, targets_uri: str) -> bool:
@@ -89,7 +99,9 @@ def _check_sizes(config: Config, teacher: SlotModelConfig) -> None:
     for key in ("num_slots", "slot_size"):
         own, other = getattr(config.student, key), getattr(teacher, key)
         if own is not None and own != other:
-            raise ConfigError(f"student.{key}: {own} differs from the teacher's {other}; nearest valid: {other}")
+            raise ConfigError(
+                f"student.{key}: {own} differs from the teacher's {other}; nearest valid: {other}"
+            )
 
 
 def train_teacher(config: Config, clips_uri: str) -> dict[str, Any]:
@@ -181,39 +193,43 @@ def _worker(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fit(spec: TrainingSpec) -> dict[str, Any]:
+    if spec.settings.workers == 0:
+        return train_loop(spec)
+    with ray_session(spec.config):
+        return _fit_on_ray(spec)
+
+
+def _fit_on_ray(spec: TrainingSpec) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
     config, settings = spec.config, spec.settings
-    if settings.workers == 0:
-        return train_loop(spec)
     root = storage.join(storage.absolute(config.storage.root), "ray")
     # Ray keeps only its own bookkeeping here; the checkpoints are ours. A name of its own for every
     # attempt: Ray would take a finished run of the same name for one to be resumed.
     name = f"{spec.role}-{uuid.uuid4().hex[:12]}"
+    gpus = cluster_gpus()
+    worker: Any = _worker
     trainer = ray.train.torch.TorchTrainer(
-        _worker,
+        worker,
         train_loop_config={"spec": spec},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
-            use_gpu=cluster_gpus() > 0,
-            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if cluster_gpus() else {})},
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=_arrow_path(root),
+            storage_path=storage.filesystem(root)[1],
             storage_filesystem=_arrow_filesystem(root),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
     try:
-        return trainer.fit().return_value
+        result: Any = trainer.fit()
+        return result.return_value
     finally:
         storage.delete(storage.join(root, name))
-
-
-def _arrow_path(uri: str) -> str:
-    return storage.filesystem(uri)[1]
 
 
 def _arrow_filesystem(uri: str) -> Any:

@@ -61,6 +61,7 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone {config.name!r} is a {type(model).__name__}, not a ViT")
         model.norm = nn.Identity()
         self.model = model
+        self.name = config.name
         patch = model.patch_embed.patch_size[0]
         if config.image_size % patch:
             lower = config.image_size // patch * patch
@@ -140,11 +141,13 @@ def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
 
     model = backbone.model
     if str(source) == "timm":
-        name = model.pretrained_cfg.get("architecture")
+        name = backbone.name
         if not name:
             raise ValueError("pretrained weights need a timm name as backbone")
         try:
-            donor = timm.create_model(name, pretrained=True, img_size=model.patch_embed.img_size, num_classes=0)
+            donor = timm.create_model(
+                name, pretrained=True, img_size=model.patch_embed.img_size, num_classes=0
+            )
         except Exception as error:
             raise RuntimeError(
                 f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}); "

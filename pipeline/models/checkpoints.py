@@ -127,7 +127,8 @@ def infer_config(state: Mapping[str, Tensor], *, source: str, num_heads: int | N
 def _infer_backbone(state: Mapping[str, Tensor], shape: Any, num_heads: int | None) -> BackboneConfig:
     width, _, patch, _ = shape(_BACKBONE + "patch_embed.proj.weight")
     depth = 1 + max(
-        (int(m[1]) for k in state if (m := re.match(re.escape(_BACKBONE) + r"blocks\.(\d+)\.", k))), default=-1
+        (int(m[1]) for k in state if (m := re.match(re.escape(_BACKBONE) + r"blocks\.(\d+)\.", k))),
+        default=-1,
     )
     num_patches = shape("decoder.pos_emb")[-2]
     grid = round(num_patches**0.5)

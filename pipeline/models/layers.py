@@ -6,6 +6,7 @@ Module names follow the public SlotContrast/VideoSAUR checkpoints, so that loadi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ class MLP(nn.Module):
     def __init__(self, sizes: Sequence[int], *, norm: bool = False, residual: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.LayerNorm(sizes[0])] if norm else []
-        for index, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             layers.append(nn.Linear(fan_in, fan_out))
             if index < len(sizes) - 2:
                 layers.append(nn.ReLU())

@@ -89,9 +89,7 @@ def render_video(settings: SyntheticSettings, index: int) -> tuple[np.ndarray, n
     pan = _pan(settings, rng)
     sprites = [_sprite(canvas, colours, _PATTERNS[kind], rng) for kind in order[1:]]
     paths = _paths(settings, count, rng)
-    spins = rng.uniform(-6, 6, count)[:, None] * np.arange(settings.frames) + rng.uniform(
-        0, 360, (count, 1)
-    )
+    spins = rng.uniform(-6, 6, count)[:, None] * np.arange(settings.frames) + rng.uniform(0, 360, (count, 1))
 
     frames = np.empty((settings.frames, settings.size, settings.size, 3), np.uint8)
     labels = np.empty((settings.frames, settings.size, settings.size), np.uint8)
@@ -254,9 +252,7 @@ def _outline(angle: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return radius / radius.max()
 
 
-def _sprite(
-    canvas: int, colours: np.ndarray, pattern: Pattern, rng: np.random.Generator
-) -> Image.Image:
+def _sprite(canvas: int, colours: np.ndarray, pattern: Pattern, rng: np.random.Generator) -> Image.Image:
     """A textured shape with a darker rim on transparent ground, as RGBA."""
     radius = canvas * rng.uniform(0.16, 0.25)
     side = 2 * int(np.ceil(radius)) + 4
@@ -268,9 +264,7 @@ def _sprite(
     return Image.fromarray(np.dstack([texture, alpha]).round().astype(np.uint8))
 
 
-def _placed(
-    sprite: Image.Image, centre: np.ndarray, degrees: float
-) -> tuple[Image.Image, tuple[int, int]]:
+def _placed(sprite: Image.Image, centre: np.ndarray, degrees: float) -> tuple[Image.Image, tuple[int, int]]:
     """The sprite turned about its middle, and where its corner goes on the canvas."""
     side = sprite.width
     corner = np.floor(centre - side / 2)

@@ -25,13 +25,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 VOID = 255
 
 # PyAV's logging callback takes the GIL from FFmpeg's threads and can deadlock inside Ray workers.
+# FFmpeg's own callback does not; `set_level` would bring PyAV's back.
 av.logging.restore_default_callback()
-av.logging.set_level(av.logging.PANIC)
+av.logging.set_libav_level(av.logging.PANIC)
 
 
 def natural_key(name: str) -> list[Any]:
     """Sorts frame10 behind frame9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def list_videos(folder: str, masks: str) -> list[VideoRef]:
@@ -57,7 +58,9 @@ def list_videos(folder: str, masks: str) -> list[VideoRef]:
             relative = path.relative_to(root)
             video_id = str(relative if path == here else relative.with_suffix(""))
             if video_id in paths:
-                raise ValueError(f"{path} and {paths[video_id]} would both be the video {video_id!r}; rename one")
+                raise ValueError(
+                    f"{path} and {paths[video_id]} would both be the video {video_id!r}; rename one"
+                )
             paths[video_id] = path
     if not paths:
         raise FileNotFoundError(
@@ -69,8 +72,8 @@ def list_videos(folder: str, masks: str) -> list[VideoRef]:
 
 
 def _reference(video_id: str, path: Path, masks_path: Path) -> VideoRef:
-    files = [path] if path.is_file() else _images(path)
-    size = sum(f.stat().st_size for f in files)
+    files = _images(path) if path.is_dir() else [path]
+    size = sum(f.stat().st_size for f in files if f.exists())
     has_masks = masks_path.is_dir()
     files += _images(masks_path) if has_masks else []
     # A file that can't be read is no reason to stop here: decoding it will say why.
@@ -87,11 +90,15 @@ def _hash_or_error(path: Path) -> str:
 
 def _images(folder: Path) -> list[Path]:
     files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")]
-    return sorted(files, key=lambda f: natural_key(f.name))
+    return sorted(files, key=lambda f: (natural_key(f.name), f.name))
 
 
 def read_frames(
-    video: VideoRef, *, short_side: int | None = None, fps: float | None = None, max_seconds: float | None = None
+    video: VideoRef,
+    *,
+    short_side: int | None = None,
+    fps: float | None = None,
+    max_seconds: float | None = None,
 ) -> FrameIterator:
     """Yields a video's frames in the order they are shown, one at a time in memory.
 
@@ -131,19 +138,25 @@ def _read_folder(folder: Path, short_side: int | None) -> FrameIterator:
                     image = image.resize((width, height), Image.Resampling.BICUBIC)
                 yield Frame(np.asarray(image), float(index), None)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise BadVideo(f"frame {path.name} can't be decoded ({error})") from error
+            raise BadVideo(f"frame {path.name} can't be decoded ({_reason(error, path)})") from error
 
 
 def _read_file(path: Path, short_side: int | None) -> FrameIterator:
-    if path.stat().st_size == 0:
-        raise BadVideo("the file is empty")
     try:
+        if path.stat().st_size == 0:
+            raise BadVideo("the file is empty")
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise BadVideo("the file has no video stream")
             yield from _decode(container, short_side)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadVideo(f"can't be decoded ({error})") from error
+        raise BadVideo(f"can't be decoded ({_reason(error, path)})") from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """One line in the library's own words, without the error number and the path."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0].replace(f" {str(path)!r}", "")
 
 
 def _decode(container: Any, short_side: int | None) -> FrameIterator:
@@ -203,7 +216,7 @@ def _read_masks(path: Path, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
                 )
             labels = np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.NEAREST))
     except OSError as error:
-        raise BadVideo(f"mask {path.name} can't be decoded ({error})") from error
+        raise BadVideo(f"mask {path.name} can't be decoded ({_reason(error, path)})") from error
     return {int(i): labels == i for i in np.unique(labels) if i not in (0, VOID)}
 
 

@@ -1,0 +1,39 @@
+# Each target makes .venv when it is missing. PYTHON chooses the interpreter (3.10 to 3.12).
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := configs/demo.yaml
+
+.PHONY: demo test test-fast lint bench clean help
+help:
+	@echo "make demo       videos to a registered student, on this machine (results in runs/demo)"
+	@echo "make test       all tests;  make test-fast  those without Ray"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      every performance figure that the README quotes"
+	@echo "make clean      removes .venv, caches and runs/"
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing into .venv (a few minutes, about 2 GB)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed
+	$(BIN)/python -m jobs.pipeline $(DEMO)
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+test-fast: .venv/.installed
+	$(BIN)/python -m pytest --ignore tests/integration
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache *.egg-info

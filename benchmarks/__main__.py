@@ -1,0 +1,50 @@
+"""`python -m benchmarks`: measures the training step, `shard` and `cache`, and prints one table.
+
+Times never fail; ways of doing the same step that give different losses do (exit code 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.report import machine, table
+from benchmarks.stages import Load, cache_comparison, ray_started, shard_comparison, tiny_load
+from benchmarks.step import LossMismatch, Sizes, step_comparison, tiny_sizes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="of the step; the stages run half as often")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that it runs, measures nothing")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error(f"--repeats {arguments.repeats}: must be at least 1")
+    quick, repeats = arguments.quick, arguments.repeats
+
+    host = machine()
+    print("## Benchmarks" + (" (tiny sizes: no measurement)" if quick else ""))
+    print(", ".join(f"{key}: {value}" for key, value in host.items()) + "\n", flush=True)
+    try:
+        comparisons = [step_comparison(tiny_sizes() if quick else Sizes(), repeats)]
+    except LossMismatch as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    load, repeats = tiny_load() if quick else Load(), (repeats + 1) // 2
+    with tempfile.TemporaryDirectory() as scratch, ray_started() as started:
+        comparisons.append(shard_comparison(load, repeats, Path(scratch), real=not quick))
+        comparisons.append(cache_comparison(load, repeats, Path(scratch)))
+    comparisons[1].notes.append(started)
+    print(table(comparisons))
+    if arguments.json:
+        results = {"machine": host, "comparisons": [c.to_dict() for c in comparisons]}
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

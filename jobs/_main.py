@@ -1,0 +1,100 @@
+"""What every entry point does: parse, call the library, end stdout with one line of JSON.
+
+Exit codes: 0 done, 1 failed, 2 a command line or config that can't be run (before Ray starts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.config import Config, ConfigError, load_config, resolve_config
+from pipeline.progress import log
+
+
+def run_stage(job: str, description: str, stage: Callable[[Config], dict[str, Any]]) -> int:
+    """The command line of a stage that takes a config."""
+    parser = argparse.ArgumentParser(f"python -m jobs.{job}", description=description)
+    parser.add_argument("config", help="a YAML file, as in configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that differ from it"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    arguments = parser.parse_intermixed_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        return _refuse(job, error)
+    if arguments.dry_run:
+        print(config.to_yaml(), end="")
+        return 0
+    return report(job, lambda: stage(config))
+
+
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Command-line words that are no settings, and the `key=value` ones."""
+    words = [a for a in arguments if not re.match(r"[a-z_.]+=", a)]
+    return words, dict(a.split("=", 1) for a in arguments if a not in words)
+
+
+def registry_config(settings: dict[str, str]) -> Config:
+    """Where the registry is, for jobs that take no config file: `mlflow.*` and `storage.*` settings."""
+    return resolve_config({}, [f"{k}={v}" for k, v in settings.items() if k.startswith(("mlflow.", "storage."))])
+
+
+def _refuse(job: str, error: Exception) -> int:
+    log("\n".join(f"error: {line}" for line in str(error).splitlines()))
+    print(json.dumps({"job": job, "status": "refused", "error": str(error)}))
+    return 2
+
+
+def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
+    """Runs a job and prints its summary; an error is one clear line, with its traceback before it."""
+    started = time.monotonic()
+
+    def elapsed() -> float:
+        return round(time.monotonic() - started, 1)
+
+    try:
+        summary = work()
+    except ConfigError as error:
+        return _refuse(job, error)
+    except KeyboardInterrupt:
+        log(f"{job}: interrupted; run it again to go on")
+        print(json.dumps({"job": job, "status": "interrupted", "seconds": elapsed()}))
+        return 1
+    except Exception as error:
+        cause = root_cause(error)
+        if not _is_ours(cause):
+            traceback.print_exc()
+        log(f"error: {cause}")
+        print(json.dumps({"job": job, "status": "failed", "seconds": elapsed(), "error": str(cause)}))
+        return 1
+    sys.stdout.flush()
+    print(json.dumps({"job": job, "status": "ok", "seconds": elapsed(), **summary}))
+    return 0
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error behind those that Ray wraps around what its workers raise."""
+    seen = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "cause", None) or error.__cause__
+        failures = getattr(error, "worker_failures", None)
+        if failures:
+            inner = next(iter(failures.values()))
+        if isinstance(inner, BaseException) and type(error).__module__.startswith("ray"):
+            error = inner
+    return error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Errors that were raised for the user to read, so that a traceback would only hide them."""
+    return type(error).__module__.startswith("pipeline") or isinstance(error, (FileNotFoundError, ValueError))

@@ -1,0 +1,55 @@
+"""Segment videos: python -m jobs.segment VIDEO … model=models:/slotmatch@champion out=DIR
+
+`model` is a registered model, a model folder or a checkpoint file. Other settings: max_side=1280 (pixels),
+num_heads=N (of a public checkpoint's ViT), mlflow.tracking_uri=URI, or storage.root=DIR for its SQLite file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+from jobs._main import registry_config, report, split_settings
+from pipeline.config import ConfigError
+
+SETTINGS = ("model", "out", "max_side", "num_heads", "mlflow.tracking_uri", "storage.root")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m jobs.segment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="+", metavar="VIDEO | key=value")
+    videos, settings = split_settings(parser.parse_args().words)
+    return report("segment", lambda: _segment(videos, settings))
+
+
+def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
+    unknown = [key for key in settings if key not in SETTINGS]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: unknown setting; valid: {', '.join(SETTINGS)}")
+    for key in ("model", "out"):
+        if key not in settings:
+            raise ConfigError(f"{key}: is missing; give {key}=…")
+    if not videos:
+        raise ConfigError("no video given")
+    numbers = {key: int(settings[key]) for key in ("max_side", "num_heads") if key in settings}
+
+    from pipeline.models import load_slot_model
+    from pipeline.registry import downloaded
+    from pipeline.segment import segment, to_best_device
+
+    with contextlib.ExitStack() as stack:
+        path: Any = settings["model"]
+        if path.startswith("models:/"):
+            path = stack.enter_context(downloaded(path, registry_config(settings).tracking_uri))
+        model = to_best_device(load_slot_model(path, num_heads=numbers.get("num_heads")))
+    limit = {"max_side": numbers["max_side"]} if "max_side" in numbers else {}
+    done = [segment(model, video, settings["out"], **limit) for video in videos]
+    return {"uri": settings["out"], "videos": done, "frames": sum(d["frames"] for d in done)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Stages `register` and `pull`: versions of one registered model, and the champion among them.
+
+A version holds safetensors, a JSON config and the code that runs them. The alias `champion` moves only
+to a version whose score on the *same* evaluation is better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import registry_model, storage, tracking
+from pipeline.builders import MODEL_FOLDER
+from pipeline.config import Config
+from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.progress import log
+
+CHAMPION = "champion"
+
+
+def register(config: Config, run_uri: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    """Makes a finished student a version of the registered model; done once a run, however often called.
+
+    Args:
+        run_uri: the student's run folder.
+        evaluation: what `evaluate` returned for it; None where there are no masks to score against.
+
+    Returns `model`, `version`, `champion` (whether the alias points to it now), and the reason.
+
+    Raises:
+        storage.IncompleteError: the run has not finished.
+    """
+    manifest = storage.read_manifest(run_uri)
+    client = tracking.client(config)
+    name = config.mlflow.model_name
+    _create_model(client, name)
+    tags = {
+        tracking.RUN_TAG: run_uri,
+        **{k: v for k, v in manifest["tags"].items() if "." not in k},
+        "run_fingerprint": manifest["fingerprint"],
+        "beta": str(config.distill.beta),
+    }
+    if evaluation is not None:
+        tags |= {f"score.{k}": f"{v:.6f}" for k, v in evaluation["scores"].items()}
+        tags |= {"evaluation": evaluation["protocol"]["fingerprint"], "evaluation_uri": evaluation["uri"]}
+    version = _find_version(client, name, run_uri)
+    if version is None:
+        version = _create_version(client, name, run_uri, manifest["mlflow_run"], tags)
+        log(f"register: {name} version {version}")
+    else:
+        log(f"register: this run is {name} version {version} already")
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version, key, value)
+    champion, reason = _contend(client, name, version, tags, config.evaluate.score)
+    log(f"register: {reason}")
+    return {
+        "uri": f"models:/{name}/{version}",
+        "model": name,
+        "version": int(version),
+        "champion": champion,
+        "reason": reason,
+    }
+
+
+def _create_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _find_version(client: Any, name: str, run_uri: str) -> str | None:
+    found = client.search_model_versions(f"name = '{name}' and tags.`{tracking.RUN_TAG}` = '{run_uri}'")
+    return str(found[0].version) if found else None
+
+
+def _create_version(client: Any, name: str, run_uri: str, run_id: str, tags: dict[str, str]) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = Path(scratch) / "packed"
+        _pack(storage.join(run_uri, MODEL_FOLDER), packed)
+        client.log_artifacts(run_id, str(packed), "model")
+    with tempfile.TemporaryDirectory() as scratch:
+        config_file = Path(scratch) / "config.yaml"
+        config_file.write_bytes(storage.read_bytes(storage.join(run_uri, "config.yaml")))
+        client.log_artifact(run_id, str(config_file))
+    source = f"{client.get_run(run_id).info.artifact_uri}/model"
+    return str(client.create_model_version(name, source=source, run_id=run_id, tags=tags).version)
+
+
+def _pack(model_uri: str, folder: Path) -> None:
+    """Writes a model as MLflow stores it: weights, config, signature, and this package's code."""
+    from mlflow.models import ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import Schema, TensorSpec
+
+    pixels = np.dtype(np.uint8)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(pixels, (-1, -1, -1, 3), "frames")]),
+        outputs=Schema([TensorSpec(pixels, (-1, -1, -1))]),
+    )
+    package = Path(__file__).parent
+    with storage.local_copy(model_uri) as model, tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch) / package.name
+        shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
+        save_model(
+            path=str(folder),
+            python_model=str(package / Path(registry_model.__file__).name),
+            artifacts={registry_model.ARTIFACT: model},
+            signature=signature,
+            code_paths=[str(code)],
+            pip_requirements=[
+                f"{p}=={installed_version(p).split('+')[0]}"
+                for p in ("mlflow", "torch", "timm", "numpy", "safetensors")
+            ],
+        )
+
+
+def _contend(client: Any, name: str, version: str, tags: dict[str, str], score: str) -> tuple[bool, str]:
+    """Moves the champion's alias to `version` if it has earned it; returns whether it holds it, and why."""
+    aliases = client.get_registered_model(name).aliases
+    key = f"score.{score}"
+    mine = float(tags[key]) if key in tags else None
+    shown = f"{score} {100 * mine:.2f}" if mine is not None else "no score"
+    if CHAMPION not in aliases:
+        client.set_registered_model_alias(name, CHAMPION, version)
+        return True, f"version {version} is the first champion ({shown})"
+    holder = str(aliases[CHAMPION])
+    if holder == version:
+        return True, f"version {version} is the champion ({shown})"
+    theirs = client.get_model_version(name, holder).tags
+    if mine is None or key not in theirs:
+        who = version if mine is None else holder
+        return False, f"version {holder} stays champion: version {who} has no {score} to compare"
+    if theirs.get("evaluation") != tags.get("evaluation"):
+        return False, (
+            f"version {holder} stays champion: it was scored on another evaluation "
+            f"({theirs.get('evaluation')}, this one is {tags.get('evaluation')}); evaluate it on this set first"
+        )
+    best = float(theirs[key])
+    if mine <= best:
+        return (
+            False,
+            f"version {holder} stays champion: its {score} is {100 * best:.2f}, not less than {100 * mine:.2f}",
+        )
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return True, f"version {version} is the new champion: {score} {100 * mine:.2f}, before {100 * best:.2f}"
+
+
+@contextlib.contextmanager
+def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
+    """A local folder that `load_slot_model` opens, of a `models:/NAME@ALIAS` or `models:/NAME/N` URI.
+
+    Raises:
+        ValueError: not such a URI, no such model, version or alias, or a model of another kind.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    if not model_uri.startswith("models:/"):
+        raise ValueError(f"model {model_uri!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+    client = tracking.client_of(tracking_uri)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    name, alias, number = _parse(model_uri)
+    try:
+        found = (
+            client.get_model_version_by_alias(name, alias)
+            if alias
+            else client.get_model_version(name, number)
+        )
+        source = client.get_model_version_download_uri(name, found.version)
+    except MlflowException as error:
+        raise ValueError(f"{model_uri} is not in the registry at {tracking_uri}: {error.message}") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri))
+        weights = sorted((folder / "artifacts").rglob(WEIGHTS_FILE))
+        if not weights:
+            raise ValueError(f"{model_uri} holds no {WEIGHTS_FILE}: it was not registered by this pipeline")
+        yield weights[0].parent
+
+
+def _parse(model_uri: str) -> tuple[str, str | None, str | None]:
+    name, at, alias = model_uri.removeprefix("models:/").partition("@")
+    if at and name and alias:
+        return name, alias, None
+    name, slash, number = name.partition("/")
+    if slash and name and number.isdigit():
+        return name, None, number
+    raise ValueError(f"model {model_uri!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+
+
+def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:
+    """Writes a registered model's safetensors and config into `folder`; errors as in `downloaded`."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with downloaded(model_uri, tracking_uri) as source:
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            with storage.atomic_write(str(target / file)) as sink, open(source / file, "rb") as content:
+                shutil.copyfileobj(content, sink, 1 << 20)
+    return {"uri": str(target.absolute()), "model": model_uri}

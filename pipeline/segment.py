@@ -1,0 +1,171 @@
+"""Stage `segment`: a video of any length through a model, to an overlay video, label maps and a sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.clips.sources import Frame, VideoRef
+from pipeline.clips.sources.videos import read_frames
+from pipeline.figures import overlay, slot_colours
+from pipeline.models import SlotModel
+from pipeline.progress import Progress
+
+SHEET_FRAMES = 12
+
+
+def segment(
+    model: SlotModel,
+    video: str | Path,
+    out: str | Path,
+    *,
+    max_side: int = 1280,
+    chunk_frames: int = 8,
+) -> dict[str, Any]:
+    """Writes `OUT/NAME_overlay.mp4`, `OUT/NAME_labels/000000.png …` and `OUT/NAME_sheet.png`.
+
+    The whole frame is resized to the model's square input, its masks back to the frame. Memory does not
+    grow with the video's length. Label images are palette PNGs whose index is the slot.
+
+    Args:
+        max_side: longest side of the overlay and the labels in pixels; larger videos are scaled down.
+
+    Raises:
+        FileNotFoundError: no such video.
+        BadVideo: it can't be decoded.
+    """
+    video, out = Path(video), Path(out)
+    if not video.exists():
+        raise FileNotFoundError(f"there is no video {str(video)!r}")
+    name = video.stem
+    out.mkdir(parents=True, exist_ok=True)
+    labels_folder = out / f"{name}_labels"
+    labels_folder.mkdir(exist_ok=True)
+    overlay_path = out / f"{name}_overlay.mp4"
+    fps, expected, short_side = _probe(video, max_side)
+    num_slots = model.config.num_slots
+    palette = slot_colours(256).flatten().tolist()
+    sheet = _Sheet(expected or 240)
+    count = 0
+    temporary = overlay_path.with_name(f".tmp-{overlay_path.name}")
+    reference = VideoRef(name, str(video), None, "", 0)
+    frames = read_frames(reference, short_side=short_side)
+    try:
+        with (
+            Progress(f"segment {video.name}", expected, "frames") as progress,
+            _VideoWriter(temporary, fps) as writer,
+        ):
+            for pixels, _, masks in model.stream(_chunks(frames, chunk_frames)):
+                labels = model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
+                for frame, label in zip(pixels, labels, strict=True):
+                    picture = overlay(frame, label, num_slots)
+                    writer.write(picture)
+                    image = Image.fromarray(label, mode="P")
+                    image.putpalette(palette)
+                    image.save(labels_folder / f"{count:06d}.png")
+                    sheet.add(count, frame, picture)
+                    count += 1
+                progress.advance(len(pixels))
+        temporary.replace(overlay_path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sheet_path = out / f"{name}_sheet.png"
+    sheet.draw().save(sheet_path)
+    return {
+        "uri": str(out.absolute()),
+        "frames": count,
+        "overlay": str(overlay_path),
+        "labels": str(labels_folder),
+        "sheet": str(sheet_path),
+    }
+
+
+def _probe(video: Path, max_side: int) -> tuple[Fraction, int | None, int | None]:
+    """Frame rate, number of frames where the file declares it, and the short side to decode to."""
+    if video.is_dir():
+        return Fraction(12), None, None
+    try:
+        with av.open(str(video)) as container:
+            stream = container.streams.video[0]
+            rate = Fraction(stream.average_rate or 25).limit_denominator(60_000)
+            sides = sorted((stream.codec_context.width, stream.codec_context.height))
+            short = round(sides[0] * max_side / sides[1]) if sides[1] > max_side else None
+            return rate, stream.frames or None, short
+    except (av.error.FFmpegError, IndexError):
+        return Fraction(25), None, None  # decoding it will say what is wrong
+
+
+def _chunks(frames: Iterator[Frame], size: int) -> Iterator[np.ndarray]:
+    chunk: list[np.ndarray] = []
+    for frame in frames:
+        chunk.append(frame.pixels)
+        if len(chunk) == size:
+            yield np.stack(chunk)
+            chunk = []
+    if chunk:
+        yield np.stack(chunk)
+
+
+class _VideoWriter:
+    """H.264 at a constant rate; frames of odd size lose their last row or column, which H.264 requires."""
+
+    def __init__(self, path: Path, fps: Fraction) -> None:
+        self._container = av.open(str(path), "w", format="mp4")
+        self._fps = fps
+        self._stream: Any = None
+
+    def __enter__(self) -> _VideoWriter:
+        return self
+
+    def write(self, picture: np.ndarray) -> None:
+        height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
+        if self._stream is None:
+            self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "20"})
+            self._stream.width, self._stream.height = width, height
+            self._stream.pix_fmt = "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+        self._container.mux(self._stream.encode(frame))
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+
+
+class _Sheet:
+    """A contact sheet of about `SHEET_FRAMES` evenly spaced frames, with a bounded number in memory."""
+
+    def __init__(self, expected: int) -> None:
+        self._every = max(1, math.ceil(expected / SHEET_FRAMES))
+        self._pictures: list[Image.Image] = []
+
+    def add(self, index: int, frame: np.ndarray, picture: np.ndarray) -> None:
+        if index % self._every:
+            return
+        pair = Image.fromarray(np.concatenate([frame, picture], axis=0))
+        pair.thumbnail((240, 480))
+        self._pictures.append(pair)
+        if len(self._pictures) >= 2 * SHEET_FRAMES:  # the video is longer than it said
+            self._pictures = self._pictures[::2]
+            self._every *= 2
+
+    def draw(self) -> Image.Image:
+        columns = min(6, len(self._pictures))
+        rows = math.ceil(len(self._pictures) / columns)
+        width, height = self._pictures[0].size
+        sheet = Image.new("RGB", (columns * (width + 4) - 4, rows * (height + 4) - 4), "white")
+        for i, picture in enumerate(self._pictures):
+            sheet.paste(picture, (i % columns * (width + 4), i // columns * (height + 4)))
+        return sheet
+
+
+def to_best_device(model: SlotModel) -> SlotModel:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,167 @@
+"""The whole line in one go: videos to a champion pulled from the registry, with its table and pictures."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import stages, storage
+from pipeline.builders import MODEL_FOLDER, load_model, require_teacher
+from pipeline.clips.shard import dataset_folder, shard
+from pipeline.clips.sources.videos import list_videos
+from pipeline.clips.table import ClipSet
+from pipeline.clips.views import apply_view
+from pipeline.config import Config, resolve_config
+from pipeline.distill.train import distill, train_teacher
+from pipeline.evaluate import SCORES, score_table, square
+from pipeline.figures import overlay_strip
+from pipeline.models import load_slot_model
+from pipeline.progress import log
+from pipeline.ray_session import ray_session
+from pipeline.registry import CHAMPION, pull, register
+from pipeline.segment import segment, to_best_device
+from pipeline.targets import cache
+
+NO_KD = "student, no KD"
+SLOTMATCH = "SlotMatch"
+
+
+def with_distill(config: Config, **settings: Any) -> Config:
+    """The same config with some settings of its `distill` section changed."""
+    values = config.model_dump(mode="json")
+    values["distill"].update(settings)
+    return resolve_config(values)
+
+
+def run_pipeline(config: Config) -> dict[str, Any]:
+    """shard, teacher (where none is given), cache, distill with and without KD, evaluate, register, pull
+    and segment. Whatever an earlier run made of the same input is reused.
+
+    Returns the summary; the table and where to look are printed.
+    """
+    with ray_session(config):
+        return _run_pipeline(config)
+
+
+def _run_pipeline(config: Config) -> dict[str, Any]:
+    _title(1, "shard the videos")
+    train = shard(config, config.dataset.split)
+    held_out = shard(config, config.evaluate.split) if config.evaluate.split is not None else None
+    clips = ClipSet(train["uri"])
+    _title(2, "the teacher")
+    if config.teacher.checkpoint is None:
+        train_teacher(config, clips.uri)
+    teacher_uri = require_teacher(config, clips.fingerprint)
+    log(f"teacher: {teacher_uri}")
+    _title(3, "cache the teacher's slots")
+    targets = cache(config, clips.uri)
+    _title(4, "train a student without distillation, then one with SlotMatch")
+    configs = {
+        NO_KD: with_distill(config, beta=0.0, name=NO_KD),
+        SLOTMATCH: with_distill(config, name=config.distill.name or SLOTMATCH),
+    }
+    runs = {name: distill(c, clips.uri) for name, c in configs.items()}
+    evaluations: dict[str, dict[str, Any]] = {}
+    if held_out is not None:
+        _title(5, f"score them on {held_out['videos']} videos that nobody trained on")
+        evaluations = _evaluate(config, configs)
+    _title(6, "register the students, pull the champion, segment a video")
+    registered = [
+        register(c, runs[name]["uri"], evaluations.get(name)) for name, c in configs.items()
+    ]
+    folder = Path(storage.absolute(config.storage.root)) if not storage.is_remote(config.storage.root) else Path("runs")
+    out = folder / "demo"
+    champion = f"models:/{config.mlflow.model_name}@{CHAMPION}"
+    pull(champion, out / "champion", config.tracking_uri)
+    split = config.evaluate.split if config.evaluate.split is not None else config.dataset.split
+    video = list_videos(dataset_folder(config, split), config.dataset.masks)[0].path
+    segmented = segment(to_best_device(load_slot_model(out / "champion")), video, out / "segmented")
+    models = {"teacher": teacher_uri} | {n: storage.join(r["uri"], MODEL_FOLDER) for n, r in runs.items()}
+    strip = comparison_strip(config, (held_out or train)["uri"], models, out / "comparison.png")
+    _closing(config, evaluations, champion, strip, segmented)
+    return {
+        "uri": champion,
+        "clips": train["uri"],
+        "targets": targets["uri"],
+        "videos": train["videos"],
+        "frames": train["frames"],
+        "bad": train["bad"],
+        "reused": {
+            "clips": train["computed_shards"] == 0,
+            "targets": targets["computed_shards"] == 0,
+            "students": all(run["reused"] for run in runs.values()),
+        },
+        "scores": {n: {k: e["scores"][k] for k in SCORES} for n, e in evaluations.items()},
+        "versions": [r["version"] for r in registered],
+        "overlay": segmented["overlay"],
+        "comparison": str(strip),
+    }
+
+
+def _evaluate(config: Config, configs: dict[str, Config]) -> dict[str, dict[str, Any]]:
+    slots = stages.student_slots(configs[SLOTMATCH])
+    results = stages.evaluate_baselines(config, slots) if config.evaluate.baselines else {}
+    results["teacher"] = stages.evaluate_teacher(config)
+    for name, student_config in configs.items():
+        scored = stages.evaluate_student(student_config)
+        assert scored is not None
+        results[name] = scored
+    return results
+
+
+def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], path: Path) -> Path:
+    """A picture of one video: frames over the masks of each model, a colour a slot."""
+    clips = ClipSet(clips_uri)
+    video = clips.videos[0]
+    crop = square(video.height, video.width)
+    pieces = []
+    for clip in clips.iter_video(video):
+        pieces.append(apply_view(clip.frames, crop))
+        if len(pieces) == 6:
+            break
+    rows = []
+    num_slots = 1
+    for name, uri in models.items():
+        model = load_model(uri, num_heads=config.teacher.num_heads if name == "teacher" else None)
+        labels = [
+            model.label_maps(masks, frames.shape[1:3]).cpu().numpy()
+            for frames, _, masks in model.stream(pieces)
+        ]
+        rows.append((name, np.concatenate(labels)))
+        num_slots = max(num_slots, model.config.num_slots)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    overlay_strip(np.concatenate(pieces), rows, num_slots).save(path)
+    return path
+
+
+def _title(number: int, text: str) -> None:
+    width = shutil.get_terminal_size((80, 20)).columns
+    log(f"\n--- {number}/6 {text} ".ljust(min(width, 80), "-"))
+
+
+def _closing(
+    config: Config,
+    evaluations: dict[str, dict[str, Any]],
+    champion: str,
+    strip: Path,
+    segmented: dict[str, Any],
+) -> None:
+    if evaluations:
+        first = next(iter(evaluations.values()))
+        which = first["protocol"]["fingerprint"]
+        print(f"\nScores in percent on {first['videos']} held-out videos (evaluation {which}):")
+        print(score_table([(name, e["scores"]) for name, e in evaluations.items()]))
+    print(
+        f"""
+Where to look
+  runs and metrics   mlflow ui --backend-store-uri {config.tracking_uri}
+  all models         {strip}
+  overlay video      {segmented["overlay"]}
+  contact sheet      {segmented["sheet"]}
+  registered model   {champion}   (python -m jobs.pull {champion} DIR storage.root={config.storage.root})
+""",
+        flush=True,
+    )

@@ -1,0 +1,457 @@
+"""Reading folders of video files and of frames: what is decoded, and what is set aside and why."""
+
+import itertools
+import re
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.clips.sources import BadVideo, VideoRef
+from pipeline.clips.sources.videos import list_videos, natural_key, read_frames
+
+RED, BLUE, WHITE = (200, 20, 20), (20, 20, 200), (250, 250, 250)
+
+
+def picture(height=64, width=96, shade=0):
+    """Red on the left, blue on the right, a white square in the top left corner."""
+    image = np.empty((height, width, 3), np.uint8)
+    image[:, : width // 2], image[:, width // 2 :] = RED, BLUE
+    image[: height // 4, : height // 4] = WHITE
+    return np.clip(image.astype(int) + shade, 0, 255).astype(np.uint8)
+
+
+def write_video(
+    path, frames, codec="libx264", pix_fmt="yuv420p", rate=10, pts=None, rotation=None, **options
+):
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = pts[index] if pts else index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_noise(path, count, **options):
+    """A video with enough bytes in it to be cut."""
+    rng = np.random.default_rng(0)
+    return write_video(path, list(rng.integers(0, 256, (count, 48, 64, 3), np.uint8)), **options)
+
+
+def read(path, masks=None, **settings):
+    return list(read_frames(VideoRef("video", str(path), masks and str(masks), "", 0), **settings))
+
+
+def reason_against(path, masks=None, **settings):
+    with pytest.raises(BadVideo) as error:
+        read(path, masks, **settings)
+    reason = str(error.value)
+    assert "\n" not in reason
+    assert "Errno" not in reason
+    assert str(path.parent) not in reason, "reasons must not hold paths of this machine"
+    return reason
+
+
+def assert_colour(pixel, expected):
+    np.testing.assert_allclose(pixel, expected, atol=12)
+
+
+# --- video files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bikes", "bigbuckbunny", "carphone_pristine"])
+def test_real_videos_have_the_frames_that_pyav_counts(real_videos, name):
+    with av.open(str(real_videos[name])) as container:
+        stream = container.streams.video[0]
+        size = (stream.height, stream.width)
+        times = [frame.time for frame in container.decode(video=0)]
+    scale = 36 / min(size)
+    count = 0
+    for frame, seconds in zip(
+        read_frames(VideoRef(name, str(real_videos[name]), None, "", 0), short_side=36), times, strict=True
+    ):
+        assert frame.pixels.shape == (round(size[0] * scale), round(size[1] * scale), 3)
+        assert frame.seconds == pytest.approx(seconds)
+        count += 1
+    assert count == len(times) > 100
+
+
+def test_real_video_pixels_equal_pyavs(real_videos):
+    with av.open(str(real_videos["carphone_pristine"])) as container:
+        expected = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    frame = next(read_frames(VideoRef("x", str(real_videos["carphone_pristine"]), None, "", 0)))
+    assert np.abs(frame.pixels.astype(int) - expected).mean() < 1  # another rounding in the conversion
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"),
+    [
+        ("libx264", "mp4"),
+        ("libx264", "mkv"),
+        ("libx264", "mov"),
+        ("libx264", "m4v"),
+        ("libx265", "mp4"),
+        ("libvpx-vp9", "webm"),
+        ("libsvtav1", "mp4"),
+        ("libaom-av1", "mkv"),
+        ("mpeg4", "avi"),
+        ("mjpeg", "avi"),
+    ],
+)
+def test_codecs_and_containers(tmp_path, codec, suffix):
+    try:
+        av.codec.Codec(codec, "w")
+    except av.codec.codec.UnknownCodecError:
+        pytest.skip(f"this PyAV has no encoder {codec}")
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = write_video(tmp_path / f"a.{suffix}", [picture()] * 10, codec, pix_fmt)
+    frames = read(path)
+    assert len(frames) == 10
+    np.testing.assert_allclose([f.seconds - frames[0].seconds for f in frames], np.arange(10) / 10, atol=2e-3)
+    for frame in frames:
+        assert frame.pixels.shape == (64, 96, 3)
+        assert frame.pixels.dtype == np.uint8
+        assert frame.masks is None
+        assert_colour(frame.pixels[5, 5], WHITE)
+        assert_colour(frame.pixels[50, 20], RED)
+        assert_colour(frame.pixels[50, 80], BLUE)
+
+
+def test_frames_come_in_display_order(tmp_path):
+    """Encoders reorder frames (B-frames); every frame of this one is brighter than the last."""
+    frames = [np.full((64, 64, 3), 10 * i, np.uint8) for i in range(25)]
+    brightness = [f.pixels.mean() for f in read(write_video(tmp_path / "a.mp4", frames))]
+    np.testing.assert_allclose(brightness, np.arange(25) * 10, atol=3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(63, 95), (97, 33)])
+def test_odd_sizes(tmp_path, height, width):
+    path = write_video(tmp_path / "a.mp4", [picture(height, width)] * 3, pix_fmt="yuv444p")
+    assert {f.pixels.shape for f in read(path)} == {(height, width, 3)}
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "expected"),
+    [((64, 96), 32, (32, 48)), ((96, 64), 32, (48, 32)), ((64, 96), 80, (80, 120)), ((64, 96), 64, (64, 96))],
+)
+def test_short_side(tmp_path, size, short_side, expected):
+    frames = read(write_video(tmp_path / "a.mp4", [picture(*size)] * 2), short_side=short_side)
+    assert frames[0].pixels.shape[:2] == expected
+    assert_colour(frames[0].pixels[-4, 4], RED)
+    assert_colour(frames[0].pixels[-4, -4], BLUE)
+
+
+def test_rotation_metadata(tmp_path):
+    """A display matrix that says "turn by n degrees counter-clockwise" is obeyed."""
+    for degrees in (90, 180, 270):
+        path = write_video(tmp_path / f"{degrees}.mp4", [picture()] * 2, rotation=degrees)
+        pixels = read(path)[0].pixels
+        np.testing.assert_allclose(pixels, np.rot90(read_plain(tmp_path), degrees // 90), atol=1)
+
+
+def read_plain(tmp_path):
+    return read(write_video(tmp_path / "plain.mp4", [picture()] * 2))[0].pixels
+
+
+def test_rotation_of_a_phone_video(tmp_path):
+    """The header a phone writes when held upright: its matrix turns the picture clockwise."""
+    path = write_video(tmp_path / "phone.mp4", [picture()] * 2)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40  # ISO 14496-12: behind version, times, ids, layer and volume
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    assert content[matrix : matrix + 36] == identity
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
+    path.write_bytes(content)
+    pixels = read(path, short_side=32)[0].pixels
+    assert pixels.shape == (48, 32, 3)
+    assert_colour(pixels[2, -3], WHITE)  # the top left corner is now at the top right
+    assert_colour(pixels[5, 5], RED)
+    assert_colour(pixels[-5, 5], BLUE)
+
+
+def test_target_fps_of_a_steady_video(tmp_path):
+    frames = [np.full((64, 64, 3), 20 * i, np.uint8) for i in range(10)]
+    path = write_video(tmp_path / "a.mp4", frames)  # 10 a second
+    half = read(path, fps=5)
+    np.testing.assert_allclose([f.pixels.mean() for f in half], [0, 40, 80, 120, 160], atol=3)
+    np.testing.assert_allclose([f.seconds for f in half], [0, 0.2, 0.4, 0.6, 0.8])
+    doubled = [f.pixels.mean() for f in read(path, fps=20)]
+    np.testing.assert_allclose(doubled[:6], [0, 0, 20, 20, 40, 40], atol=3)
+
+
+def test_target_fps_of_a_variable_frame_rate_video(tmp_path):
+    """Every kept frame is the one on display at that time."""
+    times = [0, 1, 2, 10, 11, 20]  # tenths of a second
+    frames = [np.full((64, 64, 3), 40 * i, np.uint8) for i in range(6)]
+    path = write_video(tmp_path / "a.mkv", frames, pts=times)
+    kept = read(path, fps=4)
+    assert [f.seconds for f in kept] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2])
+    on_display = [0, 2, 2, 2, 3, 4, 4, 4, 5]
+    np.testing.assert_allclose([f.pixels.mean() for f in kept], np.multiply(on_display, 40), atol=3)
+    assert len(read(path)) == 6
+
+
+def test_max_seconds(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [picture()] * 30)
+    assert len(read(path, max_seconds=1.5)) == 15
+    assert len(read(path, max_seconds=1.5, fps=4)) == 6
+    assert len(read(path, max_seconds=100)) == 30
+
+
+def test_frames_are_read_one_at_a_time(tmp_path):
+    """The first frames of a cut file come out before its end is reached."""
+    path = write_noise(tmp_path / "a.mkv", 100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    frames = read_frames(VideoRef("a", str(path), None, "", 0))
+    assert len(list(itertools.islice(frames, 20))) == 20
+    with pytest.raises(BadVideo, match="truncated"):
+        list(frames)
+
+
+# --- bad files ----------------------------------------------------------------------------------------
+
+
+def test_text_file(tmp_path):
+    (tmp_path / "a.mp4").write_text("I am no video\n" * 100)
+    reason = reason_against(tmp_path / "a.mp4")
+    assert reason == "can't be decoded (Invalid data found when processing input)"
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    assert reason_against(tmp_path / "a.mp4") == "the file is empty"
+
+
+def test_missing_file(tmp_path):
+    assert "No such file" in reason_against(tmp_path / "gone.mp4")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("mp4", "libx264", {}),  # the table of contents is at the end: nothing can be read
+        ("mp4", "libx264", {"movflags": "faststart"}),  # at the start: the first half can be
+        ("mkv", "libx264", {}),
+        ("webm", "libvpx-vp9", {}),
+        ("avi", "mpeg4", {}),
+    ],
+)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.8])
+def test_truncated_file(tmp_path, suffix, codec, options, share):
+    path = write_noise(tmp_path / f"a.{suffix}", 60, codec=codec, **options)
+    assert len(read(path)) == 60
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    reason_against(path)
+
+
+def test_truncation_says_how_much_is_there(tmp_path):
+    path = write_noise(tmp_path / "a.mkv", 100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert re.fullmatch(r"truncated: [3-6]\.\d of 10\.0 seconds are there", reason_against(path))
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "aac"), ("mkv", "flac")])
+def test_audio_only_file(tmp_path, suffix, codec):
+    path = tmp_path / f"a.{suffix}"
+    sample = {"aac": ("fltp", np.float32), "flac": ("s16", np.int16)}[codec]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), sample[1]), format=sample[0], layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert reason_against(path) == "the file has no video stream"
+
+
+def test_bad_files_print_nothing(tmp_path, capfd):
+    """FFmpeg's own complaints would fill a job's log; the reason is all there is."""
+    (tmp_path / "a.mp4").write_text("I am no video\n" * 100)
+    capfd.readouterr()
+    reason_against(tmp_path / "a.mp4")
+    assert capfd.readouterr() == ("", "")
+
+
+# --- folders of frames ----------------------------------------------------------------------------------
+
+
+def write_images(folder, images, names=None):
+    folder.mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / (names[index] if names else f"{index:05d}.png"))
+    return folder
+
+
+def test_frame_folder_is_read_in_natural_order(tmp_path):
+    shades = [np.full((8, 12, 3), 10 * i, np.uint8) for i in range(12)]
+    folder = write_images(tmp_path / "v", shades, [f"frame{i}.png" for i in range(12)])
+    (folder / "notes.txt").write_text("not a frame")
+    frames = read(folder)
+    assert [int(f.pixels[0, 0, 0]) for f in frames] == [10 * i for i in range(12)]
+    assert frames[0].pixels.shape == (8, 12, 3)
+    assert read(folder, short_side=4)[0].pixels.shape == (4, 6, 3)
+
+
+def test_frame_folder_with_grey_and_transparent_frames(tmp_path):
+    folder = tmp_path / "v"
+    folder.mkdir()
+    Image.new("L", (6, 4), 100).save(folder / "0.png")
+    Image.new("RGBA", (6, 4), (1, 2, 3, 4)).save(folder / "1.png")
+    frames = read(folder)
+    assert [f.pixels.shape for f in frames] == [(4, 6, 3)] * 2
+    assert frames[0].pixels[0, 0].tolist() == [100] * 3
+
+
+def test_frame_folder_of_differing_sizes(tmp_path):
+    folder = write_images(tmp_path / "v", [picture(8, 12), picture(8, 12), picture(8, 10)])
+    reason = reason_against(folder)
+    assert "00002.png" in reason
+    assert "(10, 8)" in reason
+    assert "(12, 8)" in reason
+
+
+def test_frame_folder_with_a_broken_frame(tmp_path):
+    folder = write_images(tmp_path / "v", [picture(8, 12)] * 3)
+    (folder / "00001.png").write_bytes(b"no image")
+    assert reason_against(folder) == "frame 00001.png can't be decoded (cannot identify image file)"
+    (folder / "00001.png").write_bytes((folder / "00000.png").read_bytes()[:60])
+    assert "00001.png" in reason_against(folder)
+
+
+# --- masks ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labels():
+    """Three frames: two objects, one of them and void, none."""
+    labels = np.zeros((3, 64, 96), np.uint8)
+    labels[0, :16, :16], labels[0, 32:, 48:] = 3, 7
+    labels[1, 8:24, 8:24], labels[1, 40:, :] = 3, 255
+    return labels
+
+
+def test_masks(tmp_path, labels):
+    video = write_video(tmp_path / "a.mp4", [picture()] * 3)
+    frames = read(video, write_images(tmp_path / "masks" / "a", labels))
+    assert [sorted(f.masks) for f in frames] == [[3, 7], [3], []]
+    for frame, label in zip(frames, labels, strict=True):
+        for object_id, mask in frame.masks.items():
+            assert mask.dtype == bool
+            np.testing.assert_array_equal(mask, label == object_id)
+
+
+def test_palette_masks_are_read_by_index(tmp_path, labels):
+    video = write_video(tmp_path / "a.mp4", [picture()])
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    image = Image.fromarray(labels[0]).convert("P")
+    image.putdata(labels[0].flatten().tolist())
+    image.putpalette([0, 0, 0, *[128, 0, 0] * 255])
+    image.save(folder / "0.png")
+    assert sorted(read(video, folder)[0].masks) == [3, 7]
+
+
+def test_masks_follow_the_resized_frames(tmp_path, labels):
+    video = write_video(tmp_path / "a.mp4", [picture()] * 3)
+    frames = read(video, write_images(tmp_path / "masks", labels), short_side=32)
+    assert frames[0].masks[3].shape == (32, 48)
+    np.testing.assert_array_equal(frames[0].masks[7], labels[0, ::2, ::2] == 7)
+
+
+def test_masks_stay_with_their_frames_when_frames_are_dropped(tmp_path, labels):
+    video = write_video(tmp_path / "a.mp4", [picture()] * 3)
+    frames = read(video, write_images(tmp_path / "masks", labels), fps=5)
+    assert [sorted(f.masks) for f in frames] == [[3, 7], []]
+
+
+@pytest.mark.parametrize(
+    ("masks", "expected"), [(2, "has more frames than masks (2)"), (4, "has 3 frames but 4 masks")]
+)
+def test_too_few_or_many_masks(tmp_path, masks, expected):
+    video = write_video(tmp_path / "a.mp4", [picture()] * 3)
+    folder = write_images(tmp_path / "masks", np.zeros((masks, 64, 96), np.uint8))
+    assert reason_against(video, folder) == expected
+
+
+def test_mask_of_another_shape(tmp_path):
+    video = write_video(tmp_path / "a.mp4", [picture()])
+    folder = write_images(tmp_path / "masks", np.zeros((1, 64, 64), np.uint8))
+    assert reason_against(video, folder) == "mask 00000.png is 64x64, its frame 96x64 pixels"
+
+
+def test_mask_that_is_a_colour_picture(tmp_path):
+    video = write_video(tmp_path / "a.mp4", [picture()])
+    folder = write_images(tmp_path / "masks", [picture()])
+    assert reason_against(video, folder) == "mask 00000.png is a RGB image, not one of labels"
+
+
+# --- finding videos -----------------------------------------------------------------------------------------
+
+
+def test_list_videos(tmp_path):
+    for name in ("b.mp4", "a.MKV", "deep/er/c.webm", "notes.txt", ".hidden.mp4", ".git/d.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    write_images(tmp_path / "frames" / "one", [picture(4, 6)])
+    write_images(tmp_path / "masks" / "b", np.zeros((1, 4, 6), np.uint8))
+    videos = list_videos(str(tmp_path), "masks")
+    assert [v.video_id for v in videos] == ["a", "b", "deep/er/c", "frames/one"]
+    assert [v.masks_path for v in videos] == [None, str(tmp_path / "masks" / "b"), None, None]
+    assert videos[0].path == str(tmp_path / "a.MKV")
+    assert videos[1].bytes == 5
+
+
+def test_content_follows_the_bytes_and_not_the_place(tmp_path):
+    """Equal videos in another folder are equal work; changed bytes or masks are not."""
+
+    def contents(folder):
+        return [v.content for v in list_videos(str(folder), "masks")]
+
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        (folder / "a.mp4").write_bytes(b"some video")
+        write_images(folder / "masks" / "a", np.zeros((1, 4, 6), np.uint8))
+    before = contents(tmp_path / "here")
+    assert before == contents(tmp_path / "there")
+    Image.fromarray(np.ones((4, 6), np.uint8)).save(tmp_path / "there" / "masks" / "a" / "00000.png")
+    with_other_masks = contents(tmp_path / "there")
+    (tmp_path / "there" / "a.mp4").write_bytes(b"some_video")
+    assert len({*before, *with_other_masks, *contents(tmp_path / "there")}) == 3
+
+
+def test_two_videos_of_one_name(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.mkv").touch()
+    with pytest.raises(ValueError, match="both be the video 'a'; rename one"):
+        list_videos(str(tmp_path), "masks")
+
+
+def test_no_videos(tmp_path):
+    (tmp_path / "notes.txt").write_text("no video")
+    with pytest.raises(FileNotFoundError, match="no video in"):
+        list_videos(str(tmp_path), "masks")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        list_videos(str(tmp_path / "nowhere"), "masks")
+    with pytest.raises(ValueError, match="s3://bucket/videos"):
+        list_videos("s3://bucket/videos", "masks")
+
+
+def test_a_dangling_link_does_not_stop_the_others(tmp_path):
+    write_video(tmp_path / "a.mp4", [picture()])
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "gone.mp4")
+    good, dangling = list_videos(str(tmp_path), "masks")
+    assert len(read(good.path)) == 1
+    assert "No such file" in reason_against(Path(dangling.path))
+
+
+def test_natural_key():
+    names = ["frame10", "frame9", "frame1", "10", "2", "a2b10", "a2b9", "x²"]
+    assert sorted(names, key=natural_key) == ["2", "10", "a2b9", "a2b10", "frame1", "frame9", "frame10", "x²"]

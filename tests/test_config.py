@@ -1,0 +1,237 @@
+"""What a user reads who got a config wrong, and what a config gives who got it right."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config, ConfigError, ViT, load_config, resolve_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def problems(values=None, *overrides):
+    with pytest.raises(ConfigError) as error:
+        resolve_config(values or {}, overrides)
+    return str(error.value).splitlines()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load(path):
+    config = load_config(path)
+    assert load_config(path, ["distill.seed=7"]).distill.seed == 7
+    assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_defaults_are_the_papers():
+    config = resolve_config({})
+    assert (config.distill.alpha, config.distill.beta) == (1, 0.2)
+    assert (config.distill.steps, config.distill.batch_size) == (300_000, 16)
+    assert (config.distill.gradient_clip, config.distill.warmup_steps) == (0.05, 2500)
+    assert config.student.backbone == "vit_small_patch14_dinov2"
+    assert config.student.decoder_hidden_sizes == (1024, 1024, 1024)
+
+
+# --- what is wrong is named, with the nearest that is right -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "nearest"),
+    [
+        ("distil.steps", 3, "did you mean 'distill'?"),
+        ("distill.stepz", 3, "did you mean 'distill.steps'?"),
+        ("teacher.train.batchsize", 3, "did you mean 'teacher.train.batch_size'?"),
+        ("dataset.synthetic.video", 3, "did you mean 'dataset.synthetic.videos'?"),
+        ("storage.xyzzy", 3, "valid: root"),
+    ],
+)
+def test_unknown_key(key, value, nearest):
+    (line,) = problems({}, f"{key}={value}")
+    assert line.startswith((f"{key}: unknown key (value 3)", "distil: unknown key (value {'steps': 3})"))
+    assert line.endswith(nearest)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("distill.steps=many", "distill.steps: 'many' is not a valid integer"),
+        ("distill.steps=yes", "distill.steps: True is not a number or text"),
+        ("distill.steps=[1]", "distill.steps: [1] is not a valid integer"),
+        ("distill.fast_decoder=maybe", "distill.fast_decoder: 'maybe' is not a valid boolean"),
+        ("dataset.path={a: b}", "dataset.path: {'a': 'b'} is not a valid string"),
+        ("sweep.beta=0.2", "sweep.beta: 0.2 is not a valid tuple"),
+        ("student.num_slots=2.5", "student.num_slots: 2.5 is not a valid integer"),
+    ],
+)
+def test_wrong_type(override, line):
+    (problem,) = problems({}, override)
+    assert problem.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("distill.steps=-1", "distill.steps: -1 must be at least 1; nearest valid: 1"),
+        ("clips.quality=101", "clips.quality: 101 must be at most 100; nearest valid: 100"),
+        ("distill.learning_rate=0", "distill.learning_rate: 0 must be more than 0.0"),
+        ("distill.learning_rate=.inf", "distill.learning_rate: inf is not a finite number"),
+        ("sweep.beta=[0.1, -1]", "sweep.beta.1: -1 must be at least 0.0; nearest valid: 0.0"),
+        ("clips.codec=jpg", "clips.codec: 'jpg' is not one of jpeg, png, raw; nearest: jpeg"),
+        (
+            "student.num_slots=7",
+            "student.num_slots: 7 differs from the teacher's 15 (teacher.num_slots), and slot n is distilled to "
+            "slot n; nearest valid: 15",
+        ),
+        (
+            "student.image_size=335",
+            "student.image_size: 335 is not a multiple of the patch size 14; nearest: 322 or 336",
+        ),
+        (
+            "teacher.image_size=5",
+            "teacher.image_size: 5 is not a multiple of the patch size 14; nearest: 14",
+        ),
+        (
+            "distill.workers=5",
+            "distill.batch_size: 16 can't be shared equally by 5 workers; nearest: 15",
+        ),
+    ],
+)
+def test_impossible_value(override, line):
+    assert problems({}, override) == [line]
+
+
+def test_values_that_are_impossible_together():
+    (line,) = problems({"clips": {"clip_frames": 1}})
+    assert "clips.clip_frames: 1" in line
+    assert "alpha=0" in line
+    (line,) = problems({"dataset": {"split": "val"}, "evaluate": {"split": "val"}})
+    assert line == "evaluate.split: 'val' is the training split (dataset.split)"
+    (line,) = problems({}, "teacher.slot_size=130")
+    assert "130 must be a multiple of 4" in line
+    assert "128" in line
+
+
+def test_a_public_teacher_decides_its_own_sizes():
+    """With a checkpoint file, the teacher's entries in the config are not what the teacher is."""
+    config = resolve_config(
+        {}, ["teacher.checkpoint=movi_e.ckpt", "student.num_slots=7", "teacher.image_size=335"]
+    )
+    assert config.num_slots == 7
+
+
+def test_all_problems_are_reported_at_once():
+    lines = problems({"distill": {"stepz": 3, "workers": -1}, "clipz": {}, "clips": {"codec": "x"}})
+    keys = {line.split(":")[0] for line in lines}
+    assert keys == {"distill.stepz", "distill.workers", "clipz", "clips.codec"}
+    assert len(problems({}, "student.num_slots=7", "student.image_size=335", "distill.workers=5")) == 3
+
+
+def test_a_backbone_given_by_its_dimensions():
+    vit = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    config = resolve_config({"student": {"backbone": vit, "image_size": 32}})
+    assert config.student.backbone == ViT(**vit)
+    assert config.student.patch_size == 4
+    (line,) = problems({"student": {"backbone": {**vit, "num_heads": 3}, "image_size": 32}})
+    assert line == "student.backbone.num_heads: 3 does not divide embed_dim 32"
+    (line,) = problems({"student": {"backbone": {**vit, "heads": 2}, "image_size": 32}})
+    assert line.startswith("student.backbone.heads: unknown key")
+    (line,) = problems({"student": {"backbone": {"patch_size": 4, "embed_dim": 32, "depth": 2}}})
+    assert line.startswith("student.backbone.num_heads: is missing")
+
+
+def test_sections_that_are_none():
+    (line,) = problems({"distill": 3})
+    assert line == "distill: 3 is not a section of keys and values"
+    assert problems({"distill": {1: 2}}) == ["distill.1: keys must be text"]
+    # `distill:` with nothing but comments below it
+    assert resolve_config({"distill": None}) == Config()
+
+
+# --- overrides ------------------------------------------------------------------------------------------
+
+
+def test_overrides():
+    values = {"distill": {"steps": 5, "seed": 1}, "clips": {"fps": 10}}
+    config = resolve_config(
+        values,
+        [
+            "distill.steps=6",
+            "teacher.train.steps=1_000",
+            "clips.fps=null",
+            "sweep.seeds=[1, 2]",
+            "dataset.path=/videos/a=b c",
+            "distill.learning_rate=1e-3",
+            "mlflow.experiment=",
+            "mlflow.experiment=my videos",
+            "evaluate.split=",
+        ],
+    )
+    assert (config.distill.steps, config.distill.seed) == (6, 1)
+    assert config.teacher.train.steps == 1000
+    assert config.clips.fps is None
+    assert config.sweep.seeds == (1, 2)
+    assert config.dataset.path == "/videos/a=b c"
+    assert config.distill.learning_rate == 1e-3
+    assert config.mlflow.experiment == "my videos"
+    assert config.evaluate.split is None
+    assert values == {"distill": {"steps": 5, "seed": 1}, "clips": {"fps": 10}}, "the caller's values changed"
+
+
+@pytest.mark.parametrize("override", ["steps=5", "distill.steps", "steps", ""])
+def test_malformed_override(override):
+    assert problems({}, override) == [f"override {override!r} is not of the form section.key=value"]
+
+
+def test_override_below_a_value():
+    (line,) = problems({"distill": {"steps": 5}}, "distill.steps.more=3")
+    assert "'steps' is a value, not a section" in line
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    config = resolve_config({}, ["distill.steps=7", "clips.short_side=96", "student.mean=[0.5, 0.5, 0.5]"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_empty_file_is_the_defaults(tmp_path):
+    (tmp_path / "config.yaml").write_text("# nothing yet\n")
+    assert load_config(tmp_path / "config.yaml") == Config()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("distill: [1, 2", "is not YAML"),
+        ("- a\n- b\n", "must hold sections, not list"),
+        ("just text", "must hold sections, not str"),
+        (b"\xff\xfe\x00\x80", "is not YAML"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, content, message):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(path)
+    assert "broken.yaml" in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml' can't be read: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match="can't be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_tracking_uri(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = f"storage.root={tmp_path}"
+    assert resolve_config({}, [root]).tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri: must be set when storage\.root is remote"):
+        _ = resolve_config({}, ["storage.root=s3://bucket/runs"]).tracking_uri
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://from-environment")
+    assert resolve_config({}, [root]).tracking_uri == "http://from-environment"
+    given = resolve_config({}, [root, "mlflow.tracking_uri=http://from-config"])
+    assert given.tracking_uri == "http://from-config"

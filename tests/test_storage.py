@@ -1,0 +1,249 @@
+import gc
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.storage import IncompleteError, join
+
+MULTIPART = 12 << 20  # bytes; s3fs sends more than 5 MiB in parts
+
+
+class Interrupted(Exception):
+    pass
+
+
+def write_interrupted(uri, content):
+    def write():
+        with storage.atomic_write(uri) as file:
+            file.write(content)
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        write()
+
+
+# --- the same promises, on a folder and on a real S3 server ---------------------------------------
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    """An empty place to write to."""
+    if request.param == "local":
+        yield str(tmp_path)
+        return
+    uri = join(request.getfixturevalue("s3"), tmp_path.name)
+    yield uri
+    storage.delete(uri)
+
+
+def test_write_and_read(root):
+    uri = join(root, "deep", "er", "file.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"some bytes")
+    assert storage.exists(uri)
+    assert storage.size(uri) == 10
+    assert storage.read_bytes(uri) == b"some bytes"
+    with storage.open_read(uri) as file:
+        file.seek(5)
+        assert file.read() == b"bytes"
+    storage.write_bytes(uri, b"")
+    assert storage.read_bytes(uri) == b""
+
+
+def test_list_names(root):
+    assert storage.list_names(root) == []
+    assert storage.list_names(join(root, "nowhere")) == []
+    for name in ("b.txt", "a.txt", "folder/c.txt"):
+        storage.write_bytes(join(root, name), b"x")
+    assert storage.list_names(root) == ["a.txt", "b.txt", "folder"]
+    storage.delete(join(root, "a.txt"))
+    assert storage.list_names(root) == ["b.txt", "folder"]
+
+
+def test_delete(root):
+    for name in ("folder/a", "folder/deep/b", "kept"):
+        storage.write_bytes(join(root, name), b"x")
+    storage.delete(join(root, "folder"))
+    assert storage.list_names(root) == ["kept"]
+    storage.delete(join(root, "folder"))  # nothing there is no error
+    storage.delete(join(root, "kept"))
+    assert not storage.exists(join(root, "kept"))
+
+
+@pytest.mark.parametrize("length", [10, MULTIPART])
+def test_an_interrupted_write_publishes_nothing(root, length):
+    uri = join(root, "file.bin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what a forgotten handle complains about when it is collected
+        write_interrupted(uri, b"n" * length)
+        gc.collect()
+    assert not storage.exists(uri)
+    assert storage.list_names(root) == []
+
+
+@pytest.mark.parametrize("length", [10, MULTIPART])
+def test_an_interrupted_write_keeps_the_old_file(root, length):
+    uri = join(root, "file.bin")
+    storage.write_bytes(uri, b"old")
+    write_interrupted(uri, b"n" * length)
+    gc.collect()
+    assert storage.read_bytes(uri) == b"old"
+    storage.write_bytes(uri, b"n" * length)
+    assert storage.size(uri) == length
+
+
+def test_publish_makes_a_folder_complete(root):
+    folder = join(root, "set")
+    storage.write_bytes(join(folder, "data"), b"x")
+    assert not storage.is_complete(folder)
+    with pytest.raises(IncompleteError, match=r"set has no manifest\.json"):
+        storage.read_manifest(folder)
+    storage.publish(folder, {"kind": "test", "rows": [1, 2]})
+    assert storage.is_complete(folder)
+    assert storage.read_manifest(folder) == {"kind": "test", "rows": [1, 2]}
+
+
+def test_read_manifest_of_a_missing_folder(root):
+    with pytest.raises(IncompleteError, match="does not exist"):
+        storage.read_manifest(join(root, "nowhere"))
+
+
+def test_read_json_names_the_file_that_is_not_json(root):
+    uri = join(root, "broken.json")
+    storage.write_bytes(uri, b'{"half": ')
+    with pytest.raises(ValueError, match=r"broken\.json: not JSON"):
+        storage.read_json(uri)
+
+
+def test_upload_folder_and_local_copy(root, tmp_path_factory):
+    local = tmp_path_factory.mktemp("local")
+    content = {"a.bin": b"a" * 100, "manifest.json": b"{}", "z.bin": os.urandom(6 << 20)}
+    for name, value in content.items():
+        (local / name).write_bytes(value)
+    storage.upload_folder(local, join(root, "up"))
+    assert storage.list_names(join(root, "up")) == sorted(content)
+    with storage.local_copy(join(root, "up")) as folder:
+        assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == content
+    with storage.local_copy(join(root, "up", "a.bin")) as path:
+        assert os.path.basename(path) == "a.bin"
+        assert Path(path).read_bytes() == content["a.bin"]
+
+
+def test_upload_folder_that_fails_midway_is_incomplete(root, tmp_path_factory):
+    """The manifest comes last even though its name does not."""
+    local = tmp_path_factory.mktemp("local")
+    (local / "a.bin").write_bytes(b"a")
+    (local / "manifest.json").write_bytes(b"{}")
+    (local / "z.bin").mkdir()  # can't be read as a file
+    with pytest.raises(OSError, match=r"z\.bin"):
+        storage.upload_folder(local, join(root, "up"))
+    assert storage.list_names(join(root, "up")) == ["a.bin"]
+    with pytest.raises(IncompleteError):
+        storage.read_manifest(join(root, "up"))
+
+
+def test_hash_file_follows_the_content(root):
+    big = os.urandom(3 << 20)
+    for name, content in (("one", big), ("two", big), ("three", big[:-1] + b"\0\0")):
+        storage.write_bytes(join(root, name), content)
+    one, two, three = (storage.hash_file(join(root, name)) for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_local_copy_of_nothing(s3):
+    with pytest.raises(FileNotFoundError, match="nowhere"), storage.local_copy(join(s3, "nowhere")):
+        pass
+
+
+def test_a_missing_bucket_is_said_at_once(s3):
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("s3://no-such-bucket/file")
+    with pytest.raises(FileNotFoundError):
+        storage.write_bytes("s3://no-such-bucket/file", b"x")
+
+
+def test_another_process_sees_what_was_just_published(s3, tmp_path):
+    """Listings must not be cached: stages run in processes of their own."""
+    folder = join(s3, tmp_path.name)
+    assert storage.list_names(folder) == []
+    code = f"from pipeline import storage; storage.write_bytes({join(folder, 'new')!r}, b'from elsewhere')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert storage.list_names(folder) == ["new"]
+    assert storage.read_bytes(join(folder, "new")) == b"from elsewhere"
+    storage.delete(folder)
+
+
+# --- local alone ------------------------------------------------------------------------------------
+
+
+def test_temporary_files_are_not_listed(tmp_path):
+    with storage.atomic_write(str(tmp_path / "file")) as file:
+        file.write(b"x")
+        file.flush()
+        assert os.listdir(tmp_path)
+        assert storage.list_names(str(tmp_path)) == []
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    code = (
+        "import os, signal; from pipeline import storage\n"
+        f"with storage.atomic_write({str(target)!r}) as file:\n"
+        "    file.write(b'half of the new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode < 0
+    assert target.read_bytes() == b"old"
+    assert storage.list_names(str(tmp_path)) == ["file"]
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "hdfs://x"])
+def test_unsupported_scheme(uri):
+    for operation in (storage.exists, storage.list_names, storage.read_bytes, storage.delete):
+        with pytest.raises(ValueError, match=r"only local paths and s3:// are supported") as error:
+            operation(uri)
+        assert uri in str(error.value)
+
+
+def test_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("runs") == str(tmp_path / "runs")
+    assert storage.absolute("~/runs") == os.path.expanduser("~/runs")
+    assert storage.absolute("s3://bucket/runs") == "s3://bucket/runs"
+
+
+# --- fingerprints -----------------------------------------------------------------------------------
+
+
+def test_fingerprint_follows_from_content_alone():
+    content = {"b": [1, 2.5, None, "ü"], "a": {"y": True, "x": "text"}}
+    reordered = {"a": {"x": "text", "y": True}, "b": [1, 2.5, None, "ü"]}
+    assert storage.fingerprint(content) == storage.fingerprint(reordered)
+    assert len(storage.fingerprint(content)) == 16
+
+
+@pytest.mark.parametrize("other", [{"a": [2, 1]}, {"a": [1, 2, 3]}, {"b": [1, 2]}, {"a": ["1", 2]}, [1, 2]])
+def test_fingerprint_sees_every_change(other):
+    assert storage.fingerprint({"a": [1, 2]}) != storage.fingerprint(other)
+
+
+def test_fingerprint_is_the_same_in_another_process():
+    """Published folders are named by it, so it must not change with the hash seed or the release."""
+    code = "from pipeline import storage; print(storage.fingerprint({'a': [1, 'x'], 'b': None}))"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert outputs == {storage.fingerprint({"a": [1, "x"], "b": None})}
