@@ -45,7 +45,9 @@ def split_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]
 
 def registry_config(settings: dict[str, str]) -> Config:
     """Where the registry is, for jobs that take no config file: `mlflow.*` and `storage.*` settings."""
-    return resolve_config({}, [f"{k}={v}" for k, v in settings.items() if k.startswith(("mlflow.", "storage."))])
+    return resolve_config(
+        {}, [f"{k}={v}" for k, v in settings.items() if k.startswith(("mlflow.", "storage."))]
+    )
 
 
 def _refuse(job: str, error: Exception) -> int:

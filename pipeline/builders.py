@@ -211,6 +211,7 @@ def require_teacher(config: Config, clips_fingerprint: str) -> str:
         if config.teacher.checkpoint:
             raise ConfigError(f"teacher.checkpoint: there is no file or folder {config.teacher.checkpoint!r}")
         raise ConfigError(
-            "no teacher: train one on these clips (python -m jobs.teacher CONFIG), or set teacher.checkpoint"
+            "there is no teacher of these clips and settings: train one (python -m jobs.teacher CONFIG), or name one "
+            "that you have (teacher.checkpoint=PATH)"
         )
     return uri

@@ -237,7 +237,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """A `Config` from nested plain values and overrides; errors as in `load_config`."""
-    values = {k: v for k, v in copy.deepcopy(values).items() if v is not None}  # all of a section commented out
+    # A section is None where all that is below its name is commented out.
+    values = {k: v for k, v in copy.deepcopy(values).items() if v is not None}
     for override in overrides:
         _apply_override(values, override)
     try:

@@ -6,8 +6,9 @@ resolution. A score always comes with its protocol: which clips, how many videos
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, stable_hash
 from pipeline.config import Config
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
+from pipeline.models import SlotModel
 from pipeline.progress import Progress, log
 from pipeline.ray_session import actor_options, ray_session
 
@@ -130,7 +132,9 @@ def _merge(pieces: list[tuple[list[int], OverlapCounts]]) -> OverlapCounts:
     return OverlapCounts(*(torch.cat(group) for group in zip(*parts, strict=True)))
 
 
-def model_predictor(model: Any, video: VideoEntry) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
+def model_predictor(
+    model: SlotModel, video: VideoEntry
+) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
     """Labels of a slot model, slots carried through the video."""
 
     def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -140,30 +144,48 @@ def model_predictor(model: Any, video: VideoEntry) -> Callable[..., Iterator[tup
     return predict
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: a model, or one of the trivial baselines with as many slots."""
+
+    model_uri: str | None = None
+    num_heads: int | None = None  # of a public checkpoint's ViT
+    baseline: str | None = None
+    num_slots: int = 1  # of the baseline
+
+    def identity(self) -> dict[str, Any]:
+        model = model_hash(self.model_uri) if self.model_uri else None
+        return {"model": model, "baseline": self.baseline, "slots": self.num_slots}
+
+
 class _ScoreActor:
-    """A Ray Data actor that scores the videos of a shard with one model or one baseline."""
+    """A Ray Data actor that scores a shard's videos with one of the subjects, whose models it keeps."""
 
-    def __init__(self, clips_uri: str, model_uri: str | None, baseline: str | None, options: dict[str, Any]):
+    def __init__(self, clips_uri: str, subjects: list[Subject], ignore_overlaps: bool) -> None:
         self.clips = ClipSet(clips_uri)
-        self.baseline = baseline
-        self.num_slots, self.ignore_overlaps = options["num_slots"], options["ignore_overlaps"]
-        self.model = None
-        if model_uri is not None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.model = load_model(model_uri, num_heads=options["num_heads"]).to(device)
+        self.subjects = subjects
+        self.ignore_overlaps = ignore_overlaps
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.models: dict[int, SlotModel] = {}
 
-    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+    def _predictor(self, index: int, video: VideoEntry) -> Any:
+        subject = self.subjects[index]
+        if subject.baseline is not None:
+            return BASELINES[subject.baseline](subject.num_slots)
+        if index not in self.models:
+            assert subject.model_uri is not None
+            model = load_model(subject.model_uri, num_heads=subject.num_heads)
+            self.models[index] = model.to(self.device)
+        return model_predictor(self.models[index], video)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         scores = []
         for video in self.clips.videos:
-            if video.shard != row["shard"] or not video.annotated:
-                continue
-            if self.model is not None:
-                predict = model_predictor(self.model, video)
-            else:
-                predict = BASELINES[str(self.baseline)](self.num_slots)
-            counts = video_counts(self.clips, video, predict, ignore_overlaps=self.ignore_overlaps)
-            scores.append(asdict(score_video(counts, video.video_id)))
-        return {"scores": scores}
+            if video.shard == row["shard"] and video.annotated:
+                predict = self._predictor(row["subject"], video)
+                counts = video_counts(self.clips, video, predict, ignore_overlaps=self.ignore_overlaps)
+                scores.append(asdict(score_video(counts, video.video_id)))
+        return {"subject": row["subject"], "scores": json.dumps(scores)}
 
 
 def protocol(config: Config, clips: ClipSet) -> dict[str, Any]:
@@ -178,19 +200,11 @@ def protocol(config: Config, clips: ClipSet) -> dict[str, Any]:
     return {**content, "fingerprint": storage.fingerprint(content)}
 
 
-def evaluate(
-    config: Config,
-    clips_uri: str,
-    *,
-    model_uri: str | None = None,
-    baseline: str | None = None,
-    num_slots: int = 1,
-    num_heads: int | None = None,
-) -> dict[str, Any]:
-    """Scores one model (or one trivial baseline) on a clip set.
+def evaluate(config: Config, clips_uri: str, subjects: dict[str, Subject]) -> dict[str, dict[str, Any]]:
+    """Scores models and baselines on a clip set, all in one pass.
 
-    Returns `scores`, `protocol`, the number of `videos`, and `uri`, where the rows per video are. The
-    same model on the same clips is found and reused.
+    Returns for each name `scores`, `protocol`, the number of `videos`, `per_video` rows, and `uri`, where
+    all this is. The same model on the same clips is found and reused.
 
     Raises:
         ValueError: no video of the clip set has masks.
@@ -201,43 +215,44 @@ def evaluate(
             f"{clips_uri} has no masks to score against (dataset.masks = {config.dataset.masks!r})"
         )
     rules = protocol(config, clips)
-    what = {"model": model_hash(model_uri) if model_uri else None, "baseline": baseline, "slots": num_slots}
-    name = storage.fingerprint({**rules, **what})
-    uri = storage.join(storage.absolute(config.storage.root), "evaluations", f"{name}.json")
-    if storage.exists(uri):
-        return storage.read_json(uri)
-    options = {
-        "num_slots": num_slots,
-        "num_heads": num_heads,
-        "ignore_overlaps": config.evaluate.ignore_overlaps,
+    folder = storage.join(storage.absolute(config.storage.root), "evaluations")
+    uris = {
+        name: storage.join(folder, f"{storage.fingerprint({**rules, **subject.identity()})}.json")
+        for name, subject in subjects.items()
     }
-    scores: list[VideoScore] = []
-    label = f"evaluate {baseline or 'model'}"
-    started = time.monotonic()
-    with Progress(label, rules["videos"], "videos") as progress:
-        for row in _run(config, clips, (clips_uri, model_uri, baseline, options)):
-            scores += [VideoScore(**s) for s in row["scores"]]
-            progress.advance(len(row["scores"]))
-    scores.sort(key=lambda s: s.video_id)
-    means = mean_scores(scores)
-    if model_uri and means["slots_in_use"] < 2:
-        log(
-            f"evaluate: WARNING, {means['slots_in_use']:.1f} slots are in use on average: the slots have collapsed"
-        )
-    result = {
-        "uri": uri,
-        "scores": means,
-        "protocol": rules,
-        "videos": len(scores),
-        "seconds": round(time.monotonic() - started, 1),
-        "per_video": [asdict(s) for s in scores],
-    }
-    storage.write_json(uri, result)
-    return result
+    missing = [name for name in subjects if not storage.exists(uris[name])]
+    found: dict[str, list[VideoScore]] = {name: [] for name in missing}
+    with (
+        Progress("evaluate", len(missing) * rules["videos"], "videos")
+        if missing
+        else nullcontext() as progress
+    ):
+        for row in _run(config, clips, [subjects[name] for name in missing]):
+            scores = [VideoScore(**s) for s in json.loads(row["scores"])]
+            found[missing[row["subject"]]] += scores
+            if progress is not None:
+                progress.advance(len(scores))
+    for name, video_scores in found.items():
+        video_scores.sort(key=lambda s: s.video_id)
+        means = mean_scores(video_scores)
+        if subjects[name].model_uri and means["slots_in_use"] < 2:
+            used = means["slots_in_use"]
+            log(f"evaluate: WARNING, {name} uses {used:.1f} slots on average: its slots have collapsed")
+        result = {
+            "uri": uris[name],
+            "scores": means,
+            "protocol": rules,
+            "videos": len(video_scores),
+            "per_video": [asdict(s) for s in video_scores],
+        }
+        storage.write_json(uris[name], result)
+    return {name: storage.read_json(uri) for name, uri in uris.items()}
 
 
-def _run(config: Config, clips: ClipSet, arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    rows = [{"shard": shard} for shard in clips.shards]
+def _run(config: Config, clips: ClipSet, subjects: list[Subject]) -> Iterator[dict[str, Any]]:
+    if not subjects:
+        return
+    rows = [{"subject": i, "shard": shard} for i in range(len(subjects)) for shard in clips.shards]
     with ray_session(config):
         import ray
 
@@ -245,7 +260,7 @@ def _run(config: Config, clips: ClipSet, arguments: tuple[Any, ...]) -> Iterator
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         yield from dataset.map(
             _ScoreActor,  # type: ignore[arg-type]
-            fn_constructor_args=arguments,
+            fn_constructor_args=(clips.uri, subjects, config.evaluate.ignore_overlaps),
             **options,
         ).iter_rows()
 

@@ -63,10 +63,12 @@ def cluster_gpus() -> int:
 def actor_options(cpus: float) -> dict[str, Any]:
     """Resources and pool size of actors that run a model: a GPU each where there are any."""
     import ray
+    from ray.data import ActorPoolStrategy
 
     gpus = cluster_gpus()
     if gpus:
-        return {"num_gpus": 1, "concurrency": (1, gpus)}
+        return {"num_gpus": 1, "compute": ActorPoolStrategy(min_size=1, max_size=gpus)}
     total = ray.cluster_resources().get("CPU", 1)
     # Some CPU must stay free, or Ray Data waits for ever without a word.
-    return {"num_cpus": cpus, "concurrency": (1, max(1, int((total - 0.2) // cpus)))}
+    most = max(1, int((total - 0.2) // cpus))
+    return {"num_cpus": cpus, "compute": ActorPoolStrategy(min_size=1, max_size=most)}

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -106,13 +107,18 @@ def _pack(model_uri: str, folder: Path) -> None:
 
     pixels = np.dtype(np.uint8)
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(pixels, (-1, -1, -1, 3), "frames")]),
+        inputs=Schema([TensorSpec(pixels, (-1, -1, -1, 3))]),
         outputs=Schema([TensorSpec(pixels, (-1, -1, -1))]),
     )
     package = Path(__file__).parent
-    with storage.local_copy(model_uri) as model, tempfile.TemporaryDirectory() as scratch:
+    with (
+        storage.local_copy(model_uri) as model,
+        tempfile.TemporaryDirectory() as scratch,
+        warnings.catch_warnings(),
+    ):
         code = Path(scratch) / package.name
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
+        warnings.filterwarnings("ignore", message=".*input example.*")
         save_model(
             path=str(folder),
             python_model=str(package / Path(registry_model.__file__).name),

@@ -11,7 +11,7 @@ from pipeline.clips.shard import find_clips, shard
 from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError
 from pipeline.distill.train import distill, find_student, train_teacher
-from pipeline.evaluate import evaluate, score_table
+from pipeline.evaluate import Subject, evaluate, score_table
 from pipeline.registry import register
 from pipeline.targets import cache
 
@@ -58,40 +58,41 @@ def distill_stage(config: Config) -> dict[str, Any]:
     return distill(config, training_clips(config))
 
 
-def evaluate_student(config: Config) -> dict[str, Any] | None:
-    """Scores the student of this config; None where the config has no evaluation split."""
-    if config.evaluate.split is None:
-        return None
+def student_subject(config: Config) -> Subject:
+    """The finished student of this config; raises storage.IncompleteError where it is not."""
     run_uri = find_student(config, training_clips(config))
     storage.read_manifest(run_uri)
-    clips = _published_clips(config, config.evaluate.split)
-    return evaluate(config, clips, model_uri=storage.join(run_uri, MODEL_FOLDER))
+    return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER))
 
 
-def evaluate_teacher(config: Config) -> dict[str, Any]:
-    clips = _published_clips(config, str(config.evaluate.split))
+def teacher_subject(config: Config) -> Subject:
     uri = require_teacher(config, ClipSet(training_clips(config)).fingerprint)
-    return evaluate(config, clips, model_uri=uri, num_heads=config.teacher.num_heads)
+    return Subject(model_uri=uri, num_heads=config.teacher.num_heads)
 
 
-def evaluate_baselines(config: Config, num_slots: int) -> dict[str, dict[str, Any]]:
+def baseline_subjects(num_slots: int) -> dict[str, Subject]:
     """Trivial segmentations with as many slots as the models have."""
-    clips = _published_clips(config, str(config.evaluate.split))
-    return {name: evaluate(config, clips, baseline=name, num_slots=num_slots) for name in BASELINES}
+    return {name: Subject(baseline=name, num_slots=num_slots) for name in BASELINES}
+
+
+def evaluate_subjects(config: Config, subjects: dict[str, Subject]) -> dict[str, dict[str, Any]]:
+    """Scores on the evaluation split.
+
+    Raises:
+        ConfigError: the config names none.
+    """
+    if config.evaluate.split is None:
+        raise ConfigError("evaluate.split: is not set; name the sub-folder whose videos have masks")
+    return evaluate(config, _published_clips(config, config.evaluate.split), subjects)
 
 
 def evaluate_stage(config: Config) -> dict[str, Any]:
     """Scores the student of this config, beside trivial baselines, and prints the table."""
-    if config.evaluate.split is None:
-        raise ConfigError("evaluate.split: is not set; name the sub-folder whose videos have masks")
-    result = evaluate_student(config)
-    assert result is not None
-    rows = []
-    if config.evaluate.baselines:
-        slots = student_slots(config)
-        rows = [(name, r["scores"]) for name, r in evaluate_baselines(config, slots).items()]
-    print(score_table([*rows, (config.distill.name or "student", result["scores"])]))
-    return {key: result[key] for key in ("uri", "scores", "videos", "protocol")}
+    name = config.distill.name or "student"
+    baselines = baseline_subjects(student_slots(config)) if config.evaluate.baselines else {}
+    results = evaluate_subjects(config, {**baselines, name: student_subject(config)})
+    print(score_table([(n, r["scores"]) for n, r in results.items()]))
+    return {key: results[name][key] for key in ("uri", "scores", "videos", "protocol")}
 
 
 def student_slots(config: Config) -> int:
@@ -102,6 +103,8 @@ def student_slots(config: Config) -> int:
 
 def register_stage(config: Config) -> dict[str, Any]:
     """Registers the student of this config with its scores, if its videos have masks."""
-    run_uri = find_student(config, training_clips(config))
-    storage.read_manifest(run_uri)
-    return register(config, run_uri, evaluate_student(config))
+    subject = student_subject(config)
+    evaluation = None
+    if config.evaluate.split is not None:
+        evaluation = evaluate_subjects(config, {"student": subject})["student"]
+    return register(config, find_student(config, training_clips(config)), evaluation)

@@ -69,10 +69,12 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
         _title(5, f"score them on {held_out['videos']} videos that nobody trained on")
         evaluations = _evaluate(config, configs)
     _title(6, "register the students, pull the champion, segment a video")
-    registered = [
-        register(c, runs[name]["uri"], evaluations.get(name)) for name, c in configs.items()
-    ]
-    folder = Path(storage.absolute(config.storage.root)) if not storage.is_remote(config.storage.root) else Path("runs")
+    registered = [register(c, runs[name]["uri"], evaluations.get(name)) for name, c in configs.items()]
+    folder = (
+        Path(storage.absolute(config.storage.root))
+        if not storage.is_remote(config.storage.root)
+        else Path("runs")
+    )
     out = folder / "demo"
     champion = f"models:/{config.mlflow.model_name}@{CHAMPION}"
     pull(champion, out / "champion", config.tracking_uri)
@@ -102,14 +104,11 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
 
 
 def _evaluate(config: Config, configs: dict[str, Config]) -> dict[str, dict[str, Any]]:
-    slots = stages.student_slots(configs[SLOTMATCH])
-    results = stages.evaluate_baselines(config, slots) if config.evaluate.baselines else {}
-    results["teacher"] = stages.evaluate_teacher(config)
-    for name, student_config in configs.items():
-        scored = stages.evaluate_student(student_config)
-        assert scored is not None
-        results[name] = scored
-    return results
+    subjects = {"teacher": stages.teacher_subject(config)}
+    subjects |= {name: stages.student_subject(student) for name, student in configs.items()}
+    if config.evaluate.baselines:
+        subjects = stages.baseline_subjects(stages.student_slots(configs[SLOTMATCH])) | subjects
+    return stages.evaluate_subjects(config, subjects)
 
 
 def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], path: Path) -> Path:

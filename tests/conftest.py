@@ -10,6 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tiny models gain nothing from more, and lose much where the machine is busy."""
+    torch.set_num_threads(1)
 
 
 def _free_port():

@@ -110,8 +110,7 @@ class ClipSet:
         return self._videos
 
     def read_clip(self, shard: str, row: int, *, masks: bool = False) -> Clip:
-        columns = [name for name in _columns(masks)]
-        return to_clip(self.reader.row(shard, row, columns), masks=masks)
+        return to_clip(self.reader.row(shard, row, _columns(masks)), masks=masks)
 
     def iter_shard(self, shard: str, *, masks: bool = False) -> Iterator[Clip]:
         for row in self.reader.rows(shard, _columns(masks)):

@@ -6,6 +6,7 @@ VideoSAUR and SlotContrast), so the final norm is removed: public checkpoints do
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         timm = import_timm()
+        from timm.layers import PatchEmbed
         from timm.models.vision_transformer import VisionTransformer
 
         arguments = {**(config.arguments or {}), "img_size": config.image_size, "num_classes": 0}
@@ -54,11 +56,16 @@ class Backbone(nn.Module):
             model = VisionTransformer(**{"global_pool": "", **arguments})
         else:
             if config.name.split(".")[0] not in timm.list_models():
-                near = timm.list_models(f"*{config.name.split('_patch')[0]}*")[:5]
+                near = difflib.get_close_matches(config.name, timm.list_models(), n=5)
                 raise ValueError(f"timm has no model {config.name!r}; similar: {', '.join(near) or '-'}")
-            model = timm.create_model(config.name, pretrained=False, **arguments)
+            try:
+                model = timm.create_model(config.name, pretrained=False, **arguments)
+            except TypeError as error:  # of an argument that every ViT knows
+                raise ValueError(f"backbone {config.name!r} is not a ViT ({error})") from error
         if not isinstance(model, VisionTransformer):
             raise ValueError(f"backbone {config.name!r} is a {type(model).__name__}, not a ViT")
+        if not isinstance(model.patch_embed, PatchEmbed):
+            raise ValueError(f"backbone {config.name!r} is a hybrid: its patches come from another network")
         model.norm = nn.Identity()
         self.model = model
         self.name = config.name

@@ -42,7 +42,7 @@ def load_slot_model(path: str | Path, *, num_heads: int | None = None) -> SlotMo
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path} is not a model folder: it has no {name}")
-        config = SlotModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text()))
+        config = _parse_config((path / CONFIG_FILE).read_text(), source=str(path / CONFIG_FILE))
         state = read_checkpoint_file(path / WEIGHTS_FILE)
     else:
         content = read_checkpoint_file(path)
@@ -50,7 +50,7 @@ def load_slot_model(path: str | Path, *, num_heads: int | None = None) -> SlotMo
         if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
             raise ValueError(f"{path}: has no `state_dict` of tensors")
         if _EMBEDDED_CONFIG in content and num_heads is None:
-            config = SlotModelConfig.from_dict(json.loads(content[_EMBEDDED_CONFIG]))
+            config = _parse_config(content[_EMBEDDED_CONFIG], source=str(path))
         else:
             config = infer_config(_plain_names(state), source=str(path), num_heads=num_heads)
     state = {k: v.float() for k, v in _plain_names(state).items()}
@@ -58,6 +58,15 @@ def load_slot_model(path: str | Path, *, num_heads: int | None = None) -> SlotMo
     check_state_dict(model, state, str(path))
     model.load_state_dict(state)
     return model.eval()
+
+
+def _parse_config(text: str, *, source: str) -> SlotModelConfig:
+    try:
+        return SlotModelConfig.from_dict(json.loads(text))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source}: not the config of a slot model ({type(error).__name__}: {error})"
+        ) from error
 
 
 def save_slot_model(model: SlotModel, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -126,6 +135,8 @@ def infer_config(state: Mapping[str, Tensor], *, source: str, num_heads: int | N
 
 def _infer_backbone(state: Mapping[str, Tensor], shape: Any, num_heads: int | None) -> BackboneConfig:
     width, _, patch, _ = shape(_BACKBONE + "patch_embed.proj.weight")
+    if num_heads and width % num_heads:
+        raise ValueError(f"num_heads: {num_heads} does not divide the width {width} of the checkpoint's ViT")
     depth = 1 + max(
         (int(m[1]) for k in state if (m := re.match(re.escape(_BACKBONE) + r"blocks\.(\d+)\.", k))),
         default=-1,

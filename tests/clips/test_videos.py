@@ -455,3 +455,11 @@ def test_a_dangling_link_does_not_stop_the_others(tmp_path):
 def test_natural_key():
     names = ["frame10", "frame9", "frame1", "10", "2", "a2b10", "a2b9", "x²"]
     assert sorted(names, key=natural_key) == ["2", "10", "a2b9", "a2b10", "frame1", "frame9", "frame10", "x²"]
+
+
+def test_ffmpeg_does_not_call_into_python(tmp_path):
+    """PyAV's own log callback waits for the GIL and has stopped Ray workers for good."""
+    (tmp_path / "a.mp4").write_text("I am no video\n" * 100)
+    with pytest.raises(BadVideo) as error:
+        read(tmp_path / "a.mp4")
+    assert error.value.__cause__.log is None  # PyAV knows no line of FFmpeg's log

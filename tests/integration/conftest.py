@@ -1,0 +1,115 @@
+"""A tiny data set and tiny models, and one local Ray for all tests that run stages in this process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from pipeline.config import resolve_config
+from pipeline.ray_session import ray_session
+
+TINY = {
+    "dataset": {
+        "kind": "synthetic",
+        "synthetic": {"videos": 10, "validation_videos": 3, "frames": 9, "size": 48},
+    },
+    "clips": {"clip_frames": 4, "videos_per_shard": 3, "codec": "png"},
+    "teacher": {
+        "backbone": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+        "backbone_weights": "random",
+        "image_size": 48,
+        "num_slots": 4,
+        "slot_size": 16,
+        "decoder_hidden_sizes": [32, 32],
+        "train": {
+            "steps": 6,
+            "batch_size": 4,
+            "warmup_steps": 2,
+            "learning_rate": 0.002,
+            "workers": 0,
+            "log_every": 1,
+            "checkpoint_every": 3,
+        },
+    },
+    "student": {
+        "backbone": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+        "backbone_weights": "random",
+        "image_size": 40,
+        "decoder_hidden_sizes": [32, 32],
+    },
+    "distill": {
+        "steps": 8,
+        "batch_size": 4,
+        "warmup_steps": 2,
+        "learning_rate": 0.002,
+        "workers": 0,
+        "log_every": 1,
+        "checkpoint_every": 4,
+    },
+    "evaluate": {"split": "validation"},
+}
+
+
+def _builder(root):
+    def build(*overrides):
+        values = yaml.safe_load(yaml.safe_dump(TINY))
+        return resolve_config(values, [f"storage.root={root}", *overrides])
+
+    return build
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """`tiny(*overrides)` is the tiny config with everything under the test's own folder."""
+    return _builder(tmp_path / "root")
+
+
+@pytest.fixture(scope="module")
+def shared_tiny(tmp_path_factory):
+    """The same, with everything under one folder for all tests of a file."""
+    return _builder(tmp_path_factory.mktemp("shared") / "root")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    with ray_session(resolve_config({"ray": {"num_cpus": 3}})):
+        yield
+
+
+@pytest.fixture
+def job(tmp_path):
+    """`job("shard", config)` starts the entry point as a user does; `.finish()` gives its summary."""
+    started = []
+
+    def start(name, config, *arguments):
+        path = tmp_path / f"{name}-{len(started)}.yaml"
+        path.write_text(config.to_yaml())
+        process = Job(name, [sys.executable, "-m", f"jobs.{name}", str(path), *arguments])
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.popen.kill()
+
+
+class Job:
+    def __init__(self, name, command):
+        self.name = name
+        self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def finish(self, timeout=240):
+        """The summary, after checking that the job ended well."""
+        out, err = self.popen.communicate(timeout=timeout)
+        assert self.popen.returncode == 0, (
+            f"{self.name} exited with {self.popen.returncode}:\n{out[-2000:]}\n{err[-4000:]}"
+        )
+        return json.loads(out.strip().splitlines()[-1])

@@ -1,0 +1,149 @@
+"""Jobs that are killed are run again, and nothing is lost, repeated or half-written."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import storage
+from pipeline.clips.shard import find_clips, shard
+from pipeline.clips.table import ClipSet
+from pipeline.distill.train import find_student
+from pipeline.targets import cache, find_targets
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    pytest.fail(f"{condition} did not come true in {seconds} s")
+
+
+def published_shards(uri):
+    folder = Path(uri) / "data"
+    return {p: p.stat().st_mtime_ns for p in folder.glob("shard-*.parquet")} if folder.is_dir() else {}
+
+
+def kill_at_two_shards(process, uri):
+    """SIGKILL of the driver once two shards are there; what was published by then."""
+    wait_for(lambda: len(published_shards(uri)) >= 2 or process.popen.poll() is not None)
+    assert process.popen.poll() is None, "the job ended before it could be killed: too little work"
+    process.popen.send_signal(signal.SIGKILL)
+    process.popen.wait()
+    time.sleep(3)  # Ray's workers notice that their driver has gone
+    assert not storage.is_complete(uri)
+    return published_shards(uri)
+
+
+def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
+    config = tiny(
+        "dataset.synthetic.videos=60",
+        "dataset.synthetic.frames=60",
+        "dataset.synthetic.size=96",
+        "clips.videos_per_shard=2",
+        "evaluate.split=null",
+    )
+    uri = find_clips(config, "")
+    before = kill_at_two_shards(job("shard", config), uri)
+    assert 2 <= len(before) < 30
+    summary = job("shard", config).finish()
+    assert summary["reused_shards"] == len(before)
+    assert summary["computed_shards"] == 30 - len(before)
+    after = published_shards(uri)
+    assert {p: after[p] for p in before} == before
+    assert ClipSet(uri).manifest["frames"] == 60 * 60
+
+
+def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
+    config = tiny(
+        "dataset.synthetic.videos=40",
+        "dataset.synthetic.frames=24",
+        "clips.videos_per_shard=1",
+        "targets.views=4",
+        "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
+        "teacher.num_heads=3",
+        "targets.batch_size=2",
+    )
+    clips = ClipSet(shard(config, "")["uri"])
+    uri = find_targets(config, clips)
+    before = kill_at_two_shards(job("cache", config), uri)
+    assert 2 <= len(before) < 40
+    summary = cache(config, clips.uri)
+    assert summary["reused_shards"] == len(before)
+    assert summary["computed_shards"] == 40 - len(before)
+    after = published_shards(uri)
+    assert {p: after[p] for p in before} == before
+
+
+def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray):
+    """SIGKILL of a Ray Train worker, then of the whole driver; then the job is run once more."""
+    settings = [
+        "distill.workers=2",
+        "distill.steps=240",
+        "distill.checkpoint_every=40",
+        "distill.keep_checkpoints=10",
+        "distill.log_every=1",
+        "distill.cpus_per_worker=0.5",
+        "targets.views=2",
+        "student.decoder_hidden_sizes=[512,512]",
+        "student.num_slots=4",
+    ]
+    unbroken = tiny(*settings, "distill.name=unbroken")
+    clips = shard(unbroken, "")["uri"]
+    from pipeline.distill.train import distill, train_teacher
+
+    train_teacher(unbroken, clips)
+    cache(unbroken, clips)
+    expected = storage.read_json(distill(unbroken, clips)["history"])
+
+    broken = tiny(*settings, "distill.name=broken")
+    run = Path(find_student(broken, clips))
+    process = job("distill", broken)
+    checkpoints = run / "checkpoints"
+    wait_for(lambda: (checkpoints / "step_00000040" / storage.MANIFEST).exists())
+    worker = next(
+        child
+        for child in psutil.Process(process.popen.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline())
+    )
+    worker.send_signal(signal.SIGKILL)
+    wait_for(lambda: len(list(checkpoints.glob(f"*/{storage.MANIFEST}"))) >= 3)
+    family = psutil.Process(process.popen.pid).children(recursive=True)
+    process.popen.send_signal(signal.SIGKILL)
+    process.popen.wait()
+    psutil.wait_procs(family, timeout=30)
+    assert not storage.is_complete(str(run))
+
+    summary = job("distill", broken).finish()
+    assert summary["steps"] == 240
+    resumed = storage.read_json(summary["history"])
+    assert [row["step"] for row in resumed] == list(range(1, 241))
+    assert resumed == expected
+
+
+def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, local_ray):
+    from pipeline.distill.train import NonFiniteLoss, distill, train_teacher
+    from pipeline.models import load_slot_model
+
+    config = tiny(
+        "distill.learning_rate=1e30",
+        "distill.warmup_steps=3",
+        "distill.gradient_clip=1e30",
+        "distill.checkpoint_every=1",
+    )
+    clips = shard(config, "")["uri"]
+    train_teacher(config, clips)
+    cache(config, clips)
+    with pytest.raises(NonFiniteLoss, match="learning rate"):
+        distill(config, clips)
+    run = find_student(config, clips)
+    assert not storage.is_complete(run)
+    names = sorted(os.listdir(Path(run) / "checkpoints"))
+    assert names
+    load_slot_model(Path(run) / "checkpoints" / names[-1])

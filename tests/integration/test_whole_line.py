@@ -1,0 +1,70 @@
+"""The whole line on a tiny data set, twice: the second run finds everything made."""
+
+import mlflow
+import numpy as np
+import pytest
+
+from pipeline import tracking
+from pipeline.evaluate import SCORES
+from pipeline.models import load_slot_model
+from pipeline.whole import NO_KD, SLOTMATCH, run_pipeline
+
+
+def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
+    config = tiny("distill.workers=1")
+    first = run_pipeline(config)
+    assert first["videos"] == 10
+    assert not any(first["reused"].values())
+    assert set(first["scores"]) == {"one slot", "grid", "colour k-means", "teacher", NO_KD, SLOTMATCH}
+    for scores in first["scores"].values():
+        assert all(-1 <= scores[name] <= 1 for name in SCORES)
+    assert first["scores"]["one slot"]["video_fg_ari"] == pytest.approx(0, abs=1e-9)
+    printed = capsys.readouterr().out
+    for name in first["scores"]:
+        assert name in printed
+    assert "mlflow ui" in printed
+
+    mlflow.set_tracking_uri(config.tracking_uri)
+    champion = mlflow.pyfunc.load_model("models:/slotmatch@champion")
+    frames = np.random.default_rng(0).integers(0, 256, (5, 30, 40, 3), dtype=np.uint8)
+    labels = champion.predict(frames)
+    assert labels.shape == (5, 30, 40)
+    assert labels.max() < 4
+    with pytest.raises(mlflow.exceptions.MlflowException, match="schema"):
+        champion.predict(frames.astype(np.float64))
+
+    pulled = load_slot_model(tmp_path / "root" / "demo" / "champion")
+    *_, (_, _, masks) = pulled.stream([frames])
+    np.testing.assert_array_equal(pulled.label_maps(masks, (30, 40)).numpy(), labels)
+
+    second = run_pipeline(config)
+    assert all(second["reused"].values())
+    assert second["scores"] == first["scores"]
+    assert second["versions"] == first["versions"]
+
+
+def test_mlflow_holds_curves_config_and_pictures(tiny, local_ray):
+    config = tiny()
+    run_pipeline(config)
+    client = tracking.client(config)
+    runs = client.search_runs([tracking.experiment_id(config)])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    student = next(run for run in runs if run.info.run_name == SLOTMATCH)
+    assert student.data.params["distill.beta"] == "0.2"
+    assert len(client.get_metric_history(student.info.run_id, "kd")) == 8
+    for name in ("learning_rate", "gradient_norm", "frames_per_second", "data_wait_share"):
+        assert name in student.data.metrics
+    assert client.list_artifacts(student.info.run_id, "overlays")
+    version = client.get_model_version_by_alias("slotmatch", "champion")
+    for tag in ("clips", "targets", "seed", "git_revision", "score.video_mbo", "evaluation"):
+        assert tag in version.tags
+    files = _files(client, student.info.run_id)
+    assert any(name.endswith("model.safetensors") for name in files)
+    assert not any(name.endswith((".pkl", ".pickle", ".pt", ".pth")) for name in files)
+
+
+def _files(client, run_id, path=None):
+    found = []
+    for entry in client.list_artifacts(run_id, path):
+        found += _files(client, run_id, entry.path) if entry.is_dir else [entry.path]
+    return found
