@@ -19,7 +19,9 @@ from benchmarks.step import LossMismatch, Sizes, step_comparison, tiny_sizes
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of the step; the stages run half as often")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that it runs, measures nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: checks that it runs, measures nothing"
+    )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     if arguments.repeats < 1:

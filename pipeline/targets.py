@@ -174,7 +174,9 @@ class TargetMaker:
         schema = self.schema()
         clips = rows = 0
         with storage.atomic_write(storage.join(folder, shard)) as file:
-            writer = pq.ParquetWriter(file, schema, compression="none", use_dictionary=["video_id"])
+            writer = pq.ParquetWriter(
+                file, schema, compression="none", use_dictionary=["video_id"], write_page_checksum=True
+            )
             for items in self._batches(shard):
                 full = [item for item in items if item[0].full]
                 slots, features = self.compute(full) if full else (None, None)

@@ -92,6 +92,8 @@ class SlotModel(nn.Module):
         super().__init__()
         self.config = config
         initializers = {"learned": LearnedSlots, "random": RandomSlots}
+        if config.initializer not in initializers:
+            raise ValueError(f"initializer must be one of {list(initializers)}, not {config.initializer!r}")
         self.initializer = initializers[config.initializer](config.num_slots, config.slot_size)
         self.encoder = Encoder(config)
         self.processor = Processor(config)

@@ -128,8 +128,8 @@ def _read_folder(folder: Path, short_side: int | None) -> FrameIterator:
     size = None
     for index, path in enumerate(_images(folder)):
         try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
+            with Image.open(path) as file:
+                image = file.convert("RGB")
                 size = size or image.size
                 if image.size != size:
                     raise BadVideo(f"frame {path.name} is {image.size}, the first one {size} (width, height)")
