@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import yaml
 
 from pipeline.config import resolve_config
@@ -73,11 +72,6 @@ def shared_tiny(tmp_path_factory):
     return _builder(tmp_path_factory.mktemp("shared") / "root")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
-
-
 @pytest.fixture(scope="session")
 def local_ray():
     with ray_session(resolve_config({"ray": {"num_cpus": 3}})):
@@ -92,7 +86,7 @@ def job(tmp_path):
     def start(name, config, *arguments):
         path = tmp_path / f"{name}-{len(started)}.yaml"
         path.write_text(config.to_yaml())
-        process = Job(name, [sys.executable, "-m", f"jobs.{name}", str(path), *arguments])
+        process = Job(name, [sys.executable, "-m", f"jobs.{name}", str(path), *arguments], tmp_path)
         started.append(process)
         return process
 
@@ -102,9 +96,11 @@ def job(tmp_path):
 
 
 class Job:
-    def __init__(self, name, command):
+    def __init__(self, name, command, folder):
         self.name = name
-        self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.popen = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+        )
 
     def finish(self, timeout=240):
         """The summary, after checking that the job ended well."""
