@@ -256,7 +256,7 @@ def _run(config: Config, clips: ClipSet, subjects: list[Subject]) -> Iterator[di
     with ray_session(config):
         import ray
 
-        options = actor_options(config.ray.teacher_cpus)
+        options = actor_options(config.ray.teacher_cpus, len(rows))
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         yield from dataset.map(
             _ScoreActor,  # type: ignore[arg-type]

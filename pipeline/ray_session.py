@@ -60,15 +60,15 @@ def cluster_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def actor_options(cpus: float) -> dict[str, Any]:
-    """Resources and pool size of actors that run a model: a GPU each where there are any."""
+def actor_options(cpus: float, tasks: int) -> dict[str, Any]:
+    """Resources and pool of actors that run a model over `tasks` rows: a GPU each where there are any."""
     import ray
     from ray.data import ActorPoolStrategy
 
     gpus = cluster_gpus()
     if gpus:
-        return {"num_gpus": 1, "compute": ActorPoolStrategy(min_size=1, max_size=gpus)}
+        return {"num_gpus": 1, "compute": ActorPoolStrategy(size=min(gpus, tasks))}
     total = ray.cluster_resources().get("CPU", 1)
     # Some CPU must stay free, or Ray Data waits for ever without a word.
     most = max(1, int((total - 0.2) // cpus))
-    return {"num_cpus": cpus, "compute": ActorPoolStrategy(min_size=1, max_size=most)}
+    return {"num_cpus": cpus, "compute": ActorPoolStrategy(size=min(most, tasks))}

@@ -17,7 +17,7 @@ class MLPDecoder(nn.Module):
     Every slot is broadcast to the P positions, a learned position embedding is added, an MLP gives
     F + 1 numbers per slot and position; the last is the mask logit, softmaxed over the slots.
 
-    `fast` uses two exact identities and computes about a fifth less: the first layer distributes
+    `fast` uses two exact identities and computes a tenth to a fifth less: the first layer distributes
     over slot + position, and the last one commutes with the mask-weighted sum over the slots.
     Results agree with the plain form to rounding.
     """

@@ -172,7 +172,7 @@ def _decode(container: Any, short_side: int | None) -> FrameIterator:
         packets += packet.size > 0
         for frame in packet.decode():
             height, width = _target_size(frame.height, frame.width, short_side)
-            image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC")
+            image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1)
             pixels = image.to_ndarray()
             if frame.rotation:  # degrees counter-clockwise, from the file's display matrix
                 pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
