@@ -17,6 +17,7 @@ from pipeline.models import (
     SlotModelConfig,
     load_backbone_weights,
     load_slot_model,
+    start_as_soft_kmeans,
 )
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 
@@ -74,6 +75,8 @@ def build_model(section: Model, *, num_slots: int, slot_size: int, seed: int) ->
     try:
         with seeded(seed):
             model = SlotModel(config)
+            if section.initialisation == "soft_kmeans":
+                start_as_soft_kmeans(model)
         model.encoder.backbone = build_backbone(section)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise ConfigError(f"backbone {section.backbone!r}: {error}") from error

@@ -87,6 +87,7 @@ class Model(Section):
     num_slots: PositiveInt | None = None
     slot_size: PositiveInt | None = None
     initial_slots: Literal["learned", "random"] = "learned"
+    initialisation: Literal["default", "soft_kmeans"] = "default"  # of what trains; the paper's: default
     decoder_hidden_sizes: tuple[PositiveInt, ...] = (1024, 1024, 1024)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)

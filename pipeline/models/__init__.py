@@ -2,6 +2,7 @@
 
 from pipeline.models.backbone import Backbone, BackboneConfig, load_backbone_weights
 from pipeline.models.checkpoints import load_slot_model, save_public_checkpoint, save_slot_model
+from pipeline.models.initialisation import start_as_soft_kmeans
 from pipeline.models.slot_model import SlotModel, SlotModelConfig, SlotModelOutput
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "load_slot_model",
     "save_public_checkpoint",
     "save_slot_model",
+    "start_as_soft_kmeans",
 ]
