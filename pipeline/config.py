@@ -233,7 +233,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"config file {str(path)!r} must hold sections, not {type(values).__name__}")
-    return resolve_config(values, overrides)
+    return _with_absolute_paths(resolve_config(values, overrides))
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The config with local paths made absolute: Ray's workers run in other folders than the job."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+
+    values = config.model_dump(mode="json")
+    values["dataset"]["path"] = absolute(config.dataset.path)
+    values["teacher"]["checkpoint"] = absolute(config.teacher.checkpoint)
+    values["storage"]["root"] = absolute(config.storage.root)
+    for name in ("teacher", "student"):
+        weights = values[name]["backbone_weights"]
+        values[name]["backbone_weights"] = weights if weights in ("timm", "random") else absolute(weights)
+    return Config.model_validate(values)
 
 
 def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -271,6 +271,8 @@ def score_table(rows: list[tuple[str, dict[str, float]]]) -> str:
     titles = ("image FG-ARI", "image mBO", "video FG-ARI", "video mBO", "slots in use")
     lines = [" " * width + "".join(f"{title:>14}" for title in titles)]
     for name, scores in rows:
-        cells = [f"{100 * scores[key]:14.1f}" for key in SCORES] + [f"{scores['slots_in_use']:14.1f}"]
+        cells = [f"{round(100 * scores[key], 1) + 0.0:14.1f}" for key in SCORES] + [
+            f"{scores['slots_in_use']:14.1f}"
+        ]
         lines.append(name.ljust(width) + "".join(cells))
     return "\n".join(lines)

@@ -9,7 +9,9 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    # Not `print`, which Ray Train takes over in its workers and says twice.
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
 
 
 class Progress:

@@ -61,6 +61,22 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
+def build(spec: TrainingSpec) -> tuple[SlotModel, SlotModel | None]:
+    """The model to train, and the teacher where it runs live.
+
+    Raises:
+        ConfigError: sizes that don't fit, or weights that can't be had.
+    """
+    config = spec.config
+    if spec.role == "teacher":
+        return build_teacher(config), None
+    if spec.teacher_uri is None:
+        return build_student(config, teacher=spec.teacher_config, seed=config.distill.seed), None
+    teacher = load_model(spec.teacher_uri, num_heads=config.teacher.num_heads).requires_grad_(False)
+    student = build_student(config, teacher=teacher, seed=config.distill.seed)
+    return student, teacher if config.distill.live_teacher else None
+
+
 class _Run:
     """The models and the data of one worker."""
 
@@ -68,25 +84,11 @@ class _Run:
         self.spec, self.device = spec, device
         self.clips = ClipSet(spec.clips_uri)
         self.targets = TargetSet(spec.targets_uri) if spec.targets_uri else None
-        self.teacher: SlotModel | None = None
-        self.model = self._build()
-        if self.teacher is not None:
-            self.teacher.to(device)
+        model, teacher = build(spec)
+        self.model = model.to(device)
+        self.teacher = teacher.to(device) if teacher is not None else None
         # Features are worth reading only if they replace the frames altogether.
         self.cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
-
-    def _build(self) -> SlotModel:
-        spec, config = self.spec, self.spec.config
-        if spec.role == "teacher":
-            return build_teacher(config).to(self.device)
-        if spec.teacher_uri is None:
-            return build_student(config, teacher=spec.teacher_config, seed=config.distill.seed).to(
-                self.device
-            )
-        teacher = load_model(spec.teacher_uri, num_heads=config.teacher.num_heads)
-        if config.distill.live_teacher:
-            self.teacher = teacher.requires_grad_(False)
-        return build_student(config, teacher=teacher, seed=config.distill.seed).to(self.device)
 
     def batch(self, raw: RawBatch) -> Batch:
         targets = raw.target_slots

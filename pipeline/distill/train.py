@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from typing import Any
@@ -19,7 +20,7 @@ from pipeline.builders import (
 )
 from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError
-from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, train_loop
+from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, build, train_loop
 from pipeline.models import SlotModelConfig
 from pipeline.progress import log
 from pipeline.ray_session import cluster_gpus, ray_session
@@ -117,6 +118,7 @@ def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
     if storage.is_complete(uri):
         log(f"{spec.label}: this run is finished, reusing {uri}")
         return {**_summary(spec), "reused": True}
+    build(spec)  # what can't be built is said here and now, not by every worker several times over
     storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
     name = config.distill.name if spec.role == "student" else ""
     tags = {
@@ -178,6 +180,7 @@ def _worker(options: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     context = ray.train.get_context()
 
     def report(step: int) -> None:
@@ -210,6 +213,7 @@ def _fit_on_ray(spec: TrainingSpec) -> dict[str, Any]:
     name = f"{spec.role}-{uuid.uuid4().hex[:12]}"
     gpus = cluster_gpus()
     worker: Any = _worker
+    run_config: Any = ray.train.RunConfig  # typed as the older one, which has no logging_config
     trainer = ray.train.torch.TorchTrainer(
         worker,
         train_loop_config={"spec": spec},
@@ -218,10 +222,11 @@ def _fit_on_ray(spec: TrainingSpec) -> dict[str, Any]:
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpus else {})},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=run_config(
             name=name,
             storage_path=storage.filesystem(root)[1],
             storage_filesystem=_arrow_filesystem(root),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
