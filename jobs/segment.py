@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 from jobs._main import registry_config, report, split_settings
@@ -35,6 +36,15 @@ def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
             raise ConfigError(f"{key}: is missing; give {key}=…")
     if not videos:
         raise ConfigError("no video given")
+    stems = [Path(video).stem for video in videos]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise ConfigError(
+                f"two videos are named {stem!r}, and one would overwrite the other; give each its own out="
+            )
+    for key in ("max_side", "num_heads"):
+        if key in settings and not settings[key].isdigit():
+            raise ConfigError(f"{key}: {settings[key]!r} is not a whole number")
     numbers = {key: int(settings[key]) for key in ("max_side", "num_heads") if key in settings}
 
     from pipeline.models import load_slot_model

@@ -221,6 +221,8 @@ def evaluate(config: Config, clips_uri: str, subjects: dict[str, Subject]) -> di
         for name, subject in subjects.items()
     }
     missing = [name for name in subjects if not storage.exists(uris[name])]
+    if not missing:
+        log("evaluate: all scores found, reusing them")
     found: dict[str, list[VideoScore]] = {name: [] for name in missing}
     with (
         Progress("evaluate", len(missing) * rules["videos"], "videos")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -46,46 +48,42 @@ def segment(
     if not video.exists():
         raise FileNotFoundError(f"there is no video {str(video)!r}")
     name = video.stem
-    out.mkdir(parents=True, exist_ok=True)
-    labels_folder = out / f"{name}_labels"
-    labels_folder.mkdir(exist_ok=True)
-    overlay_path = out / f"{name}_overlay.mp4"
     fps, expected, short_side = _probe(video, max_side)
-    num_slots = model.config.num_slots
-    palette = slot_colours(256).flatten().tolist()
+    frames = read_frames(VideoRef(name, str(video), None, "", 0), short_side=short_side)
     sheet = _Sheet(expected or 240)
-    count = 0
-    temporary = overlay_path.with_name(f".tmp-{overlay_path.name}")
-    reference = VideoRef(name, str(video), None, "", 0)
-    frames = read_frames(reference, short_side=short_side)
-    try:
-        with (
-            Progress(f"segment {video.name}", expected, "frames") as progress,
-            _VideoWriter(temporary, fps) as writer,
-        ):
+    out.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved when whole, so that an error leaves an earlier result as it was.
+    with (
+        tempfile.TemporaryDirectory(prefix=f".tmp-{name}-", dir=out) as scratch,
+        Progress(f"segment {video.name}", expected, "frames") as progress,
+    ):
+        overlay_path, labels_folder = Path(scratch) / "overlay.mp4", Path(scratch) / "labels"
+        labels_folder.mkdir()
+        with _VideoWriter(overlay_path, fps) as writer:
             for pixels, _, masks in model.stream(_chunks(frames, chunk_frames)):
                 labels = model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
                 for frame, label in zip(pixels, labels, strict=True):
-                    picture = overlay(frame, label, num_slots)
+                    picture = overlay(frame, label, model.config.num_slots)
                     writer.write(picture)
-                    image = Image.fromarray(label, mode="P")
-                    image.putpalette(palette)
-                    image.save(labels_folder / f"{count:06d}.png")
-                    sheet.add(count, frame, picture)
-                    count += 1
-                progress.advance(len(pixels))
-        temporary.replace(overlay_path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sheet_path = out / f"{name}_sheet.png"
-    sheet.draw().save(sheet_path)
+                    _save_labels(label, labels_folder / f"{progress.done:06d}.png")
+                    sheet.add(progress.done, frame, picture)
+                    progress.advance()
+        sheet.draw().save(Path(scratch) / "sheet.png")
+        results = {kind: out / f"{name}_{kind}" for kind in ("overlay.mp4", "labels", "sheet.png")}
+        shutil.rmtree(results["labels"], ignore_errors=True)
+        for kind, target in results.items():
+            (Path(scratch) / kind).replace(target)
     return {
         "uri": str(out.absolute()),
-        "frames": count,
-        "overlay": str(overlay_path),
-        "labels": str(labels_folder),
-        "sheet": str(sheet_path),
+        "frames": progress.done,
+        **{kind.split(".")[0]: str(target) for kind, target in results.items()},
     }
+
+
+def _save_labels(labels: np.ndarray, path: Path) -> None:
+    image = Image.fromarray(labels, mode="P")
+    image.putpalette(slot_colours(256).flatten().tolist())
+    image.save(path)
 
 
 def _probe(video: Path, max_side: int) -> tuple[Fraction, int | None, int | None]:

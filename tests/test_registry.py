@@ -1,0 +1,101 @@
+"""Versions, and which of them is the champion, on a real SQLite registry."""
+
+import pytest
+import torch
+
+from pipeline import storage, tracking
+from pipeline.config import resolve_config
+from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
+from pipeline.registry import pull, register
+
+
+@pytest.fixture
+def config(tmp_path):
+    return resolve_config({}, [f"storage.root={tmp_path / 'root'}"])
+
+
+@pytest.fixture
+def finished_run(config, tmp_path):
+    """Writes what a training job leaves behind; returns the run's URI."""
+
+    def make(name):
+        torch.manual_seed(len(name))
+        arguments = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        model = SlotModel(
+            SlotModelConfig(BackboneConfig(None, 16, arguments), 3, 8, decoder_hidden_sizes=(8,))
+        )
+        uri = str(tmp_path / "root" / "students" / name)
+        save_slot_model(model, f"{uri}/model")
+        storage.write_bytes(f"{uri}/config.yaml", config.to_yaml().encode())
+        run_id = tracking.start_run(config, uri, name, {"role": "student"})
+        storage.publish(uri, {"fingerprint": name, "mlflow_run": run_id, "tags": {"seed": "1", "clips": "c"}})
+        return uri
+
+    return make
+
+
+def evaluation(score, protocol="p"):
+    return {"scores": {"video_mbo": score}, "protocol": {"fingerprint": protocol}, "uri": "somewhere"}
+
+
+def champion(config):
+    return int(tracking.client(config).get_model_version_by_alias("slotmatch", "champion").version)
+
+
+def test_the_alias_moves_only_to_a_better_score_on_the_same_evaluation(config, finished_run):
+    assert register(config, finished_run("first"), evaluation(0.5))["champion"]
+    worse = register(config, finished_run("worse"), evaluation(0.4))
+    assert not worse["champion"]
+    assert "50.00" in worse["reason"]
+    assert champion(config) == 1
+    elsewhere = register(config, finished_run("elsewhere"), evaluation(0.9, protocol="another"))
+    assert not elsewhere["champion"]
+    assert "another evaluation" in elsewhere["reason"]
+    unscored = register(config, finished_run("unscored"), None)
+    assert not unscored["champion"]
+    better = register(config, finished_run("better"), evaluation(0.6))
+    assert better["champion"]
+    assert better["version"] == champion(config) == 5
+
+
+def test_registering_a_run_again_makes_no_second_version(config, finished_run):
+    uri = finished_run("only")
+    first = register(config, uri, None)
+    again = register(config, uri, evaluation(0.3))
+    assert first["version"] == again["version"] == 1
+    tags = tracking.client(config).get_model_version("slotmatch", "1").tags
+    assert tags["score.video_mbo"] == "0.300000"
+
+
+def test_an_unfinished_run_is_not_registered(config, tmp_path):
+    with pytest.raises(storage.IncompleteError, match="unfinished"):
+        register(config, str(tmp_path / "unfinished"), None)
+
+
+def test_pull_gives_the_same_weights_without_mlflow(config, finished_run, tmp_path):
+    uri = finished_run("only")
+    register(config, uri, None)
+    for name in ("models:/slotmatch@champion", "models:/slotmatch/1"):
+        pull(name, tmp_path / "pulled", config.tracking_uri)
+        pulled, original = load_slot_model(tmp_path / "pulled"), load_slot_model(f"{uri}/model")
+        for a, b in zip(pulled.parameters(), original.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("models:/slotmatch", "NAME@ALIAS"),
+        ("slotmatch@champion", "NAME@ALIAS"),
+        ("models:/nobody@champion", "not in the registry"),
+        ("models:/nobody/7", "not in the registry"),
+    ],
+)
+def test_what_cannot_be_pulled_is_named(config, tmp_path, uri, message):
+    with pytest.raises(ValueError, match=message):
+        pull(uri, tmp_path / "pulled", config.tracking_uri)
+
+
+def test_file_stores_are_refused_with_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="sqlite:///"):
+        tracking.client_of(str(tmp_path / "mlruns"))

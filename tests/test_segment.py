@@ -1,0 +1,70 @@
+"""Videos through a model: what is written, and what is said when it can't be."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.clips.sources import BadVideo
+from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
+from pipeline.segment import segment
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    arguments = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    return SlotModel(
+        SlotModelConfig(BackboneConfig(None, 32, arguments), 3, 8, decoder_hidden_sizes=(8,))
+    ).eval()
+
+
+def write_video(path, frames, width, height):
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for _ in range(frames):
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_overlay_labels_and_sheet(model, tmp_path):
+    write_video(tmp_path / "a.mp4", 21, 80, 48)
+    done = segment(model, tmp_path / "a.mp4", tmp_path / "out", chunk_frames=4)
+    assert done["frames"] == 21
+    with av.open(done["overlay"]) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert float(container.streams.video[0].average_rate) == 10
+        assert sum(1 for _ in container.decode(video=0)) == 21
+    labels = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "out" / "a_labels").glob("*.png"))]
+    assert len(labels) == 21
+    assert all(x.shape == (48, 80) and x.max() < 3 for x in labels)
+
+
+def test_how_the_video_is_cut_changes_nothing(model, tmp_path):
+    write_video(tmp_path / "a.mp4", 9, 48, 32)
+    for size in (2, 9):
+        segment(model, tmp_path / "a.mp4", tmp_path / f"out{size}", chunk_frames=size)
+    for path in sorted((tmp_path / "out2" / "a_labels").glob("*.png")):
+        twin = tmp_path / "out9" / "a_labels" / path.name
+        assert (np.asarray(Image.open(path)) == np.asarray(Image.open(twin))).mean() > 0.999
+
+
+def test_large_and_odd_videos_are_scaled_down(model, tmp_path):
+    write_video(tmp_path / "wide.avi", 3, 202, 98)
+    done = segment(model, tmp_path / "wide.avi", tmp_path / "out", max_side=101)
+    with av.open(done["overlay"]) as container:
+        context = container.streams.video[0].codec_context
+        assert max(context.width, context.height) <= 101
+
+
+def test_a_broken_video_leaves_no_overlay(model, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"nonsense")
+    with pytest.raises(BadVideo):
+        segment(model, tmp_path / "a.mp4", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.mp4"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        segment(model, tmp_path / "gone.mp4", tmp_path / "out")
