@@ -40,7 +40,7 @@ def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
     for stem in stems:
         if stems.count(stem) > 1:
             raise ConfigError(
-                f"two videos are named {stem!r}, and one would overwrite the other; give each its own out="
+                f"two videos are named {stem!r}, so one would overwrite the other; give each its own out="
             )
     for key in ("max_side", "num_heads"):
         if key in settings and not settings[key].isdigit():

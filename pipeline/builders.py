@@ -192,7 +192,7 @@ RUN_DETAILS = {
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
-    "overlay_every",
+    "overlays",
     "max_failures",
 }
 

@@ -118,7 +118,7 @@ class Training(Section):
     log_every: PositiveInt = 50
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
-    overlay_every: NonNegativeInt = 0  # steps between mask pictures in MLflow; 0: only at the end
+    overlays: PositiveInt = 4  # mask pictures in MLflow over the run, the last one at its end
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the job gives up
 
 

@@ -191,14 +191,36 @@ def test_override_below_a_value():
 
 
 def test_round_trip(tmp_path):
-    config = resolve_config({}, ["distill.steps=7", "clips.short_side=96", "student.mean=[0.5, 0.5, 0.5]"])
+    overrides = [
+        "distill.steps=7",
+        "clips.short_side=96",
+        "student.mean=[0.5, 0.5, 0.5]",
+        "storage.root=/data",
+    ]
+    config = resolve_config({}, overrides)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_empty_file_is_the_defaults(tmp_path):
     (tmp_path / "config.yaml").write_text("# nothing yet\n")
-    assert load_config(tmp_path / "config.yaml") == Config()
+    assert load_config(tmp_path / "config.yaml", ["storage.root=/data"]) == resolve_config(
+        {}, ["storage.root=/data"]
+    )
+
+
+def test_local_paths_become_absolute_and_others_stay(tmp_path, monkeypatch):
+    """Ray's workers run in folders of their own, where a relative path would mean something else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(
+        "dataset: {path: videos}\nstudent: {backbone_weights: vit.safetensors}\n"
+    )
+    config = load_config("config.yaml", ["teacher.checkpoint=s3://bucket/teacher.ckpt", "storage.root=out"])
+    assert config.dataset.path == str(tmp_path / "videos")
+    assert config.student.backbone_weights == str(tmp_path / "vit.safetensors")
+    assert config.storage.root == str(tmp_path / "out")
+    assert config.teacher.checkpoint == "s3://bucket/teacher.ckpt"
+    assert config.teacher.backbone_weights == "timm"
 
 
 @pytest.mark.parametrize(

@@ -216,8 +216,8 @@ def train_loop(
                 waited, since, last = 0.0, time.monotonic(), step
             if progress:
                 progress.advance(note=f"loss {values['total']:.4f}")
-            picture_due = settings.overlay_every and step % settings.overlay_every == 0
-            if rank == 0 and (picture_due or step == settings.steps):
+            picture_due = step % max(1, settings.steps // settings.overlays) == 0 or step == settings.steps
+            if rank == 0 and picture_due:
                 logger.file(run.picture(scratch, step), "overlays")
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 if rank == 0:
