@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 failed, 2 a command line or config that can't be run (befo
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, load_config, resolve_config
@@ -43,11 +45,24 @@ def split_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]
     return words, dict(a.split("=", 1) for a in arguments if a not in words)
 
 
-def registry_config(settings: dict[str, str]) -> Config:
-    """Where the registry is, for jobs that take no config file: `mlflow.*` and `storage.*` settings."""
-    return resolve_config(
-        {}, [f"{k}={v}" for k, v in settings.items() if k.startswith(("mlflow.", "storage."))]
-    )
+REGISTRY_SETTINGS = ("mlflow.tracking_uri", "storage.root")
+
+
+def check_settings(settings: dict[str, str], known: Sequence[str]) -> None:
+    """Raises ConfigError for the first key that is not among the known ones."""
+    for key, value in settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(known)}"
+            raise ConfigError(f"{key}: unknown setting (value {value!r}); {hint}")
+
+
+def registry_uri(settings: dict[str, str]) -> str:
+    """The tracking server or database, for jobs that take no config file."""
+    chosen = {k: v for k, v in settings.items() if k in REGISTRY_SETTINGS}
+    if "storage.root" in chosen:
+        chosen["storage.root"] = str(Path(chosen["storage.root"]).expanduser())
+    return resolve_config({}, [f"{k}={v}" for k, v in chosen.items()]).tracking_uri
 
 
 def _refuse(job: str, error: Exception) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs._main import registry_config, report, split_settings
+from jobs._main import REGISTRY_SETTINGS, check_settings, registry_uri, report, split_settings
+from pipeline.config import ConfigError
 
 
 def main() -> int:
@@ -19,12 +20,15 @@ def main() -> int:
     parser.add_argument("folder")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    _, settings = split_settings(arguments.settings)
+    words, settings = split_settings(arguments.settings)
 
     def work() -> dict[str, object]:
         from pipeline.registry import pull
 
-        return pull(arguments.model, arguments.folder, registry_config(settings).tracking_uri)
+        if words:
+            raise ConfigError(f"{words[0]!r} is not of the form key=value")
+        check_settings(settings, REGISTRY_SETTINGS)
+        return pull(arguments.model, arguments.folder, registry_uri(settings))
 
     return report("pull", work)
 

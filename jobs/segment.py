@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs._main import registry_config, report, split_settings
+from jobs._main import REGISTRY_SETTINGS, check_settings, registry_uri, report, split_settings
 from pipeline.config import ConfigError
 
-SETTINGS = ("model", "out", "max_side", "num_heads", "mlflow.tracking_uri", "storage.root")
+SETTINGS = ("model", "out", "max_side", "num_heads", *REGISTRY_SETTINGS)
 
 
 def main() -> int:
@@ -28,9 +28,7 @@ def main() -> int:
 
 
 def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
-    unknown = [key for key in settings if key not in SETTINGS]
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: unknown setting; valid: {', '.join(SETTINGS)}")
+    check_settings(settings, SETTINGS)
     for key in ("model", "out"):
         if key not in settings:
             raise ConfigError(f"{key}: is missing; give {key}=…")
@@ -43,8 +41,8 @@ def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
                 f"two videos are named {stem!r}, so one would overwrite the other; give each its own out="
             )
     for key in ("max_side", "num_heads"):
-        if key in settings and not settings[key].isdigit():
-            raise ConfigError(f"{key}: {settings[key]!r} is not a whole number")
+        if key in settings and not (settings[key].isdigit() and int(settings[key]) > 0):
+            raise ConfigError(f"{key}: {settings[key]!r} is not a whole number above 0")
     numbers = {key: int(settings[key]) for key in ("max_side", "num_heads") if key in settings}
 
     from pipeline.models import load_slot_model
@@ -54,7 +52,7 @@ def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         path: Any = settings["model"]
         if path.startswith("models:/"):
-            path = stack.enter_context(downloaded(path, registry_config(settings).tracking_uri))
+            path = stack.enter_context(downloaded(path, registry_uri(settings)))
         model = to_best_device(load_slot_model(path, num_heads=numbers.get("num_heads")))
     limit = {"max_side": numbers["max_side"]} if "max_side" in numbers else {}
     done = [segment(model, video, settings["out"], **limit) for video in videos]

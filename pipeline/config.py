@@ -46,7 +46,7 @@ class Synthetic(Section):
     videos: PositiveInt = 400
     validation_videos: PositiveInt = 60
     frames: PositiveInt = 24
-    size: PositiveInt = 96  # pixels
+    size: Annotated[int, Field(ge=16, multiple_of=2)] = 96  # pixels
     seed: NonNegativeInt = 0
 
 
@@ -84,7 +84,7 @@ class Model(Section):
     backbone: str | ViT = "vit_small_patch14_dinov2"  # a timm name, or a ViT's dimensions
     backbone_weights: str = "timm"  # "timm" (the hub), "random", or a local file
     image_size: PositiveInt = 336
-    num_slots: PositiveInt | None = None
+    num_slots: Annotated[int, Field(ge=1, le=256)] | None = None  # labels are bytes
     slot_size: PositiveInt | None = None
     initial_slots: Literal["learned", "random"] = "learned"
     initialisation: Literal["default", "soft_kmeans"] = "default"  # of what trains; the paper's: default
@@ -126,7 +126,7 @@ class Teacher(Model):
     checkpoint: str | None = None  # a public file or a model folder; None: `jobs.teacher` trains one
     num_heads: PositiveInt | None = None  # of a public file's ViT; None: width / 64
     backbone: str | ViT = "vit_base_patch14_dinov2"
-    num_slots: PositiveInt | None = 15
+    num_slots: Annotated[int, Field(ge=1, le=256)] | None = 15
     slot_size: PositiveInt | None = 128
     train: Training = Training()
 
@@ -156,6 +156,8 @@ class Distill(Training):
 
 
 class Sweep(Section):
+    """What the sweep over beta will read; no stage does yet."""
+
     beta: tuple[NonNegativeFloat, ...] = (0.1, 0.2, 0.3, 0.5, 0.8)
     seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)
 
@@ -165,7 +167,6 @@ class Evaluate(Section):
     score: Literal["image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"] = "video_mbo"
     ignore_overlaps: bool = False
     baselines: bool = True
-    chunk_frames: PositiveInt = 8
 
 
 class MLflow(Section):
@@ -249,6 +250,10 @@ def _with_absolute_paths(config: Config) -> Config:
     for name in ("teacher", "student"):
         weights = values[name]["backbone_weights"]
         values[name]["backbone_weights"] = weights if weights in ("timm", "random") else absolute(weights)
+    uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri and uri.startswith("sqlite:///"):
+        uri = "sqlite:///" + str(absolute(uri.removeprefix("sqlite:///")))
+    values["mlflow"]["tracking_uri"] = uri  # as the job's environment has it, for workers that have another
     return Config.model_validate(values)
 
 

@@ -155,7 +155,7 @@ class Subject:
 
     def identity(self) -> dict[str, Any]:
         model = model_hash(self.model_uri) if self.model_uri else None
-        return {"model": model, "baseline": self.baseline, "slots": self.num_slots}
+        return {"model": model, "heads": self.num_heads, "baseline": self.baseline, "slots": self.num_slots}
 
 
 class _ScoreActor:

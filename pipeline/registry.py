@@ -7,7 +7,8 @@ to a version whose score on the *same* evaluation is better.
 from __future__ import annotations
 
 import contextlib
-import os
+import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -47,14 +48,17 @@ def register(config: Config, run_uri: str, evaluation: dict[str, Any] | None) ->
         tracking.RUN_TAG: run_uri,
         **{k: v for k, v in manifest["tags"].items() if "." not in k},
         "run_fingerprint": manifest["fingerprint"],
-        "beta": str(config.distill.beta),
+        "config": json.dumps(config.model_dump(mode="json", include={"student", "targets", "distill"})),
     }
     if evaluation is not None:
-        tags |= {f"score.{k}": f"{v:.6f}" for k, v in evaluation["scores"].items()}
-        tags |= {"evaluation": evaluation["protocol"]["fingerprint"], "evaluation_uri": evaluation["uri"]}
+        protocol = evaluation["protocol"]["fingerprint"]
+        tags |= {"evaluation": protocol, "evaluation_uri": evaluation["uri"]}
+        for key, value in evaluation["scores"].items():
+            # The latest score to look at, and one for each evaluation to compare by.
+            tags |= {f"score.{key}": f"{value:.6f}", f"score.{protocol}.{key}": f"{value:.6f}"}
     version = _find_version(client, name, run_uri)
     if version is None:
-        version = _create_version(client, name, run_uri, manifest["mlflow_run"], tags)
+        version = _create_version(client, name, run_uri, _mlflow_run(config, run_uri, manifest), tags)
         log(f"register: {name} version {version}")
     else:
         log(f"register: this run is {name} version {version} already")
@@ -82,7 +86,7 @@ def _create_model(client: Any, name: str) -> None:
 
 
 def _find_version(client: Any, name: str, run_uri: str) -> str | None:
-    found = client.search_model_versions(f"name = '{name}' and tags.`{tracking.RUN_TAG}` = '{run_uri}'")
+    found = client.search_model_versions(f"name = '{name}' and {tracking.tag_filter(run_uri)}")
     return str(found[0].version) if found else None
 
 
@@ -132,35 +136,49 @@ def _pack(model_uri: str, folder: Path) -> None:
         )
 
 
+def _mlflow_run(config: Config, run_uri: str, manifest: dict[str, Any]) -> str:
+    """The run that trained the student; a new one where this server does not know it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return tracking.client(config).get_run(manifest["mlflow_run"]).info.run_id
+    except MlflowException:
+        return tracking.start_run(config, run_uri, manifest["fingerprint"], manifest["tags"])
+
+
 def _contend(client: Any, name: str, version: str, tags: dict[str, str], score: str) -> tuple[bool, str]:
     """Moves the champion's alias to `version` if it has earned it; returns whether it holds it, and why."""
-    aliases = client.get_registered_model(name).aliases
-    key = f"score.{score}"
+    key = f"score.{tags.get('evaluation')}.{score}"
     mine = float(tags[key]) if key in tags else None
     shown = f"{score} {100 * mine:.2f}" if mine is not None else "no score"
-    if CHAMPION not in aliases:
+
+    def crown(reason: str) -> tuple[bool, str]:
         client.set_registered_model_alias(name, CHAMPION, version)
-        return True, f"version {version} is the first champion ({shown})"
+        return True, reason
+
+    aliases = client.get_registered_model(name).aliases
+    if CHAMPION not in aliases:
+        return crown(f"version {version} is the first champion ({shown})")
     holder = str(aliases[CHAMPION])
     if holder == version:
         return True, f"version {version} is the champion ({shown})"
     theirs = client.get_model_version(name, holder).tags
-    if mine is None or key not in theirs:
-        who = version if mine is None else holder
-        return False, f"version {holder} stays champion: version {who} has no {score} to compare"
-    if theirs.get("evaluation") != tags.get("evaluation"):
+    if mine is None:
+        return False, f"version {holder} stays champion: version {version} has no {score} to compare"
+    if f"score.{score}" not in theirs:
+        return crown(f"version {version} is the new champion: {shown}, while version {holder} has no score")
+    if key not in theirs:
         return False, (
-            f"version {holder} stays champion: it was scored on another evaluation "
-            f"({theirs.get('evaluation')}, this one is {tags.get('evaluation')}); evaluate it on this set first"
+            f"version {holder} stays champion: it was scored on another evaluation ({theirs.get('evaluation')}, "
+            f"this one is {tags['evaluation']}); register it again with this one first"
         )
     best = float(theirs[key])
-    if mine <= best:
+    if not mine > best:
         return (
             False,
-            f"version {holder} stays champion: its {score} is {100 * best:.2f}, not less than {100 * mine:.2f}",
+            f"version {holder} stays champion: {score} {100 * best:.2f}, not less than {100 * mine:.2f}",
         )
-    client.set_registered_model_alias(name, CHAMPION, version)
-    return True, f"version {version} is the new champion: {score} {100 * mine:.2f}, before {100 * best:.2f}"
+    return crown(f"version {version} is the new champion: {score} {100 * mine:.2f}, before {100 * best:.2f}")
 
 
 @contextlib.contextmanager
@@ -173,11 +191,13 @@ def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    if not model_uri.startswith("models:/"):
-        raise ValueError(f"model {model_uri!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
-    client = tracking.client_of(tracking_uri)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     name, alias, number = _parse(model_uri)
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    if tracking_uri.startswith("sqlite:///") and not database.exists():
+        raise ValueError(
+            f"there is no registry at {tracking_uri}: give storage.root=… or mlflow.tracking_uri=… of your jobs"
+        )
+    client = tracking.client_of(tracking_uri)
     try:
         found = (
             client.get_model_version_by_alias(name, alias)
@@ -196,13 +216,11 @@ def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
 
 
 def _parse(model_uri: str) -> tuple[str, str | None, str | None]:
-    name, at, alias = model_uri.removeprefix("models:/").partition("@")
-    if at and name and alias:
-        return name, alias, None
-    name, slash, number = name.partition("/")
-    if slash and name and number.isdigit():
-        return name, None, number
-    raise ValueError(f"model {model_uri!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+    """Name and either alias or number of a `models:/` URI."""
+    match = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", model_uri)
+    if match is None:
+        raise ValueError(f"model {model_uri!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+    return match[1], match[2], match[3]
 
 
 def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:

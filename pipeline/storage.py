@@ -76,11 +76,16 @@ def retry(operation: Callable[[], _T], uri: str) -> _T:
             return operation()
         except (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError):
             raise
-        except (OSError, TimeoutError):
-            if attempt == attempts - 1:
+        except Exception as error:
+            if not _is_transient(error) or attempt == attempts - 1:
                 raise
             time.sleep(0.5 * 2**attempt)
     raise AssertionError
+
+
+def _is_transient(error: Exception) -> bool:
+    # s3fs lets botocore's errors of the network through, which are no OSErrors.
+    return isinstance(error, OSError) or type(error).__module__.startswith("botocore")
 
 
 def exists(uri: str) -> bool:
@@ -157,7 +162,7 @@ def read_json(uri: str) -> Any:
     """Raises ValueError, naming the file, where it holds no JSON."""
     try:
         return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # bytes that are no text included
         raise ValueError(f"{uri}: not JSON ({error})") from error
 
 
@@ -166,14 +171,26 @@ def publish(folder: str, manifest: dict[str, Any]) -> None:
     write_json(join(folder, MANIFEST), manifest)
 
 
-def read_manifest(folder: str) -> dict[str, Any]:
-    """Raises IncompleteError where the folder is missing or unfinished."""
+def read_manifest(folder: str, *, kind: str | None = None) -> dict[str, Any]:
+    """A complete folder's manifest.
+
+    Raises:
+        IncompleteError: the folder is missing or unfinished.
+        ValueError: the manifest is damaged, or of something else than `kind`.
+    """
     try:
-        return read_json(join(folder, MANIFEST))
+        manifest = read_json(join(folder, MANIFEST))
     except FileNotFoundError:
         raise IncompleteError(
             f"{folder} has no {MANIFEST}: it does not exist or its job has not finished; run the job again"
         ) from None
+    if not isinstance(manifest, dict) or not manifest:
+        raise ValueError(
+            f"{join(folder, MANIFEST)}: damaged, it holds no manifest; delete the folder and run again"
+        )
+    if kind is not None and manifest.get("kind") != kind:
+        raise ValueError(f"{folder} holds {manifest.get('kind', 'something else')}, not {kind}")
+    return manifest
 
 
 def is_complete(folder: str) -> bool:
@@ -184,12 +201,17 @@ def upload_folder(local: str | Path, uri: str) -> None:
     """Copies the files of a flat local folder, the manifest (if any) last."""
     files = sorted(Path(local).iterdir(), key=lambda p: (p.name == MANIFEST, p.name))
     for file in files:
+        upload_file(file, join(uri, file.name))
 
-        def operation(file: Path = file) -> None:
-            with open(file, "rb") as source, atomic_write(join(uri, file.name)) as target:
-                shutil.copyfileobj(source, target, 1 << 20)
 
-        retry(operation, uri)
+def upload_file(local: str | Path, uri: str) -> None:
+    """Publishes a local file as `uri`, whole or not at all."""
+
+    def operation() -> None:
+        with open(local, "rb") as source, atomic_write(uri) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+    retry(operation, uri)
 
 
 @contextlib.contextmanager

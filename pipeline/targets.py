@@ -8,9 +8,12 @@ on where its clip started, so targets belong to clips, never to single frames.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +66,7 @@ class TargetSet:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.manifest: dict[str, Any] = storage.read_manifest(uri)
+        self.manifest: dict[str, Any] = storage.read_manifest(uri, kind="targets")
         self.fingerprint: str = self.manifest["fingerprint"]
         self.views: int = self.manifest["views"]["views"]
         self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
@@ -173,9 +176,10 @@ class TargetMaker:
         """Computes and publishes the targets of one clip shard."""
         schema = self.schema()
         clips = rows = 0
-        with storage.atomic_write(storage.join(folder, shard)) as file:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / shard
             writer = pq.ParquetWriter(
-                file, schema, compression="none", use_dictionary=["video_id"], write_page_checksum=True
+                path, schema, compression="none", use_dictionary=["video_id"], write_page_checksum=True
             )
             for items in self._batches(shard):
                 full = [item for item in items if item[0].full]
@@ -189,6 +193,7 @@ class TargetMaker:
                 rows += len(items)
                 clips += sum(1 for _, k, _ in items if k == 0)
             writer.close()
+            storage.upload_file(path, storage.join(folder, shard))
         return {"clips": clips, "rows": rows}
 
     def _batches(self, shard: str) -> Iterator[list[tuple[Clip, int, View]]]:
@@ -233,25 +238,36 @@ class TargetMaker:
     def verify_shard(self, shard: str, targets_uri: str, fraction: float) -> dict[str, Any]:
         """Computes a random share of a published shard's rows again; returns the worst deviation."""
         targets = TargetSet(targets_uri)
+        nonce = os.urandom(8).hex()  # other rows in every run
         checked, worst, where = 0, 0.0, ""
         for row, clip in enumerate(self.clips.iter_shard(shard)):
             for item in self.items(clip) if clip.full else []:
-                seed = stable_hash(
-                    self.config.dataset.seed, "verify", clip.video_id, clip.clip_index, item[1]
-                )
-                if seed % 10**6 >= fraction * 10**6:
+                draw = stable_hash(nonce, clip.video_id, clip.clip_index, item[1])
+                if draw % 10**6 >= fraction * 10**6:
                     continue
-                video_id, clip_index, target = targets.read(shard, row, item[1])
-                if (video_id, clip_index, target.view) != (clip.video_id, clip.clip_index, item[2]):
-                    raise TargetMismatch(
-                        f"{targets_uri} {shard}: row {row} is of {video_id} clip {clip_index}"
-                    )
-                slots = self.compute([item])[0][0].numpy()
-                deviation = float(np.abs(slots - target.slots).max() / max(np.abs(slots).max(), 1e-12))
+                deviation = self._verify_row(targets, shard, row, item)
                 checked += 1
                 if deviation >= worst:
                     worst, where = deviation, f"{clip.video_id} clip {clip.clip_index} view {item[1]}"
         return {"checked": checked, "worst": worst, "where": where}
+
+    def _verify_row(self, targets: TargetSet, shard: str, row: int, item: tuple[Clip, int, View]) -> float:
+        clip, k, view = item
+        cached_features = self.student is not None
+        video_id, clip_index, target = targets.read(shard, row, k, features=cached_features)
+        if (video_id, clip_index, target.view) != (clip.video_id, clip.clip_index, view):
+            raise TargetMismatch(f"{targets.uri} {shard}: row {row} is of {video_id} clip {clip_index}")
+        slots, features = self.compute([item])
+        deviation = _deviation(slots[0].numpy(), target.slots)
+        if features is not None and target.features is not None:
+            deviation = max(deviation, _deviation(features[0].numpy(), target.features))
+        return deviation
+
+
+def _deviation(computed: np.ndarray, cached: np.ndarray) -> float:
+    """The largest difference over the largest value; infinite where something is not finite."""
+    difference = float(np.abs(computed - cached).max() / max(np.abs(computed).max(), 1e-12))
+    return difference if np.isfinite(difference) else float("inf")
 
 
 def teacher_slots(teacher: SlotModel, pixels: list[np.ndarray], views: list[View], rollout: str) -> Tensor:

@@ -10,8 +10,7 @@ import numpy as np
 
 from pipeline import stages, storage
 from pipeline.builders import MODEL_FOLDER, load_model, require_teacher
-from pipeline.clips.shard import dataset_folder, shard
-from pipeline.clips.sources.videos import list_videos
+from pipeline.clips.shard import find_videos, shard
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view
 from pipeline.config import Config, resolve_config
@@ -79,7 +78,8 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     champion = f"models:/{config.mlflow.model_name}@{CHAMPION}"
     pull(champion, out / "champion", config.tracking_uri)
     split = config.evaluate.split if config.evaluate.split is not None else config.dataset.split
-    video = list_videos(dataset_folder(config, split), config.dataset.masks)[0].path
+    shown = ClipSet((held_out or train)["uri"]).videos[0].video_id
+    video = next(v.path for v in find_videos(config, split) if v.video_id == shown)
     segmented = segment(to_best_device(load_slot_model(out / "champion")), video, out / "segmented")
     models = {"teacher": teacher_uri} | {n: storage.join(r["uri"], MODEL_FOLDER) for n, r in runs.items()}
     strip = comparison_strip(config, (held_out or train)["uri"], models, out / "comparison.png")

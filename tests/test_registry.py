@@ -58,6 +58,21 @@ def test_the_alias_moves_only_to_a_better_score_on_the_same_evaluation(config, f
     assert better["version"] == champion(config) == 5
 
 
+def test_a_scored_version_replaces_a_champion_that_has_no_score(config, finished_run):
+    assert register(config, finished_run("unscored"), None)["champion"]
+    assert not register(config, finished_run("unscored too"), None)["champion"]
+    assert register(config, finished_run("scored"), evaluation(0.1))["champion"]
+    assert champion(config) == 3
+
+
+def test_a_champion_scored_on_two_evaluations_is_compared_on_each(config, finished_run):
+    first = finished_run("first")
+    register(config, first, evaluation(0.5))
+    register(config, first, evaluation(0.9, protocol="another"))
+    assert not register(config, finished_run("second"), evaluation(0.4))["champion"]
+    assert register(config, finished_run("third"), evaluation(0.6))["champion"]
+
+
 def test_registering_a_run_again_makes_no_second_version(config, finished_run):
     uri = finished_run("only")
     first = register(config, uri, None)
@@ -92,6 +107,7 @@ def test_pull_gives_the_same_weights_without_mlflow(config, finished_run, tmp_pa
     ],
 )
 def test_what_cannot_be_pulled_is_named(config, tmp_path, uri, message):
+    tracking.experiment_id(config)  # a registry, with nothing in it
     with pytest.raises(ValueError, match=message):
         pull(uri, tmp_path / "pulled", config.tracking_uri)
 
@@ -99,3 +115,9 @@ def test_what_cannot_be_pulled_is_named(config, tmp_path, uri, message):
 def test_file_stores_are_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match="sqlite:///"):
         tracking.client_of(str(tmp_path / "mlruns"))
+
+
+def test_a_place_without_a_registry_is_named_and_left_empty(config, tmp_path):
+    with pytest.raises(ValueError, match=r"no registry at .*storage\.root"):
+        pull("models:/slotmatch@champion", tmp_path / "pulled", config.tracking_uri)
+    assert not (tmp_path / "root").exists()

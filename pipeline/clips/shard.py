@@ -7,7 +7,6 @@ are written whole, so a job that was killed goes on with those that are missing.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -43,6 +42,19 @@ def dataset_folder(config: Config, split: str) -> str:
     if not config.dataset.path:
         raise ValueError("dataset.path: is not set; give the folder that holds the videos")
     return str(Path(config.dataset.path) / split) if split else config.dataset.path
+
+
+def find_videos(config: Config, split: str) -> list[VideoRef]:
+    """The videos of a split; errors as in `list_videos`.
+
+    Where the whole folder is trained on, its sub-folder for evaluation is not.
+    """
+    folder = dataset_folder(config, split)
+    held_out = config.evaluate.split if split == "" else None
+    memo = storage.join(
+        storage.absolute(config.storage.root), "sources", f"{storage.fingerprint(folder)}.json"
+    )
+    return list_videos(folder, config.dataset.masks, exclude=held_out, memo_uri=memo)
 
 
 def _generate(config: Config, split: str) -> str:
@@ -95,7 +107,7 @@ def _content_settings(settings: Clips) -> dict[str, Any]:
 
 def find_clips(config: Config, split: str) -> str:
     """The URI of the clip set that `shard` makes of a split, whether it is published yet or not."""
-    return clip_set_uri(config, list_videos(dataset_folder(config, split), config.dataset.masks))
+    return clip_set_uri(config, find_videos(config, split))
 
 
 def shard(config: Config, split: str) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def shard(config: Config, split: str) -> dict[str, Any]:
         FileNotFoundError: no videos.
         TooManyBadVideos: more than `clips.max_bad_fraction` of them were set aside.
     """
-    videos = list_videos(dataset_folder(config, split), config.dataset.masks)
+    videos = find_videos(config, split)
     uri = clip_set_uri(config, videos)
     label = f"shard {split or 'videos'}"
     if storage.is_complete(uri):
@@ -226,8 +238,7 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, 
         report = {"name": uri.rsplit("/", 1)[-1], "videos": good, "bad": bad, "rows": rows}
         writer.add_key_value_metadata({SHARD_KEY: json.dumps(report)})
         writer.close()
-        with open(local, "rb") as source, storage.atomic_write(uri) as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        storage.upload_file(local, uri)
         return {**report, "bytes": local.stat().st_size}
 
 

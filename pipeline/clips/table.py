@@ -95,7 +95,7 @@ class ClipSet:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.manifest: dict[str, Any] = storage.read_manifest(uri)
+        self.manifest: dict[str, Any] = storage.read_manifest(uri, kind="clips")
         self.fingerprint: str = self.manifest["fingerprint"]
         self.clip_frames: int = self.manifest["settings"]["clip_frames"]
         self.shards: list[str] = [shard["name"] for shard in self.manifest["shards"]]

@@ -150,7 +150,9 @@ def train_loop(
         model, alpha=settings.alpha, beta=distill.beta if distill else 0.0, temperature=settings.temperature
     )
     if world_size > 1:
-        objective = DistributedDataParallel(objective)
+        # With one frame a clip nothing uses the predictor.
+        alone = run.clips.clip_frames == 1
+        objective = DistributedDataParallel(objective, find_unused_parameters=alone)
     logger = RunLogger(spec.config, spec.mlflow_run if rank == 0 else None)
     history = list(state.history)
     step, status = state.step, "ok"
@@ -224,6 +226,7 @@ def train_loop(
                     saved = TrainingState(step, history)
                     save_checkpoint(spec.run_uri, model, optimizer, saved, keep=settings.keep_checkpoints)
                 after_checkpoint(step)
+    logger.flush(last=True)
     if status == "ok" and rank == 0:
         _publish_model(spec, model, history)
     return {"status": status, "step": step, "history": history}

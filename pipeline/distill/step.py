@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss, slot_kd_loss
-from pipeline.models import SlotModel
+from pipeline.models import SlotModel, SlotModelOutput
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class DistillationObjective(nn.Module):
         output = self.model(
             batch.video, backbone_features=batch.backbone_features, initial_slots=batch.initial_slots
         )
+        with torch.autocast(output.slots.device.type, enabled=False):
+            return self._losses(output, batch)
+
+    def _losses(self, output: SlotModelOutput, batch: Batch) -> dict[str, Tensor]:
         losses = {
             "reconstruction": feature_reconstruction_loss(
                 output.reconstruction.float(), output.backbone_features.float()

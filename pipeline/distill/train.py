@@ -15,11 +15,12 @@ from pipeline.builders import (
     load_model,
     model_hash,
     require_teacher,
+    teacher_location,
     teacher_run_uri,
     view_recipe,
 )
 from pipeline.clips.table import ClipSet
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, Training
 from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, build, train_loop
 from pipeline.models import SlotModelConfig
 from pipeline.progress import log
@@ -53,32 +54,44 @@ def find_student(config: Config, clips_uri: str) -> str:
 
 def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[str, str]]:
     clips = ClipSet(clips_uri)
-    with_teacher = config.distill.beta > 0
-    available = with_teacher or config.teacher.checkpoint is not None or config.targets.student_features
-    location = require_teacher(config, clips.fingerprint) if available else None
+    settings = config.distill
+    with_teacher = settings.beta > 0
+    location: str | None = None
+    if with_teacher or config.teacher.checkpoint is not None:
+        location = require_teacher(config, clips.fingerprint)
+    elif config.targets.student_features:
+        trained = teacher_location(config, clips.fingerprint)
+        location = trained if storage.exists(trained) else None
     targets_uri = teacher_config = None
     if location is not None:
         targets_uri = find_targets(config, clips)
-        # Without KD the cache still gives the student's features, where it has been filled with them.
-        if config.distill.live_teacher or not (with_teacher or _has_features(config, targets_uri)):
+        # Without KD the cache only spares the student its backbone, where it has been filled with features.
+        if settings.live_teacher or not (with_teacher or _has_features(config, targets_uri)):
             targets_uri = None
         if targets_uri is not None:
             teacher_config = TargetSet(targets_uri).teacher_config
         else:
             teacher_config = load_model(location, num_heads=config.teacher.num_heads).config
         _check_sizes(config, teacher_config)
-    content = {
+    content: dict[str, Any] = {
         "clips": clips.fingerprint,
-        "targets": targets_uri.rsplit("/", 1)[-1] if targets_uri else None,
-        "teacher": model_hash(location) if location and config.distill.live_teacher else None,
-        "student": config.student.model_dump(exclude={"backbone_weights"}),
+        "student": config.student.model_dump(exclude={"backbone_weights", "num_slots", "slot_size"}),
+        "sizes": [
+            getattr(config.student, key) or getattr(teacher_config or config.teacher, key)
+            for key in ("num_slots", "slot_size")
+        ],
         "backbone": backbone_identity(config.student),
-        "distill": config.distill.model_dump(exclude=RUN_DETAILS),
+        "features": config.targets.feature_dtype if config.targets.student_features else None,
+        "distill": settings.model_dump(exclude=RUN_DETAILS),
         "views": view_recipe(config),
-        "sizes": [config.teacher.num_slots, config.teacher.slot_size] if teacher_config is None else None,
     }
-    name = storage.fingerprint(content)
-    uri = storage.join(storage.absolute(config.storage.root), "students", name)
+    if with_teacher and settings.live_teacher:
+        assert location is not None
+        content["teacher"] = [model_hash(location), config.teacher.num_heads, config.targets.rollout]
+    elif with_teacher:
+        assert targets_uri is not None
+        content["targets"] = targets_uri.rsplit("/", 1)[-1]
+    uri = storage.join(storage.absolute(config.storage.root), "students", storage.fingerprint(content))
     spec = TrainingSpec(
         config,
         "student",
@@ -88,7 +101,7 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
         location if with_teacher else None,
         teacher_config,
     )
-    return spec, {"clips": clips.fingerprint, "targets": str(content["targets"])}
+    return spec, {"clips": clips.fingerprint, "targets": str(content.get("targets"))}
 
 
 def _has_features(config: Config, targets_uri: str) -> bool:
@@ -118,6 +131,11 @@ def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
     if storage.is_complete(uri):
         log(f"{spec.label}: this run is finished, reusing {uri}")
         return {**_summary(spec), "reused": True}
+    if spec.settings.warmup_steps >= spec.settings.steps:
+        log(
+            f"{spec.label}: WARNING, warm-up ({spec.settings.warmup_steps} steps) outlasts training "
+            f"({spec.settings.steps} steps); set warmup_steps to a tenth of it or less"
+        )
     build(spec)  # what can't be built is said here and now, not by every worker several times over
     storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
     name = config.distill.name if spec.role == "student" else ""
@@ -212,6 +230,7 @@ def _fit_on_ray(spec: TrainingSpec) -> dict[str, Any]:
     # attempt: Ray would take a finished run of the same name for one to be resumed.
     name = f"{spec.role}-{uuid.uuid4().hex[:12]}"
     gpus = cluster_gpus()
+    _check_resources(settings, gpus)
     worker: Any = _worker
     run_config: Any = ray.train.RunConfig  # typed as the older one, which has no logging_config
     trainer = ray.train.torch.TorchTrainer(
@@ -237,6 +256,23 @@ def _fit_on_ray(spec: TrainingSpec) -> dict[str, Any]:
         storage.delete(storage.join(root, name))
 
 
+def _check_resources(settings: Training, gpus: int) -> None:
+    """More workers than the cluster can ever hold would wait without a word.
+
+    Raises:
+        ConfigError: naming the number that fits.
+    """
+    import ray
+
+    total = gpus if gpus else ray.cluster_resources().get("CPU", 1)
+    fits = max(1, int(total if gpus else total // settings.cpus_per_worker))
+    if settings.workers > fits:
+        unit = "GPUs" if gpus else f"CPUs ({settings.cpus_per_worker:g} a worker)"
+        raise ConfigError(
+            f"workers: {settings.workers} don't fit this cluster's {total:g} {unit}; nearest valid: {fits}"
+        )
+
+
 def _arrow_filesystem(uri: str) -> Any:
     if not storage.is_remote(uri):
         return None
@@ -258,6 +294,6 @@ def git_revision() -> str:
             text=True,
             timeout=10,
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return result.stdout.strip() if result.returncode == 0 else "unknown"

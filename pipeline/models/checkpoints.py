@@ -21,6 +21,7 @@ from pipeline.models.slot_model import SlotModel, SlotModelConfig
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _BACKBONE = "encoder.backbone.model."
+_TRAINING_HEADS = ("projector.", "projector2.")
 _EMBEDDED_CONFIG = "slotmatch_config"  # an extra entry of the `.ckpt` files that we write
 
 
@@ -32,6 +33,7 @@ def load_slot_model(path: str | Path, *, num_heads: int | None = None) -> SlotMo
             `.safetensors`) in the SlotContrast layout.
         num_heads: attention heads of the ViT, the one thing that a public file's shapes don't tell.
             By default width / 64, as in every public ViT.
+            Ignored where the file or folder has a config of ours.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -49,11 +51,12 @@ def load_slot_model(path: str | Path, *, num_heads: int | None = None) -> SlotMo
         state = content.get("state_dict", content)
         if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
             raise ValueError(f"{path}: has no `state_dict` of tensors")
-        if _EMBEDDED_CONFIG in content and num_heads is None:
+        if _EMBEDDED_CONFIG in content:
             config = _parse_config(content[_EMBEDDED_CONFIG], source=str(path))
         else:
             config = infer_config(_plain_names(state), source=str(path), num_heads=num_heads)
-    state = {k: v.float() for k, v in _plain_names(state).items()}
+    # SRL's extra training heads; inference has no use for them.
+    state = {k: v.float() for k, v in _plain_names(state).items() if not k.startswith(_TRAINING_HEADS)}
     model = SlotModel(config)
     check_state_dict(model, state, str(path))
     model.load_state_dict(state)
@@ -137,6 +140,11 @@ def _infer_backbone(state: Mapping[str, Tensor], shape: Any, num_heads: int | No
     width, _, patch, _ = shape(_BACKBONE + "patch_embed.proj.weight")
     if num_heads and width % num_heads:
         raise ValueError(f"num_heads: {num_heads} does not divide the width {width} of the checkpoint's ViT")
+    if num_heads is None and width % 64:
+        raise ValueError(
+            f"num_heads: must be given, as the ViT's width {width} is not a multiple of 64 and the checkpoint's "
+            "shapes don't tell its heads"
+        )
     depth = 1 + max(
         (int(m[1]) for k in state if (m := re.match(re.escape(_BACKBONE) + r"blocks\.(\d+)\.", k))),
         default=-1,
@@ -151,7 +159,7 @@ def _infer_backbone(state: Mapping[str, Tensor], shape: Any, num_heads: int | No
         "patch_size": patch,
         "embed_dim": width,
         "depth": depth,
-        "num_heads": num_heads or max(1, width // 64),
+        "num_heads": num_heads or width // 64,
         "mlp_ratio": shape(_BACKBONE + "blocks.0.mlp.fc1.weight")[0] / width,
         "qkv_bias": _BACKBONE + "blocks.0.attn.qkv.bias" in state,
         "init_values": 1.0 if _BACKBONE + "blocks.0.ls1.gamma" in state else None,

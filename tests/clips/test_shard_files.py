@@ -45,7 +45,9 @@ def make_clip_set(folder, tmp_path, **settings):
     report = write_shard(list_videos(str(folder), "masks"), f"{uri}/data/shard-00000.parquet", settings)
     pq.write_table(pa.Table.from_pylist(report["videos"]), f"{uri}/index.parquet")
     shards = [{key: report[key] for key in ("name", "rows", "bytes")}]
-    storage.publish(uri, {"fingerprint": "x", "settings": settings.model_dump(), "shards": shards})
+    storage.publish(
+        uri, {"kind": "clips", "fingerprint": "x", "settings": settings.model_dump(), "shards": shards}
+    )
     return ClipSet(uri), report
 
 

@@ -463,3 +463,21 @@ def test_ffmpeg_does_not_call_into_python(tmp_path):
     with pytest.raises(BadVideo) as error:
         read(tmp_path / "a.mp4")
     assert error.value.__cause__.log is None  # PyAV knows no line of FFmpeg's log
+
+
+def test_masks_and_the_evaluation_folder_are_no_training_videos(tmp_path):
+    for path in ("a.mp4", "val/x.mp4", "val/masks/x/00000.png", "deep/masks/y/00000.png", "deep/b.mp4"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+    assert [v.video_id for v in list_videos(str(tmp_path), "masks")] == ["a", "deep/b", "val/x"]
+    assert [v.video_id for v in list_videos(str(tmp_path), "masks", exclude="val")] == ["a", "deep/b"]
+
+
+def test_remembered_hashes_follow_changes(tmp_path):
+    folder, memo = tmp_path / "videos", str(tmp_path / "memo.json")
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"one")
+    first = list_videos(str(folder), "masks", memo_uri=memo)
+    assert list_videos(str(folder), "masks", memo_uri=memo) == first == list_videos(str(folder), "masks")
+    (folder / "a.mp4").write_bytes(b"two")
+    assert list_videos(str(folder), "masks", memo_uri=memo)[0].content != first[0].content

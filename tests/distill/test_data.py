@@ -96,7 +96,9 @@ def clips_uri(tmp_path):
     report = write_shard(videos, f"{uri}/data/shard-00000.parquet", settings)
     pq.write_table(pa.Table.from_pylist(report["videos"]), f"{uri}/index.parquet")
     shards = [{key: report[key] for key in ("name", "rows", "bytes")}]
-    storage.publish(uri, {"fingerprint": "x", "settings": settings.model_dump(), "shards": shards})
+    storage.publish(
+        uri, {"kind": "clips", "fingerprint": "x", "settings": settings.model_dump(), "shards": shards}
+    )
     return uri
 
 

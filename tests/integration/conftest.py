@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -98,14 +99,19 @@ def job(tmp_path):
 class Job:
     def __init__(self, name, command, folder):
         self.name = name
-        self.popen = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
-        )
+        self._errors = folder / f"{name}-{time.monotonic_ns()}.log"  # a file: no pipe that could fill up
+        with open(self._errors, "wb") as errors:
+            self.popen = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder
+            )
 
-    def finish(self, timeout=240):
+    def error_output(self):
+        return self._errors.read_text()
+
+    def finish(self, timeout=280):
         """The summary, after checking that the job ended well."""
-        out, err = self.popen.communicate(timeout=timeout)
+        out, _ = self.popen.communicate(timeout=timeout)
         assert self.popen.returncode == 0, (
-            f"{self.name} exited with {self.popen.returncode}:\n{out[-2000:]}\n{err[-4000:]}"
+            f"{self.name} failed:\n{out[-2000:]}\n{self.error_output()[-4000:]}"
         )
         return json.loads(out.strip().splitlines()[-1])

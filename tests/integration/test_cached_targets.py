@@ -1,12 +1,13 @@
 """Training from the cache is training with the teacher: the losses agree step by step."""
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import stages, storage
 from pipeline.clips.table import ClipSet
-from pipeline.distill.train import distill, train_teacher
+from pipeline.distill.train import distill, find_student, train_teacher
 from pipeline.targets import TargetMismatch, TargetSet, cache
 
 VIEWS = ("targets.views=3", "targets.crop=random", "targets.min_scale=0.6")
@@ -84,18 +85,62 @@ def test_second_cache_run_reuses_and_changes_get_a_new_folder(prepared, shared_t
     assert len({first["uri"], other_flips["uri"], other_rollout["uri"]}) == 3
 
 
-def test_verify_finds_a_changed_value(prepared, shared_tiny):
-    _, clips, summary = prepared
-    config = shared_tiny(*VIEWS, *STEPS, "targets.verify=1.0")
-    assert cache(config, clips)["verified_rows"] > 0
-    shard = ClipSet(clips).shards[1]
-    path = f"{summary['uri']}/data/{shard}"
+def test_verify_finds_changed_slots_and_features(tiny, local_ray):
+    config = tiny(*VIEWS, "targets.verify=1.0", "targets.student_features=true")
+    clips = stages.shard_stage(config)["uri"]
+    train_teacher(config, clips)
+    summary = cache(config, clips)
+    assert summary["verified_rows"] == 3 * sum(v.full_clips for v in ClipSet(clips).videos)
+    path = f"{summary['uri']}/data/{ClipSet(clips).shards[1]}"
     table = pq.read_table(path)
     slots = table.column("slots").combine_chunks()
     values = slots.flatten().to_numpy().copy()
-    values[: slots.type.list_size] += 0.5
-    changed = type(slots).from_arrays(values.astype(np.float32), slots.type.list_size)
-    index = table.schema.get_field_index("slots")
-    pq.write_table(table.set_column(index, table.schema.field("slots"), changed), path)
-    with pytest.raises(TargetMismatch, match=shard):
+    values[: slots.type.list_size] = np.nan
+    _replace(path, table, "slots", type(slots).from_arrays(values, slots.type.list_size))
+    with pytest.raises(TargetMismatch, match="shard-00001"):
         cache(config, clips)
+    features = table.column("features").to_pylist()
+    features[0] = (np.frombuffer(features[0], np.float32) + 0.5).tobytes()
+    _replace(path, table, "features", pa.array(features, table.schema.field("features").type))
+    with pytest.raises(TargetMismatch, match="shard-00001"):
+        cache(config, clips)
+
+
+def _replace(path, table, name, values):
+    index = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(index, table.schema.field(name), values), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (["distill.log_every=5"], True),
+        (["distill.max_failures=9"], True),
+        (["distill.seed=5"], False),
+        (["distill.beta=0.3"], False),
+        (["student.image_size=48"], False),
+        (["distill.name=another"], False),
+        (["distill.live_teacher=true"], False),
+    ],
+)
+def test_what_makes_another_student(prepared, shared_tiny, change, same):
+    config, clips, _ = prepared
+    changed = shared_tiny(*VIEWS, *STEPS, *change)
+    assert (find_student(changed, clips) == find_student(config, clips)) is same
+
+
+def test_a_live_teachers_roll_out_makes_another_student(prepared, shared_tiny):
+    _, clips, summary = prepared
+    teacher = f"teacher.checkpoint={TargetSet(summary['uri']).manifest['teacher_uri']}"
+    live = (*VIEWS, *STEPS, teacher, "distill.live_teacher=true")
+    forward, cyclic = (shared_tiny(*live, f"targets.rollout={r}") for r in ("forward", "cyclic"))
+    assert find_student(forward, clips) != find_student(cyclic, clips)
+
+
+def test_a_student_without_kd_is_the_same_before_and_after_caching(shared_tiny, local_ray):
+    config = shared_tiny("distill.beta=0", "targets.student_features=true", "dataset.seed=9")
+    clips = stages.shard_stage(config)["uri"]
+    before = find_student(config, clips)
+    train_teacher(config, clips)
+    cache(config, clips)
+    assert find_student(config, clips) == before

@@ -1,6 +1,7 @@
 """Jobs that are killed are run again, and nothing is lost, repeated or half-written."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -34,11 +35,23 @@ def kill_at_two_shards(process, uri):
     """SIGKILL of the driver once two shards are there; what was published by then."""
     wait_for(lambda: len(published_shards(uri)) >= 2 or process.popen.poll() is not None)
     assert process.popen.poll() is None, "the job ended before it could be killed: too little work"
-    process.popen.send_signal(signal.SIGKILL)
-    process.popen.wait()
-    time.sleep(3)  # Ray's workers notice that their driver has gone
+    kill_with_family(process)
     assert not storage.is_complete(uri)
     return published_shards(uri)
+
+
+def kill_with_family(process):
+    """SIGKILL of the driver, and the end of all that Ray started for it."""
+    family = psutil.Process(process.popen.pid).children(recursive=True)
+    process.popen.send_signal(signal.SIGKILL)
+    process.popen.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
+def resumed_from(text):
+    """The steps that "going on from step" lines name."""
+    return [int(step) for step in re.findall(r"going on from step (\d+)", text)]
 
 
 def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
@@ -85,7 +98,7 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     """SIGKILL of a Ray Train worker, then of the whole driver; then the job is run once more."""
     settings = [
         "distill.workers=2",
-        "distill.steps=240",
+        "distill.steps=320",
         "distill.checkpoint_every=40",
         "distill.keep_checkpoints=10",
         "distill.log_every=1",
@@ -114,16 +127,16 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     )
     worker.send_signal(signal.SIGKILL)
     wait_for(lambda: len(list(checkpoints.glob(f"*/{storage.MANIFEST}"))) >= 3)
-    family = psutil.Process(process.popen.pid).children(recursive=True)
-    process.popen.send_signal(signal.SIGKILL)
-    process.popen.wait()
-    psutil.wait_procs(family, timeout=30)
+    kill_with_family(process)
     assert not storage.is_complete(str(run))
+    assert max(resumed_from(process.error_output())) >= 40
 
-    summary = job("distill", broken).finish()
-    assert summary["steps"] == 240
+    last = job("distill", broken)
+    summary = last.finish()
+    assert max(resumed_from(last.error_output())) >= 120
+    assert summary["steps"] == 320
     resumed = storage.read_json(summary["history"])
-    assert [row["step"] for row in resumed] == list(range(1, 241))
+    assert [row["step"] for row in resumed] == list(range(1, 321))
     assert resumed == expected
 
 

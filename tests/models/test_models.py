@@ -322,7 +322,7 @@ def change(state, key, value):
     ("key", "value", "message"),
     [
         ("processor.corrector.to_q.weight", None, r"missing processor\.corrector\.to_q\.weight"),
-        ("projector.weight", torch.ones(2), r"unexpected projector\.weight"),
+        ("extra.weight", torch.ones(2), r"unexpected extra\.weight"),
         (
             "processor.corrector.to_q.weight",
             torch.ones(8, 9),
@@ -352,8 +352,24 @@ def test_keys_that_do_not_fit_are_named(tmp_path, layout, key, value, message):
 
 def test_heads_that_do_not_divide_the_width(tmp_path):
     save_public_checkpoint(tiny_model(), tmp_path / "model.ckpt")
+    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    torch.save({"state_dict": content["state_dict"]}, tmp_path / "public.ckpt")
     with pytest.raises(ValueError, match="num_heads: 5 does not divide the width 32"):
-        load_slot_model(tmp_path / "model.ckpt", num_heads=5)
+        load_slot_model(tmp_path / "public.ckpt", num_heads=5)
+    with pytest.raises(ValueError, match="num_heads: must be given"):
+        load_slot_model(tmp_path / "public.ckpt")
+    assert load_slot_model(tmp_path / "model.ckpt").config.backbone.arguments["num_heads"] == 2
+
+
+def test_srl_training_heads_are_ignored(tmp_path):
+    model = tiny_model()
+    save_public_checkpoint(model, tmp_path / "model.ckpt")
+    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    content["state_dict"] |= {"projector.0.weight": torch.ones(2), "projector2.0.weight": torch.ones(2)}
+    torch.save(content, tmp_path / "srl.ckpt")
+    loaded = load_slot_model(tmp_path / "srl.ckpt")
+    for a, b in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("content", ["{half", "[]", '{"num_slots": 3}', "extra key"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import Image
 
 from pipeline import storage
@@ -35,8 +36,38 @@ def natural_key(name: str) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def list_videos(folder: str, masks: str) -> list[VideoRef]:
+class HashMemo:
+    """Hashes of files that did not change since they were last read: the same size and time of change.
+
+    Kept as one JSON file, so that a data set is read for its hashes once and not in every job.
+    """
+
+    def __init__(self, uri: str | None) -> None:
+        self._uri = uri
+        known = storage.read_json(uri) if uri is not None and storage.exists(uri) else {}
+        self._known: dict[str, list[Any]] = known
+        self._used: dict[str, list[Any]] = {}
+
+    def hash(self, path: Path) -> str:
+        """Raises OSError where the file can't be read."""
+        status = path.stat()
+        state = [status.st_size, status.st_mtime_ns]
+        found = self._known.get(str(path))
+        content = found[2] if found and found[:2] == state else storage.hash_file(str(path))
+        self._used[str(path)] = [*state, content]
+        return content
+
+    def save(self) -> None:
+        if self._uri is not None and self._used != self._known:
+            storage.write_json(self._uri, self._used)
+
+
+def list_videos(
+    folder: str, masks: str, *, exclude: str | None = None, memo_uri: str | None = None
+) -> list[VideoRef]:
     """All videos below a local folder, sorted by id.
+
+    Folders named `masks` hold no videos, at whatever depth; nor does the sub-folder `exclude`.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it that could be a video.
@@ -50,7 +81,11 @@ def list_videos(folder: str, masks: str) -> list[VideoRef]:
     paths: dict[str, Path] = {}
     for directory, folders, names in os.walk(root):
         here = Path(directory)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and here / f != root / masks)
+        folders[:] = sorted(
+            f
+            for f in folders
+            if not f.startswith(".") and f != masks and (exclude is None or here / f != root / exclude)
+        )
         found = [here / n for n in names if n.lower().endswith(VIDEO_SUFFIXES) and not n.startswith(".")]
         if not found and here != root and any(n.lower().endswith(IMAGE_SUFFIXES) for n in names):
             found = [here]
@@ -67,23 +102,26 @@ def list_videos(folder: str, masks: str) -> list[VideoRef]:
             f"dataset.path: no video in {str(root)!r} (looked for {', '.join(VIDEO_SUFFIXES)} and folders of images)"
         )
     video_ids = sorted(paths)
+    memo = HashMemo(memo_uri)
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        return list(pool.map(lambda v: _reference(v, paths[v], root / masks / v), video_ids))
+        videos = list(pool.map(lambda v: _reference(v, paths[v], root / masks / v, memo), video_ids))
+    memo.save()
+    return videos
 
 
-def _reference(video_id: str, path: Path, masks_path: Path) -> VideoRef:
+def _reference(video_id: str, path: Path, masks_path: Path, memo: HashMemo) -> VideoRef:
     files = _images(path) if path.is_dir() else [path]
     size = sum(f.stat().st_size for f in files if f.exists())
     has_masks = masks_path.is_dir()
     files += _images(masks_path) if has_masks else []
     # A file that can't be read is no reason to stop here: decoding it will say why.
-    content = storage.fingerprint([(f.name, _hash_or_error(f)) for f in files])
+    content = storage.fingerprint([(f.name, _hash_or_error(f, memo)) for f in files])
     return VideoRef(video_id, str(path), str(masks_path) if has_masks else None, content, size)
 
 
-def _hash_or_error(path: Path) -> str:
+def _hash_or_error(path: Path, memo: HashMemo) -> str:
     try:
-        return storage.hash_file(str(path))
+        return memo.hash(path)
     except OSError as error:
         return f"unreadable: {error.strerror}"
 
@@ -146,9 +184,11 @@ def _read_file(path: Path, short_side: int | None) -> FrameIterator:
         if path.stat().st_size == 0:
             raise BadVideo("the file is empty")
         with av.open(str(path)) as container:
-            if not container.streams.video:
+            # A picture attached to an audio file is a video stream too.
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
                 raise BadVideo("the file has no video stream")
-            yield from _decode(container, short_side)
+            yield from _decode(container, streams[0], short_side)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadVideo(f"can't be decoded ({_reason(error, path)})") from error
 
@@ -159,8 +199,7 @@ def _reason(error: Exception, path: Path) -> str:
     return text.splitlines()[0].replace(f" {str(path)!r}", "")
 
 
-def _decode(container: Any, short_side: int | None) -> FrameIterator:
-    stream = container.streams.video[0]
+def _decode(container: Any, stream: Any, short_side: int | None) -> FrameIterator:
     stream.thread_count = 1  # Ray runs one task a core
     packets = index = 0
     reach = 0.0  # seconds up to which any stream has data
