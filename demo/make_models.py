@@ -74,7 +74,7 @@ class SlotRecipe:
 TEACHER = BackboneRecipe(width=128, depth=4, steps=1600, learning_rate=1e-3)
 STUDENT = BackboneRecipe(width=64, depth=2, steps=2000, learning_rate=2e-3)
 TEACHER_SLOTS = SlotRecipe(steps=5000, anneal=True)
-STUDENT_SLOTS = SlotRecipe(steps=1000, beta=0.2)
+STUDENT_SLOTS = SlotRecipe(steps=2000, beta=0.2)
 NUM_SLOTS, SLOT_SIZE, TEACHER_HIDDEN, STUDENT_HIDDEN = 6, 32, (128, 128), (64, 64)
 VALIDATION_VIDEOS = 40
 
