@@ -67,7 +67,7 @@ def _generate(config: Config, split: str) -> str:
         size=settings.size,
         seed=2 * settings.seed + validation,
     )
-    name = storage.fingerprint({**asdict(synthetic), "format": FORMAT})
+    name = storage.fingerprint({**asdict(synthetic), "format": FORMAT, "av": av.__version__})
     if storage.is_remote(config.storage.root):
         folder = str(Path(tempfile.gettempdir()) / f"slotmatch-generated-{name}")
     else:

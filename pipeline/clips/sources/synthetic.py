@@ -146,17 +146,21 @@ def _write_masks(labels: np.ndarray, folder: Path) -> None:
     os.replace(temporary, folder)
 
 
+# x264's lookahead gives other bytes in every run, even with one thread; without it the same frames make
+# the same file, and so the same fingerprint.
+_H264 = {"crf": "12", "preset": "veryfast", "x264-params": "sync-lookahead=0:rc-lookahead=0"}
+
+
 def _write_mp4(frames: np.ndarray, fps: int, path: Path) -> None:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps), options={"crf": "12", "preset": "veryfast"}
-        )
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=_H264)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", threads=1)))
         container.mux(stream.encode(None))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(buffer.getvalue())
