@@ -111,12 +111,13 @@ def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
     assert {p: after[p] for p in before} == before
 
 
+@pytest.mark.timeout(900)  # three starts of Ray, on machines that may be busy
 def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray):
     """SIGKILL of a Ray Train worker, then of the whole driver; then the job is run once more."""
     settings = [
         "distill.workers=2",
-        "distill.steps=320",
-        "distill.checkpoint_every=40",
+        "distill.steps=240",
+        "distill.checkpoint_every=30",
         "distill.keep_checkpoints=10",
         "distill.log_every=1",
         "distill.cpus_per_worker=0.5",
@@ -136,24 +137,24 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     run = Path(find_student(broken, clips))
     process = job("distill", broken)
     checkpoints = run / "checkpoints"
-    wait_for(lambda: (checkpoints / "step_00000040" / storage.MANIFEST).exists())
+    wait_for(lambda: (checkpoints / "step_00000030" / storage.MANIFEST).exists())
     worker = next(
         child
         for child in psutil.Process(process.popen.pid).children(recursive=True)
         if "RayTrainWorker" in " ".join(child.cmdline())
     )
     worker.send_signal(signal.SIGKILL)
-    wait_for(lambda: len(list(checkpoints.glob(f"*/{storage.MANIFEST}"))) >= 3)
+    wait_for(lambda: len(list(checkpoints.glob(f"*/{storage.MANIFEST}"))) >= 4)
     kill_with_family(process)
     assert not storage.is_complete(str(run))
-    assert max(resumed_from(process.error_output())) >= 40
+    assert max(resumed_from(process.error_output())) >= 30
 
     last = job("distill", broken)
     summary = last.finish()
     assert max(resumed_from(last.error_output())) >= 120
-    assert summary["steps"] == 320
+    assert summary["steps"] == 240
     resumed = storage.read_json(summary["history"])
-    assert [row["step"] for row in resumed] == list(range(1, 321))
+    assert [row["step"] for row in resumed] == list(range(1, 241))
     assert resumed == expected
 
 
