@@ -45,15 +45,16 @@ def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
             raise ConfigError(f"{key}: {settings[key]!r} is not a whole number above 0")
     numbers = {key: int(settings[key]) for key in ("max_side", "num_heads") if key in settings}
 
+    from pipeline.builders import best_device
     from pipeline.models import load_slot_model
     from pipeline.registry import downloaded
-    from pipeline.segment import segment, to_best_device
+    from pipeline.segment import segment
 
     with contextlib.ExitStack() as stack:
         path: Any = settings["model"]
         if path.startswith("models:/"):
             path = stack.enter_context(downloaded(path, registry_uri(settings)))
-        model = to_best_device(load_slot_model(path, num_heads=numbers.get("num_heads")))
+        model = load_slot_model(path, num_heads=numbers.get("num_heads")).to(best_device())
     limit = {"max_side": numbers["max_side"]} if "max_side" in numbers else {}
     done = [segment(model, video, settings["out"], **limit) for video in videos]
     return {"uri": settings["out"], "videos": done, "frames": sum(d["frames"] for d in done)}

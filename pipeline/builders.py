@@ -106,9 +106,7 @@ def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None
             )
         sizes[key] = own if own is not None else other
     student = build_model(config.student, seed=seed, **sizes)
-    copy = isinstance(teacher, SlotModel) and config.distill.initial_slots_from_teacher
-    if copy and config.distill.beta > 0:
-        assert isinstance(teacher, SlotModel)
+    if isinstance(teacher, SlotModel) and config.distill.initial_slots_from_teacher:
         if student.config.initializer != teacher.config.initializer:
             raise ConfigError(
                 f"student.initial_slots: {student.config.initializer!r} differs from the teacher's "
@@ -126,6 +124,10 @@ def build_teacher(config: Config) -> SlotModel:
     return build_model(
         section, num_slots=section.num_slots, slot_size=section.slot_size, seed=section.train.seed
     )
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_model(uri: str, *, num_heads: int | None = None) -> SlotModel:

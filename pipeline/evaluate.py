@@ -17,10 +17,10 @@ import torch
 
 from pipeline import storage
 from pipeline.baselines import BASELINES
-from pipeline.builders import load_model, model_hash
+from pipeline.builders import best_device, load_model, model_hash
 from pipeline.clips.schema import stack_masks
 from pipeline.clips.table import ClipSet, VideoEntry
-from pipeline.clips.views import View, apply_view, stable_hash
+from pipeline.clips.views import apply_view, central_square, stable_hash
 from pipeline.config import Config
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
 from pipeline.models import SlotModel
@@ -73,12 +73,6 @@ def mean_scores(scores: list[VideoScore]) -> dict[str, float]:
     return result
 
 
-def square(height: int, width: int) -> View:
-    """The central square that models are evaluated on."""
-    short = min(height, width)
-    return View((height - short) // 2, (width - short) // 2, short, short, False, 0)
-
-
 def video_counts(
     clips: ClipSet,
     video: VideoEntry,
@@ -90,7 +84,7 @@ def video_counts(
 
     `predict` takes chunks of frames `(t, h, w, 3)` and yields `(frames, labels (t, h, w))` for each.
     """
-    crop = square(video.height, video.width)
+    crop = central_square(video.height, video.width)
     box = (slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width))
     annotations: list[list[dict[int, np.ndarray]]] = []
 
@@ -165,7 +159,7 @@ class _ScoreActor:
         self.clips = ClipSet(clips_uri)
         self.subjects = subjects
         self.ignore_overlaps = ignore_overlaps
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.models: dict[int, SlotModel] = {}
 
     def _predictor(self, index: int, video: VideoEntry) -> Any:

@@ -125,7 +125,7 @@ def _pack(model_uri: str, folder: Path) -> None:
         warnings.filterwarnings("ignore", message=".*input example.*")
         save_model(
             path=str(folder),
-            python_model=str(package / Path(registry_model.__file__).name),
+            python_model=registry_model.__file__,
             artifacts={registry_model.ARTIFACT: model},
             signature=signature,
             code_paths=[str(code)],
@@ -229,6 +229,5 @@ def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any
     target.mkdir(parents=True, exist_ok=True)
     with downloaded(model_uri, tracking_uri) as source:
         for file in (WEIGHTS_FILE, CONFIG_FILE):
-            with storage.atomic_write(str(target / file)) as sink, open(source / file, "rb") as content:
-                shutil.copyfileobj(content, sink, 1 << 20)
+            storage.upload_file(source / file, str(target / file))
     return {"uri": str(target.absolute()), "model": model_uri}

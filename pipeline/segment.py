@@ -12,7 +12,6 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from PIL import Image
 
 from pipeline.clips.sources import Frame, VideoRef
@@ -163,7 +162,3 @@ class _Sheet:
         for i, picture in enumerate(self._pictures):
             sheet.paste(picture, (i % columns * (width + 4), i // columns * (height + 4)))
         return sheet
-
-
-def to_best_device(model: SlotModel) -> SlotModel:
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")

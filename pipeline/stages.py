@@ -6,12 +6,12 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.baselines import BASELINES
-from pipeline.builders import MODEL_FOLDER, require_teacher
+from pipeline.builders import MODEL_FOLDER
 from pipeline.clips.shard import find_clips, shard
-from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError
 from pipeline.distill.train import distill, find_student, train_teacher
 from pipeline.evaluate import Subject, evaluate, score_table
+from pipeline.models.checkpoints import CONFIG_FILE
 from pipeline.registry import register
 from pipeline.targets import cache
 
@@ -58,21 +58,21 @@ def distill_stage(config: Config) -> dict[str, Any]:
     return distill(config, training_clips(config))
 
 
-def student_subject(config: Config) -> Subject:
-    """The finished student of this config; raises storage.IncompleteError where it is not."""
+def finished_student(config: Config) -> str:
+    """The run folder of this config's student; raises storage.IncompleteError where it is not finished."""
     run_uri = find_student(config, training_clips(config))
     storage.read_manifest(run_uri)
+    return run_uri
+
+
+def student_subject(run_uri: str) -> Subject:
     return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER))
 
 
-def teacher_subject(config: Config) -> Subject:
-    uri = require_teacher(config, ClipSet(training_clips(config)).fingerprint)
-    return Subject(model_uri=uri, num_heads=config.teacher.num_heads)
-
-
-def baseline_subjects(num_slots: int) -> dict[str, Subject]:
-    """Trivial segmentations with as many slots as the models have."""
-    return {name: Subject(baseline=name, num_slots=num_slots) for name in BASELINES}
+def baseline_subjects(run_uri: str) -> dict[str, Subject]:
+    """Trivial segmentations with as many slots as a student has."""
+    slots = int(storage.read_json(storage.join(run_uri, MODEL_FOLDER, CONFIG_FILE))["num_slots"])
+    return {name: Subject(baseline=name, num_slots=slots) for name in BASELINES}
 
 
 def evaluate_subjects(config: Config, subjects: dict[str, Subject]) -> dict[str, dict[str, Any]]:
@@ -89,22 +89,17 @@ def evaluate_subjects(config: Config, subjects: dict[str, Subject]) -> dict[str,
 def evaluate_stage(config: Config) -> dict[str, Any]:
     """Scores the student of this config, beside trivial baselines, and prints the table."""
     name = config.distill.name or "student"
-    baselines = baseline_subjects(student_slots(config)) if config.evaluate.baselines else {}
-    results = evaluate_subjects(config, {**baselines, name: student_subject(config)})
+    run_uri = finished_student(config)
+    baselines = baseline_subjects(run_uri) if config.evaluate.baselines else {}
+    results = evaluate_subjects(config, {**baselines, name: student_subject(run_uri)})
     print(score_table([(n, r["scores"]) for n, r in results.items()]))
     return {key: results[name][key] for key in ("uri", "scores", "videos", "protocol")}
 
 
-def student_slots(config: Config) -> int:
-    """The slot count of this config's finished student."""
-    run_uri = find_student(config, training_clips(config))
-    return int(storage.read_json(storage.join(run_uri, MODEL_FOLDER, "config.json"))["num_slots"])
-
-
 def register_stage(config: Config) -> dict[str, Any]:
     """Registers the student of this config with its scores, if its videos have masks."""
-    subject = student_subject(config)
+    run_uri = finished_student(config)
     evaluation = None
     if config.evaluate.split is not None:
-        evaluation = evaluate_subjects(config, {"student": subject})["student"]
-    return register(config, find_student(config, training_clips(config)), evaluation)
+        evaluation = evaluate_subjects(config, {"student": student_subject(run_uri)})["student"]
+    return register(config, run_uri, evaluation)

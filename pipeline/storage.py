@@ -40,6 +40,16 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def name(uri: str) -> str:
+    """The last part of a path: a folder's fingerprint, a shard's name."""
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def timestamp() -> str:
+    """The time now, in UTC, for manifests."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def absolute(uri: str) -> str:
     """A local path made absolute, so that it means the same in every process of this machine."""
     return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
@@ -105,8 +115,8 @@ def list_names(uri: str) -> list[str]:
         entries = retry(lambda: fs.ls(path, detail=False), uri)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    names = {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries}
-    return sorted(name for name in names if not name.startswith(".tmp-"))
+    names = {name(str(entry)) for entry in entries}
+    return sorted(entry for entry in names if not entry.startswith(".tmp-"))
 
 
 def open_read(uri: str) -> IO[bytes]:
@@ -223,15 +233,15 @@ def local_copy(uri: str) -> Iterator[str]:
     fs, path = filesystem(uri)
     with tempfile.TemporaryDirectory() as folder:
         if retry(lambda: bool(fs.isfile(path)), uri):
-            target = str(Path(folder) / path.rsplit("/", 1)[-1])
+            target = str(Path(folder) / name(path))
             retry(lambda: fs.get_file(path, target), uri)
         else:
             target = folder
             names = list_names(uri)
             if not names:
                 raise FileNotFoundError(f"nothing at {uri}")
-            for name in names:
-                retry(functools.partial(fs.get_file, f"{path}/{name}", str(Path(folder) / name)), uri)
+            for entry in names:
+                retry(functools.partial(fs.get_file, f"{path}/{entry}", str(Path(folder) / entry)), uri)
         yield target
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.builders import (
     backbone_identity,
+    best_device,
     build_backbone,
     build_student,
     load_model,
@@ -138,7 +138,7 @@ class TargetMaker:
     def __init__(self, config: Config, clips_uri: str, teacher_uri: str) -> None:
         self.config = config
         self.clips = ClipSet(clips_uri)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.teacher = load_model(teacher_uri, num_heads=config.teacher.num_heads).to(self.device)
         self.student: SlotModel | None = None
         if config.targets.student_features:
@@ -352,8 +352,8 @@ def cache(config: Config, clips_uri: str) -> dict[str, Any]:
         computed = len(missing)
         manifest = {
             "kind": "targets",
-            "fingerprint": uri.rsplit("/", 1)[-1],
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "fingerprint": storage.name(uri),
+            "created": storage.timestamp(),
             **content,
             "clips_uri": clips_uri,
             "teacher_uri": teacher_uri,

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from pipeline import stages, storage
-from pipeline.builders import MODEL_FOLDER, load_model, require_teacher
+from pipeline.builders import best_device, load_model, require_teacher
 from pipeline.clips.shard import find_videos, shard
 from pipeline.clips.table import ClipSet
-from pipeline.clips.views import apply_view
+from pipeline.clips.views import apply_view, central_square
 from pipeline.config import Config, resolve_config
 from pipeline.distill.train import distill, train_teacher
-from pipeline.evaluate import SCORES, score_table, square
+from pipeline.evaluate import SCORES, Subject, evaluate, score_table
 from pipeline.figures import overlay_strip
 from pipeline.models import load_slot_model
 from pipeline.progress import log
 from pipeline.ray_session import ray_session
 from pipeline.registry import CHAMPION, pull, register
-from pipeline.segment import segment, to_best_device
+from pipeline.segment import segment
 from pipeline.targets import cache
 
 NO_KD = "student, no KD"
@@ -66,7 +66,10 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     evaluations: dict[str, dict[str, Any]] = {}
     if held_out is not None:
         _title(5, f"score them on {held_out['videos']} videos that nobody trained on")
-        evaluations = _evaluate(config, configs)
+        subjects = stages.baseline_subjects(runs[SLOTMATCH]["uri"]) if config.evaluate.baselines else {}
+        subjects["teacher"] = Subject(model_uri=teacher_uri, num_heads=config.teacher.num_heads)
+        subjects |= {name: stages.student_subject(run["uri"]) for name, run in runs.items()}
+        evaluations = evaluate(config, held_out["uri"], subjects)
     _title(6, "register the students, pull the champion, segment a video")
     registered = [register(c, runs[name]["uri"], evaluations.get(name)) for name, c in configs.items()]
     folder = (
@@ -80,8 +83,8 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     split = config.evaluate.split if config.evaluate.split is not None else config.dataset.split
     shown = ClipSet((held_out or train)["uri"]).videos[0].video_id
     video = next(v.path for v in find_videos(config, split) if v.video_id == shown)
-    segmented = segment(to_best_device(load_slot_model(out / "champion")), video, out / "segmented")
-    models = {"teacher": teacher_uri} | {n: storage.join(r["uri"], MODEL_FOLDER) for n, r in runs.items()}
+    segmented = segment(load_slot_model(out / "champion").to(best_device()), video, out / "segmented")
+    models = {"teacher": teacher_uri} | {n: r["model"] for n, r in runs.items()}
     strip = comparison_strip(config, (held_out or train)["uri"], models, out / "comparison.png")
     _closing(config, evaluations, champion, strip, segmented)
     return {
@@ -103,19 +106,11 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     }
 
 
-def _evaluate(config: Config, configs: dict[str, Config]) -> dict[str, dict[str, Any]]:
-    subjects = {"teacher": stages.teacher_subject(config)}
-    subjects |= {name: stages.student_subject(student) for name, student in configs.items()}
-    if config.evaluate.baselines:
-        subjects = stages.baseline_subjects(stages.student_slots(configs[SLOTMATCH])) | subjects
-    return stages.evaluate_subjects(config, subjects)
-
-
 def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], path: Path) -> Path:
     """A picture of one video: frames over the masks of each model, a colour a slot."""
     clips = ClipSet(clips_uri)
     video = clips.videos[0]
-    crop = square(video.height, video.width)
+    crop = central_square(video.height, video.width)
     pieces = []
     for clip in clips.iter_video(video):
         pieces.append(apply_view(clip.frames, crop))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -160,9 +159,9 @@ def shard(config: Config, split: str) -> dict[str, Any]:
     storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
     manifest = {
         "kind": "clips",
-        "fingerprint": uri.rsplit("/", 1)[-1],
+        "fingerprint": storage.name(uri),
         "split": split,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": storage.timestamp(),
         "settings": _content_settings(settings),
         "sources": storage.fingerprint([(v.video_id, v.content) for v in videos]),
         "videos": len(entries),
@@ -233,9 +232,9 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, 
             with pa.OSFile(str(spool)) as file:
                 for batch in pa.ipc.open_stream(file):
                     writer.write_batch(batch, row_group_size=len(batch))
-            good.append(asdict(VideoEntry(shard=uri.rsplit("/", 1)[-1], first_row=rows, **entry)))
+            good.append(asdict(VideoEntry(shard=storage.name(uri), first_row=rows, **entry)))
             rows += entry["clips"]
-        report = {"name": uri.rsplit("/", 1)[-1], "videos": good, "bad": bad, "rows": rows}
+        report = {"name": storage.name(uri), "videos": good, "bad": bad, "rows": rows}
         writer.add_key_value_metadata({SHARD_KEY: json.dumps(report)})
         writer.close()
         storage.upload_file(local, uri)

@@ -35,6 +35,12 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
+def central_square(height: int, width: int, noise_seed: int = 0) -> View:
+    """The largest square in the middle, without a flip: view 0, and what models are evaluated on."""
+    short = min(height, width)
+    return View((height - short) // 2, (width - short) // 2, short, short, False, noise_seed)
+
+
 def make_view(
     recipe: Targets, seed: int, video_id: str, clip_index: int, k: int, height: int, width: int
 ) -> View:
@@ -44,11 +50,11 @@ def make_view(
     the recipe says so, and flip with its probability.
     """
     clip_seed = stable_hash(seed, video_id, clip_index, k)
-    short = min(height, width)
     if k == 0:
-        return View((height - short) // 2, (width - short) // 2, short, short, False, clip_seed)
+        return central_square(height, width, clip_seed)
     rng = np.random.default_rng(clip_seed)
     scale, vertical, horizontal, flip = rng.random(4)
+    short = min(height, width)
     if recipe.crop == "random":
         side = max(1, round(short * (recipe.min_scale + (1 - recipe.min_scale) * scale)))
         top, left = round(vertical * (height - side)), round(horizontal * (width - side))

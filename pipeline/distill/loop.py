@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -90,6 +91,44 @@ class _Run:
         # Features are worth reading only if they replace the frames altogether.
         self.cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
 
+    def objective(self, world_size: int) -> torch.nn.Module:
+        """The loss as a module, its gradients averaged over the workers."""
+        settings, beta = self.spec.settings, 0.0
+        if isinstance(settings, Distill):
+            beta = settings.beta
+            self.model.decoder.fast = settings.fast_decoder
+        objective = DistillationObjective(
+            self.model, alpha=settings.alpha, beta=beta, temperature=settings.temperature
+        )
+        if world_size == 1:
+            return objective
+        # With one frame a clip nothing uses the predictor.
+        alone = self.clips.clip_frames == 1
+        return DistributedDataParallel(objective, find_unused_parameters=alone)
+
+    def loader(self, start: int, rank: int, world_size: int) -> Loader:
+        """This worker's batches from step `start` on."""
+        settings, config = self.spec.settings, self.spec.config
+        sampler = Sampler(
+            self.clips.videos,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            views=config.targets.views,
+        )
+        return Loader(
+            self.spec.clips_uri,
+            self.spec.targets_uri,
+            sampler,
+            recipe=config.targets,
+            dataset_seed=config.dataset.seed,
+            pixels=not self.cached_features,
+            rank=rank,
+            world_size=world_size,
+            start=start,
+            stop=settings.steps,
+            threads=settings.loader_threads,
+        )
+
     def batch(self, raw: RawBatch) -> Batch:
         targets = raw.target_slots
         if self.teacher is not None:
@@ -143,44 +182,15 @@ def train_loop(
         state = load_checkpoint(resumed, model, optimizer)
         if rank == 0:
             log(f"{spec.label}: going on from step {state.step} ({resumed})")
-    distill = settings if isinstance(settings, Distill) else None
-    if distill is not None:
-        model.decoder.fast = distill.fast_decoder
-    objective: torch.nn.Module = DistillationObjective(
-        model, alpha=settings.alpha, beta=distill.beta if distill else 0.0, temperature=settings.temperature
-    )
-    if world_size > 1:
-        # With one frame a clip nothing uses the predictor.
-        alone = run.clips.clip_frames == 1
-        objective = DistributedDataParallel(objective, find_unused_parameters=alone)
+    objective = run.objective(world_size)
     logger = RunLogger(spec.config, spec.mlflow_run if rank == 0 else None)
     history = list(state.history)
     step, status = state.step, "ok"
     autocast = _autocast_dtype(settings.precision, device)
     frames_per_step = settings.batch_size * run.clips.clip_frames
-    sampler = Sampler(
-        run.clips.videos,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        views=spec.config.targets.views,
-    )
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        loader = stack.enter_context(
-            Loader(
-                spec.clips_uri,
-                spec.targets_uri,
-                sampler,
-                recipe=spec.config.targets,
-                dataset_seed=spec.config.dataset.seed,
-                pixels=not run.cached_features,
-                rank=rank,
-                world_size=world_size,
-                start=step,
-                stop=settings.steps,
-                threads=settings.loader_threads,
-            )
-        )
+        loader = stack.enter_context(run.loader(step, rank, world_size))
         progress = stack.enter_context(Progress(spec.label, settings.steps, "steps")) if rank == 0 else None
         if progress:
             progress.skip(step)
@@ -201,7 +211,7 @@ def train_loop(
                 gradient_clip=settings.gradient_clip,
                 autocast=autocast,
             )
-            if not _finite(values["gradient_norm"]):
+            if not math.isfinite(values["gradient_norm"]):
                 status = "non-finite"
                 break
             step += 1
@@ -230,10 +240,6 @@ def train_loop(
     if status == "ok" and rank == 0:
         _publish_model(spec, model, history)
     return {"status": status, "step": step, "history": history}
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
 
 
 def _mean_over_workers(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:

@@ -22,7 +22,6 @@ from pipeline.builders import (
 from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError, Training
 from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, build, train_loop
-from pipeline.models import SlotModelConfig
 from pipeline.progress import log
 from pipeline.ray_session import cluster_gpus, ray_session
 from pipeline.targets import TargetSet, find_targets
@@ -72,7 +71,6 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
             teacher_config = TargetSet(targets_uri).teacher_config
         else:
             teacher_config = load_model(location, num_heads=config.teacher.num_heads).config
-        _check_sizes(config, teacher_config)
     content: dict[str, Any] = {
         "clips": clips.fingerprint,
         "student": config.student.model_dump(exclude={"backbone_weights", "num_slots", "slot_size"}),
@@ -90,7 +88,7 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
         content["teacher"] = [model_hash(location), config.teacher.num_heads, config.targets.rollout]
     elif with_teacher:
         assert targets_uri is not None
-        content["targets"] = targets_uri.rsplit("/", 1)[-1]
+        content["targets"] = storage.name(targets_uri)
     uri = storage.join(storage.absolute(config.storage.root), "students", storage.fingerprint(content))
     spec = TrainingSpec(
         config,
@@ -106,16 +104,6 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
 
 def _has_features(config: Config, targets_uri: str) -> bool:
     return config.targets.student_features and storage.is_complete(targets_uri)
-
-
-def _check_sizes(config: Config, teacher: SlotModelConfig) -> None:
-    """Before Ray Train starts: the student's slots are the teacher's."""
-    for key in ("num_slots", "slot_size"):
-        own, other = getattr(config.student, key), getattr(teacher, key)
-        if own is not None and own != other:
-            raise ConfigError(
-                f"student.{key}: {own} differs from the teacher's {other}; nearest valid: {other}"
-            )
 
 
 def train_teacher(config: Config, clips_uri: str) -> dict[str, Any]:
@@ -144,7 +132,7 @@ def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
         "role": spec.role,
         "seed": str(spec.settings.seed),
         "git_revision": git_revision(),
-        "mlflow.runName": name or f"{spec.role}-{uri.rsplit('/', 1)[-1][:8]}",
+        "mlflow.runName": name or f"{spec.role}-{storage.name(uri)[:8]}",
     }
     run_id = tracking.start_run(config, uri, tags["mlflow.runName"], tags)
     logger = tracking.RunLogger(config, run_id)
@@ -165,8 +153,8 @@ def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
         uri,
         {
             "kind": spec.role,
-            "fingerprint": uri.rsplit("/", 1)[-1],
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "fingerprint": storage.name(uri),
+            "created": storage.timestamp(),
             "clips_uri": spec.clips_uri,
             "targets_uri": spec.targets_uri,
             "teacher_uri": spec.teacher_uri,
