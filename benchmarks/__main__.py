@@ -1,6 +1,7 @@
-"""`python -m benchmarks`: measures the training step, `shard` and `cache`, and prints one table.
+"""`python -m benchmarks`: measures the training step, the scores, `shard` and `cache`, and the memory of an
+evaluation, and prints one table.
 
-Times never fail; ways of doing the same step that give different losses do (exit code 1).
+Times never fail; ways of doing the same work that give different results do (exit code 1).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.memory import memory_report
 from benchmarks.report import machine, table
+from benchmarks.scores import ScoreMismatch, score_comparison
 from benchmarks.stages import Load, cache_comparison, ray_started, shard_comparison, tiny_load
 from benchmarks.step import LossMismatch, Sizes, step_comparison, tiny_sizes
 
@@ -32,18 +35,23 @@ def main() -> int:
     print("## Benchmarks" + (" (tiny sizes: no measurement)" if quick else ""))
     print(", ".join(f"{key}: {value}" for key, value in host.items()) + "\n", flush=True)
     try:
-        comparisons = [step_comparison(tiny_sizes() if quick else Sizes(), repeats)]
-    except LossMismatch as error:
+        comparisons = [
+            step_comparison(tiny_sizes() if quick else Sizes(), repeats),
+            score_comparison(repeats, **({"frames": 3, "side": 32} if quick else {})),
+        ]
+    except (LossMismatch, ScoreMismatch) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     load, repeats = tiny_load() if quick else Load(), (repeats + 1) // 2
     with tempfile.TemporaryDirectory() as scratch, ray_started() as started:
         comparisons.append(shard_comparison(load, repeats, Path(scratch), real=not quick))
         comparisons.append(cache_comparison(load, repeats, Path(scratch)))
-    comparisons[1].notes.append(started)
+    comparisons[2].notes.append(started)
     print(table(comparisons))
+    memory = memory_report(**({"lengths": (8, 16), "side": 56} if quick else {}))
+    print("\n".join(f"- memory of evaluating one video: {line}" for line in memory))
     if arguments.json:
-        results = {"machine": host, "comparisons": [c.to_dict() for c in comparisons]}
+        results = {"machine": host, "comparisons": [c.to_dict() for c in comparisons], "memory": memory}
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     return 0
 

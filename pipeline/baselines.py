@@ -1,7 +1,7 @@
 """Trivial segmentations, to be printed beside every score: a model that loses to them learned nothing.
 
-Each takes a number of slots and returns a predictor: chunks of frames `(t, h, w, 3)` uint8 in,
-`(frames, labels (t, h, w) uint8)` out.
+Each takes a number of slots and returns a predictor: chunks of frames `(t, h, w, 3)` uint8 and a size
+`(height, width)` in, labels `(t, height, width)` uint8 of each chunk out.
 """
 
 from __future__ import annotations
@@ -10,15 +10,23 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-Predictor = Callable[[Iterator[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
+Predictor = Callable[[Iterator[np.ndarray], tuple[int, int]], Iterator[np.ndarray]]
+
+
+def nearest_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`(…, h, w)` at another size, by the pixel whose centre is nearest ("nearest-exact")."""
+    height, width = labels.shape[-2:]
+    rows = ((np.arange(size[0]) + 0.5) * height / size[0]).astype(int)
+    columns = ((np.arange(size[1]) + 0.5) * width / size[1]).astype(int)
+    return labels if size == (height, width) else labels[..., rows[:, None], columns]
 
 
 def one_slot(num_slots: int) -> Predictor:
     """Everything in one slot."""
 
-    def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def predict(chunks: Iterator[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
         for frames in chunks:
-            yield frames, np.zeros(frames.shape[:3], np.uint8)
+            yield np.zeros((len(frames), *size), np.uint8)
 
     return predict
 
@@ -28,13 +36,11 @@ def grid(num_slots: int) -> Predictor:
     rows = next(r for r in range(int(num_slots**0.5), 0, -1) if num_slots % r == 0)
     columns = num_slots // rows
 
-    def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def predict(chunks: Iterator[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+        height, width = size
+        labels = (np.arange(height) * rows // height)[:, None] * columns + np.arange(width) * columns // width
         for frames in chunks:
-            t, height, width = frames.shape[:3]
-            labels = (np.arange(height) * rows // height)[:, None] * columns + np.arange(
-                width
-            ) * columns // width
-            yield frames, np.broadcast_to(labels, (t, height, width)).astype(np.uint8)
+            yield np.broadcast_to(labels, (len(frames), *size)).astype(np.uint8)
 
     return predict
 
@@ -42,7 +48,7 @@ def grid(num_slots: int) -> Predictor:
 def colour_kmeans(num_slots: int) -> Predictor:
     """k-means on the colours of the first chunk; its centres label the whole video."""
 
-    def predict(chunks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def predict(chunks: Iterator[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
         from scipy.cluster.vq import kmeans2, vq
 
         centres = None
@@ -51,7 +57,8 @@ def colour_kmeans(num_slots: int) -> Predictor:
             if centres is None:
                 sample = colours[:: max(1, len(colours) // 20_000)]
                 centres, _ = kmeans2(sample, num_slots, minit="++", seed=0, missing="warn")
-            yield frames, vq(colours, centres)[0].reshape(frames.shape[:3]).astype(np.uint8)
+            labels = vq(colours, centres)[0].reshape(frames.shape[:3]).astype(np.uint8)
+            yield nearest_resize(labels, size)
 
     return predict
 

@@ -179,7 +179,7 @@ def teacher_run_uri(config: Config, clips_fingerprint: str) -> str:
     section = config.teacher
     content = {
         "clips": clips_fingerprint,
-        "model": section.model_dump(exclude={"checkpoint", "num_heads", "train", "backbone_weights"}),
+        "model": section.model_dump(exclude={"name", "checkpoint", "num_heads", "train", "backbone_weights"}),
         "backbone": backbone_identity(section),
         "train": section.train.model_dump(exclude=RUN_DETAILS),
         "views": view_recipe(config),
@@ -193,6 +193,7 @@ RUN_DETAILS = {
     "loader_threads",
     "log_every",
     "checkpoint_every",
+    "validate_every",
     "keep_checkpoints",
     "overlays",
     "max_failures",

@@ -29,13 +29,16 @@ class ConfigError(ValueError):
     """A config that can't be run; the message has one line per problem."""
 
 
+_BOOLEAN = (bool, bool | None)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in _BOOLEAN:
             raise PydanticCustomError("bool", "a number or text")
         return value
 
@@ -51,18 +54,25 @@ class Synthetic(Section):
 
 
 class Dataset(Section):
-    kind: Literal["videos", "synthetic"] = "videos"
-    path: str | None = None  # a folder of video files and/or of folders of frames
-    split: str = ""  # the sub-folder to train on, "" for the whole folder
-    masks: str = "masks"  # sub-folder of label PNGs: masks/<video>/<frame>.png, optional
+    # The layout; what each has below `path` is in the README and in pipeline/clips/sources/.
+    kind: Literal["videos", "synthetic", "davis", "ytvis", "ovis", "movi", "coco", "webdataset"] = "videos"
+    name: str = ""  # as in tables, "MOVi-E"; the kind where it is empty
+    path: str | None = None  # a folder; for data sets in a public layout s3://bucket/prefix too
+    split: str = ""  # what to train on, of videos a sub-folder; a slice of it: train[:-300]
+    resolution: str = "480p"  # of DAVIS
+    masks: str = "masks"  # of videos: sub-folder of label PNGs, masks/<video>/<frame>.png, optional
     seed: NonNegativeInt = 0  # decides the views of each clip
     synthetic: Synthetic = Synthetic()
+
+    @property
+    def title(self) -> str:
+        return self.name or self.kind
 
 
 class Clips(Section):
     clip_frames: PositiveInt = 4
     short_side: PositiveInt | None = None  # pixels; None keeps the size
-    fps: PositiveFloat | None = None  # None keeps every frame
+    fps: PositiveFloat | None = None  # None keeps every frame; frames without a clock count as seconds
     max_seconds: PositiveFloat | None = None  # of each video
     codec: Literal["jpeg", "png", "raw"] = "jpeg"
     quality: Annotated[int, Field(ge=1, le=100)] = 95  # of JPEG
@@ -117,12 +127,14 @@ class Training(Section):
     loader_threads: PositiveInt = 2
     log_every: PositiveInt = 50
     checkpoint_every: PositiveInt = 1000
+    validate_every: NonNegativeInt = 0  # steps; scores a few videos of evaluate.split; 0: never
     keep_checkpoints: PositiveInt = 2
     overlays: PositiveInt = 4  # mask pictures in MLflow over the run, the last one at its end
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the job gives up
 
 
 class Teacher(Model):
+    name: str = "SlotContrast"  # in tables
     checkpoint: str | None = None  # a public file or a model folder; None: `jobs.teacher` trains one
     num_heads: PositiveInt | None = None  # of a public file's ViT; None: width / 64
     backbone: str | ViT = "vit_base_patch14_dinov2"
@@ -163,10 +175,22 @@ class Sweep(Section):
 
 
 class Evaluate(Section):
-    split: str | None = None  # the sub-folder with masks to score on; None: nothing to score
+    """What is scored and how; a rule left empty is the protocol's (see pipeline/protocols.py)."""
+
+    split: str | None = None  # the videos with masks to score on; None: nothing to score
+    model: str | None = None  # a folder, a public file or models:/NAME@ALIAS; None: this config's student
+    protocol: Literal["paper", "slotcontrast", "videosaur"] = "slotcontrast"
+    clip_frames: NonNegativeInt | None = None  # 0: whole videos
+    mask_size: NonNegativeInt | None = None  # pixels; 0: as the clips are
+    crop: Literal["central", "full"] | None = None
+    background: Literal["ignore", "object"] | None = None
+    ignore_overlaps: bool | None = None
+    rollout: Literal["forward", "cyclic"] | None = None
+    masks: Literal["decoder", "attention"] | None = None
     score: Literal["image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"] = "video_mbo"
-    ignore_overlaps: bool = False
-    baselines: bool = True
+    teacher: bool = True  # score the teacher as well
+    baselines: bool = True  # and trivial segmentations
+    validation_videos: PositiveInt = 8  # that `validate_every` of a training looks at
 
 
 class MLflow(Section):
@@ -247,6 +271,8 @@ def _with_absolute_paths(config: Config) -> Config:
     values["dataset"]["path"] = absolute(config.dataset.path)
     values["teacher"]["checkpoint"] = absolute(config.teacher.checkpoint)
     values["storage"]["root"] = absolute(config.storage.root)
+    if not (config.evaluate.model or "").startswith("models:/"):
+        values["evaluate"]["model"] = absolute(config.evaluate.model)
     for name in ("teacher", "student"):
         weights = values[name]["backbone_weights"]
         values[name]["backbone_weights"] = weights if weights in ("timm", "random") else absolute(weights)
@@ -269,7 +295,7 @@ def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Con
         # A union complains once for each of its members; a mapping was never meant to be a name.
         errors = [e for e in error.errors() if not (e["loc"][-1] == "str" and isinstance(e["input"], dict))]
         raise ConfigError("\n".join(map(_explain, errors))) from None
-    problems = [*_check_models(config), *_check_combinations(config)]
+    problems = [*_check_dataset(config), *_check_models(config), *_check_combinations(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -330,6 +356,33 @@ def _field_names(location: Sequence[Any]) -> list[str]:
     return list(model.model_fields)
 
 
+def parse_split(text: str) -> tuple[str, slice]:
+    """A split's name and which of its videos are meant, as in TFDS: `val`, `train[:-300]`, `[10:20]`.
+
+    Raises ValueError for anything else in brackets.
+    """
+    match = re.fullmatch(r"([^\[\]]*)(?:\[(-?\d+)?:(-?\d+)?\])?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no split or slice of one; valid: 'train[:-300]', 'train[-300:]', 'val'")
+    start, stop = (int(bound) if bound else None for bound in match.groups()[1:])
+    return match[1], slice(start, stop)
+
+
+def _check_dataset(config: Config) -> list[str]:
+    problems = []
+    for key, split in (("dataset.split", config.dataset.split), ("evaluate.split", config.evaluate.split)):
+        try:
+            parse_split(split or "")
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    if config.dataset.kind == "coco" and config.clips.clip_frames != 1:
+        problems.append(
+            f"clips.clip_frames: {config.clips.clip_frames} frames, but COCO's images are videos of one; "
+            "nearest valid: 1"
+        )
+    return problems
+
+
 def _check_models(config: Config) -> list[str]:
     problems = []
     for name in ("teacher", "student"):
@@ -375,7 +428,8 @@ def _check_combinations(config: Config) -> list[str]:
                 f"{name}.batch_size: {train.batch_size} can't be shared equally by {train.workers} workers; "
                 f"nearest: {nearest}"
             )
-    if config.dataset.kind == "videos" and config.evaluate.split == config.dataset.split != "":
+    training = config.dataset.split if config.evaluate.model is None else None
+    if config.dataset.kind != "synthetic" and config.evaluate.split == training != "":
         problems.append(f"evaluate.split: {config.evaluate.split!r} is the training split (dataset.split)")
     if config.clips.clip_frames < 2 and (config.distill.alpha or config.teacher.train.alpha):
         problems.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,38 @@ def count_overlaps(
     slot_area = torch.bincount(slot_cell.flatten(), minlength=B * T * K).view(B * T, K)
     # Every pixel has exactly one slot, so an object's area is the sum over its row.
     return OverlapCounts(shared, shared.sum(-1), slot_area)
+
+
+def count_label_overlaps(true_labels: Tensor, predicted: Tensor, num_objects: int) -> OverlapCounts:
+    """The same counts from label maps, for objects that don't overlap: an order of magnitude faster.
+
+    Args:
+        true_labels: `(B, T, H, W)` integers, 0 for no object and c + 1 for object c.
+        predicted: `(B, T, H, W)` slot indices, integers >= 0.
+        num_objects: C of the counts.
+
+    Raises:
+        ValueError: shapes that differ, or labels out of range.
+    """
+    if true_labels.ndim != 4 or predicted.shape != true_labels.shape:
+        raise ValueError(
+            f"true_labels {tuple(true_labels.shape)} and predicted {tuple(predicted.shape)} must both be "
+            "(B, T, H, W)"
+        )
+    true_SX = true_labels.flatten(2).flatten(0, 1).cpu().numpy()
+    slots_SX = predicted.flatten(2).flatten(0, 1).cpu().numpy()
+    K = int(slots_SX.max(initial=0)) + 1
+    if min(true_SX.min(initial=0), slots_SX.min(initial=0)) < 0 or true_SX.max(initial=0) > num_objects:
+        raise ValueError(f"labels must be 0 to {num_objects}, and slot indices not negative")
+    cells = (num_objects + 1) * K
+    # Small integers and one sample at a time stay in the processor's cache.
+    kind = np.uint16 if cells <= 2**16 else np.int64
+    counts = np.empty((len(true_SX), cells), np.int64)
+    for sample, (true_X, slots_X) in enumerate(zip(true_SX, slots_SX, strict=True)):
+        counts[sample] = np.bincount(true_X.astype(kind) * kind(K) + slots_X, minlength=cells)
+    table = torch.from_numpy(counts).view(-1, num_objects + 1, K)
+    shared = table[:, 1:]
+    return OverlapCounts(shared, shared.sum(2), table.sum(1))
 
 
 def ari_per_sample(counts: OverlapCounts) -> tuple[Tensor, Tensor]:

@@ -181,14 +181,12 @@ def _contend(client: Any, name: str, version: str, tags: dict[str, str], score: 
     return crown(f"version {version} is the new champion: {score} {100 * mine:.2f}, before {100 * best:.2f}")
 
 
-@contextlib.contextmanager
-def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
-    """A local folder that `load_slot_model` opens, of a `models:/NAME@ALIAS` or `models:/NAME/N` URI.
+def _version(model_uri: str, tracking_uri: str) -> Any:
+    """The version that a `models:/NAME@ALIAS` or `models:/NAME/N` URI names.
 
     Raises:
-        ValueError: not such a URI, no such model, version or alias, or a model of another kind.
+        ValueError: not such a URI, or no such model, version or alias.
     """
-    from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     name, alias, number = _parse(model_uri)
@@ -199,14 +197,24 @@ def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
         )
     client = tracking.client_of(tracking_uri)
     try:
-        found = (
-            client.get_model_version_by_alias(name, alias)
-            if alias
-            else client.get_model_version(name, number)
-        )
-        source = client.get_model_version_download_uri(name, found.version)
+        if alias:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, number)
     except MlflowException as error:
         raise ValueError(f"{model_uri} is not in the registry at {tracking_uri}: {error.message}") from error
+
+
+@contextlib.contextmanager
+def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
+    """A local folder that `load_slot_model` opens, of a registered model.
+
+    Raises:
+        ValueError: as `_version`, or a model of another kind.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    found = _version(model_uri, tracking_uri)
+    source = tracking.client_of(tracking_uri).get_model_version_download_uri(found.name, found.version)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri))
         weights = sorted((folder / "artifacts").rglob(WEIGHTS_FILE))
@@ -221,6 +229,21 @@ def _parse(model_uri: str) -> tuple[str, str | None, str | None]:
     if match is None:
         raise ValueError(f"model {model_uri!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
     return match[1], match[2], match[3]
+
+
+def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, dict[str, str]]:
+    """A registered model as a folder below `folder` that every worker can read, and its version's tags.
+
+    A version that is there already is not fetched again; errors as in `downloaded`.
+    """
+    found = _version(model_uri, tracking_uri)
+    uri = storage.join(folder, f"{found.name}-{found.version}-{storage.fingerprint(found.source)}")
+    if not storage.is_complete(uri):
+        with downloaded(f"models:/{found.name}/{found.version}", tracking_uri) as source:
+            for file in (WEIGHTS_FILE, CONFIG_FILE):
+                storage.upload_file(source / file, storage.join(uri, file))
+        storage.publish(uri, {"kind": "pulled", "source": found.source, "tags": dict(found.tags)})
+    return uri, dict(found.tags)
 
 
 def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:

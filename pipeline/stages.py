@@ -6,13 +6,13 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.baselines import BASELINES
-from pipeline.builders import MODEL_FOLDER
+from pipeline.builders import MODEL_FOLDER, load_model, teacher_location
 from pipeline.clips.shard import find_clips, shard
+from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError
 from pipeline.distill.train import distill, find_student, train_teacher
 from pipeline.evaluate import Subject, evaluate, score_table
-from pipeline.models.checkpoints import CONFIG_FILE
-from pipeline.registry import register
+from pipeline.registry import fetch_model, register
 from pipeline.targets import cache
 
 
@@ -37,9 +37,24 @@ def _published_clips(config: Config, split: str) -> str:
 def shard_stage(config: Config) -> dict[str, Any]:
     """Shards the training split, and the evaluation split where there is one."""
     summary = shard(config, config.dataset.split)
-    if config.evaluate.split is not None:
+    if config.evaluate.split not in (None, config.dataset.split):
+        assert config.evaluate.split is not None
         summary["evaluation"] = shard(config, config.evaluate.split)
+        _check_disjoint(config, summary["uri"], summary["evaluation"]["uri"])
     return summary
+
+
+def _check_disjoint(config: Config, training_uri: str, evaluation_uri: str) -> None:
+    """Raises ConfigError where slices of one split overlap: a video would be trained on and scored."""
+    training, evaluation = config.dataset.split, str(config.evaluate.split)
+    if training.split("[")[0] != evaluation.split("[")[0]:
+        return  # video ids are unique in a split only
+    ids = [{v.video_id for v in ClipSet(uri).videos} for uri in (training_uri, evaluation_uri)]
+    if both := sorted(ids[0] & ids[1]):
+        raise ConfigError(
+            f"evaluate.split: {evaluation!r} and dataset.split {training!r} share {len(both)} videos "
+            f"({both[0]}, …): they would be trained on and scored"
+        )
 
 
 def teacher_stage(config: Config) -> dict[str, Any]:
@@ -65,14 +80,28 @@ def finished_student(config: Config) -> str:
     return run_uri
 
 
+RECORDED = ("method", "beta", "seed", "steps", "teacher", "trained_on")  # of a run's tags, with its scores
+
+
+def _recorded(tags: dict[str, str]) -> dict[str, str]:
+    return {key: tags[key] for key in RECORDED if key in tags}
+
+
 def student_subject(run_uri: str) -> Subject:
-    return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER))
+    tags = storage.read_manifest(run_uri)["tags"]
+    return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER), tags=_recorded(tags))
 
 
-def baseline_subjects(run_uri: str) -> dict[str, Subject]:
-    """Trivial segmentations with as many slots as a student has."""
-    slots = int(storage.read_json(storage.join(run_uri, MODEL_FOLDER, CONFIG_FILE))["num_slots"])
-    return {name: Subject(baseline=name, num_slots=slots) for name in BASELINES}
+def teacher_subject(config: Config, teacher_uri: str) -> Subject:
+    tags = {"method": "teacher", "teacher": config.teacher.name}
+    if config.teacher.checkpoint is None:
+        tags["trained_on"] = config.dataset.title
+    return Subject(model_uri=teacher_uri, num_heads=config.teacher.num_heads, tags=tags)
+
+
+def baseline_subjects(num_slots: int) -> dict[str, Subject]:
+    """Trivial segmentations with as many slots as a model has."""
+    return {name: Subject(baseline=name, num_slots=num_slots) for name in BASELINES}
 
 
 def evaluate_subjects(config: Config, subjects: dict[str, Subject]) -> dict[str, dict[str, Any]]:
@@ -82,18 +111,56 @@ def evaluate_subjects(config: Config, subjects: dict[str, Subject]) -> dict[str,
         ConfigError: the config names none.
     """
     if config.evaluate.split is None:
-        raise ConfigError("evaluate.split: is not set; name the sub-folder whose videos have masks")
+        raise ConfigError("evaluate.split: is not set; name the split whose videos have masks")
     return evaluate(config, _published_clips(config, config.evaluate.split), subjects)
 
 
 def evaluate_stage(config: Config) -> dict[str, Any]:
-    """Scores the student of this config, beside trivial baselines, and prints the table."""
-    name = config.distill.name or "student"
-    run_uri = finished_student(config)
-    baselines = baseline_subjects(run_uri) if config.evaluate.baselines else {}
-    results = evaluate_subjects(config, {**baselines, name: student_subject(run_uri)})
+    """Scores `evaluate.model` or the student of this config, beside its teacher and trivial baselines.
+
+    Prints the table; the summary is the student's.
+    """
+    models = _named_model(config) if config.evaluate.model else _own_models(config)
+    name, subject = next(iter(models.items()))
+    baselines = {}
+    if config.evaluate.baselines:
+        assert subject.model_uri is not None
+        slots = load_model(subject.model_uri, num_heads=subject.num_heads).config.num_slots
+        baselines = baseline_subjects(slots)
+    results = evaluate_subjects(config, {**baselines, **models})
     print(score_table([(n, r["scores"]) for n, r in results.items()]))
-    return {key: results[name][key] for key in ("uri", "scores", "videos", "protocol")}
+    print(f"protocol {results[name]['protocol']['name']}: {results[name]['protocol']['in_words']}")
+    return results[name]
+
+
+def _own_models(config: Config) -> dict[str, Subject]:
+    """The student of this config and, where there is one, its teacher."""
+    clips_uri = training_clips(config)
+    models = {config.distill.name or "student": student_subject(finished_student(config))}
+    teacher = teacher_location(config, ClipSet(clips_uri).fingerprint)
+    if config.evaluate.teacher and storage.exists(teacher):
+        models["teacher"] = teacher_subject(config, teacher)
+    return models
+
+
+def _named_model(config: Config) -> dict[str, Subject]:
+    """`evaluate.model`: a version of the registry, a run's model folder, or a public file.
+
+    Raises:
+        ConfigError: nothing there.
+    """
+    model = config.evaluate.model
+    assert model is not None
+    if model.startswith("models:/"):
+        root = storage.absolute(config.storage.root)
+        uri, tags = fetch_model(model, storage.join(root, "pulled"), config.tracking_uri)
+        return {model.removeprefix("models:/"): Subject(model_uri=uri, tags=_recorded(tags))}
+    if not storage.exists(model):
+        raise ConfigError(f"evaluate.model: there is no file or folder {model!r}")
+    run = model.rstrip("/").removesuffix(f"/{MODEL_FOLDER}")
+    if storage.is_complete(run):
+        return {storage.name(run): student_subject(run)}
+    return {storage.name(model): teacher_subject(config, model)}
 
 
 def register_stage(config: Config) -> dict[str, Any]:
@@ -101,5 +168,6 @@ def register_stage(config: Config) -> dict[str, Any]:
     run_uri = finished_student(config)
     evaluation = None
     if config.evaluate.split is not None:
-        evaluation = evaluate_subjects(config, {"student": student_subject(run_uri)})["student"]
+        name = config.distill.name or "student"
+        evaluation = evaluate_subjects(config, {name: student_subject(run_uri)})[name]
     return register(config, run_uri, evaluation)

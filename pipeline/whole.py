@@ -15,7 +15,7 @@ from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, central_square
 from pipeline.config import Config, resolve_config
 from pipeline.distill.train import distill, train_teacher
-from pipeline.evaluate import SCORES, Subject, evaluate, score_table
+from pipeline.evaluate import SCORES, evaluate, score_table
 from pipeline.figures import overlay_strip
 from pipeline.models import load_slot_model
 from pipeline.progress import log
@@ -66,8 +66,12 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     evaluations: dict[str, dict[str, Any]] = {}
     if held_out is not None:
         _title(5, f"score them on {held_out['videos']} videos that nobody trained on")
-        subjects = stages.baseline_subjects(runs[SLOTMATCH]["uri"]) if config.evaluate.baselines else {}
-        subjects["teacher"] = Subject(model_uri=teacher_uri, num_heads=config.teacher.num_heads)
+        teacher = stages.teacher_subject(config, teacher_uri)
+        slots = load_model(teacher_uri, num_heads=config.teacher.num_heads).config.num_slots
+        subjects = {
+            **(stages.baseline_subjects(slots) if config.evaluate.baselines else {}),
+            "teacher": teacher,
+        }
         subjects |= {name: stages.student_subject(run["uri"]) for name, run in runs.items()}
         evaluations = evaluate(config, held_out["uri"], subjects)
     _title(6, "register the students, pull the champion, segment a video")

@@ -4,12 +4,12 @@ import pytest
 from pipeline.baselines import BASELINES, colour_kmeans, grid, one_slot
 
 
-def run(predictor, *chunks):
-    pairs = list(predictor(iter(chunks)))
-    for (frames, labels), chunk in zip(pairs, chunks, strict=True):
-        np.testing.assert_array_equal(frames, chunk)
-        assert labels.shape == chunk.shape[:3]
-    return [labels for _, labels in pairs]
+def run(predictor, *chunks, size=None):
+    size = size or chunks[0].shape[1:3]
+    predictions = list(predictor(iter(chunks), size))
+    for labels, chunk in zip(predictions, chunks, strict=True):
+        assert labels.shape == (len(chunk), *size)
+    return predictions
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 7, 15])
@@ -42,6 +42,12 @@ def test_colour_kmeans_keeps_a_colours_label_through_the_video():
     assert sorted(names) == [0, 1, 2]
     np.testing.assert_array_equal(first, np.array(names)[truth[0]])
     np.testing.assert_array_equal(second, np.array(names)[truth[1]])
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_labels_of_another_size_than_the_frames(name):
+    frames = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8)
+    run(BASELINES[name](4), frames, size=(7, 9))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:One of the clusters is empty")

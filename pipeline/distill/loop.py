@@ -23,6 +23,7 @@ from pipeline.config import Config, Distill, Training
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
 from pipeline.distill.step import Batch, DistillationObjective, learning_rate_factor, training_step
+from pipeline.distill.validation import Validation
 from pipeline.figures import overlay_strip
 from pipeline.models import SlotModel, SlotModelConfig, save_public_checkpoint, save_slot_model
 from pipeline.progress import Progress, log
@@ -44,6 +45,7 @@ class TrainingSpec:
     targets_uri: str | None = None
     teacher_uri: str | None = None
     teacher_config: SlotModelConfig | None = None  # gives the sizes that the student leaves open
+    validation_uri: str | None = None  # the clips that `validate_every` scores on
     mlflow_run: str | None = None
 
     @property
@@ -90,6 +92,9 @@ class _Run:
         self.teacher = teacher.to(device) if teacher is not None else None
         # Features are worth reading only if they replace the frames altogether.
         self.cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
+        self.validation = (
+            Validation(spec.validation_uri, spec.config.evaluate) if spec.validation_uri is not None else None
+        )
 
     def objective(self, world_size: int) -> torch.nn.Module:
         """The loss as a module, its gradients averaged over the workers."""
@@ -215,8 +220,11 @@ def train_loop(
                 status = "non-finite"
                 break
             step += 1
-            if step % settings.log_every == 0 or step == settings.steps:
+            validate = run.validation if _due(step, settings.validate_every, settings.steps) else None
+            if validate or _due(step, settings.log_every, settings.steps):
                 values = _mean_over_workers(values, world_size, device)
+                if validate:
+                    values |= validate.scores(model, rank, world_size)
                 history.append({"step": step, **values})
                 elapsed = max(time.monotonic() - since, 1e-9)
                 speed = {
@@ -228,10 +236,9 @@ def train_loop(
                 waited, since, last = 0.0, time.monotonic(), step
             if progress:
                 progress.advance(note=f"loss {values['total']:.4f}")
-            picture_due = step % max(1, settings.steps // settings.overlays) == 0 or step == settings.steps
-            if rank == 0 and picture_due:
+            if rank == 0 and _due(step, max(1, settings.steps // settings.overlays), settings.steps):
                 logger.file(run.picture(scratch, step), "overlays")
-            if step % settings.checkpoint_every == 0 or step == settings.steps:
+            if _due(step, settings.checkpoint_every, settings.steps):
                 if rank == 0:
                     saved = TrainingState(step, history)
                     save_checkpoint(spec.run_uri, model, optimizer, saved, keep=settings.keep_checkpoints)
@@ -240,6 +247,11 @@ def train_loop(
     if status == "ok" and rank == 0:
         _publish_model(spec, model, history)
     return {"status": status, "step": step, "history": history}
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something that happens every few steps (0: never) and at the end happens after this one."""
+    return every > 0 and (step % every == 0 or step == steps)
 
 
 def _mean_over_workers(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from pipeline import storage, tracking
@@ -19,6 +20,7 @@ from pipeline.builders import (
     teacher_run_uri,
     view_recipe,
 )
+from pipeline.clips.shard import find_clips
 from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError, Training
 from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, build, train_loop
@@ -99,7 +101,14 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
         location if with_teacher else None,
         teacher_config,
     )
-    return spec, {"clips": clips.fingerprint, "targets": str(content.get("targets"))}
+    return spec, {
+        "clips": clips.fingerprint,
+        "targets": str(content.get("targets")),
+        "method": "slotmatch" if with_teacher else "no_kd",
+        "beta": f"{settings.beta:g}",
+        "teacher": config.teacher.name if with_teacher else "",
+        "trained_on": config.dataset.title,
+    }
 
 
 def _has_features(config: Config, targets_uri: str) -> bool:
@@ -111,7 +120,7 @@ def train_teacher(config: Config, clips_uri: str) -> dict[str, Any]:
     clips = ClipSet(clips_uri)
     uri = teacher_run_uri(config, clips.fingerprint)
     spec = TrainingSpec(config, "teacher", uri, clips_uri)
-    return _train(spec, {"clips": clips.fingerprint})
+    return _train(spec, {"clips": clips.fingerprint, "method": "teacher", "trained_on": config.dataset.title})
 
 
 def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
@@ -125,18 +134,20 @@ def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
             f"({spec.settings.steps} steps); set warmup_steps to a tenth of it or less"
         )
     build(spec)  # what can't be built is said here and now, not by every worker several times over
+    spec = replace(spec, validation_uri=_validation_clips(spec))
     storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
     name = config.distill.name if spec.role == "student" else ""
     tags = {
         **tags,
         "role": spec.role,
         "seed": str(spec.settings.seed),
+        "steps": str(spec.settings.steps),
         "git_revision": git_revision(),
         "mlflow.runName": name or f"{spec.role}-{storage.name(uri)[:8]}",
     }
     run_id = tracking.start_run(config, uri, tags["mlflow.runName"], tags)
     logger = tracking.RunLogger(config, run_id)
-    spec = TrainingSpec(**{**spec.__dict__, "mlflow_run": run_id})
+    spec = replace(spec, mlflow_run=run_id)
     started = time.monotonic()
     try:
         result = _fit(spec)
@@ -167,6 +178,25 @@ def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
     )
     logger.end("FINISHED")
     return {**_summary(spec), "reused": False}
+
+
+def _validation_clips(spec: TrainingSpec) -> str | None:
+    """The clip set to validate on, where the config asks for it.
+
+    Raises:
+        ConfigError: no split is named, or its clips have not been made.
+    """
+    if not spec.settings.validate_every:
+        return None
+    split = spec.config.evaluate.split
+    if split is None:
+        raise ConfigError("validate_every: needs evaluate.split, the videos with masks to score on")
+    uri = find_clips(spec.config, split)
+    if not storage.is_complete(uri):
+        raise ConfigError(
+            f"validate_every: the clips of {split!r} are not there ({uri}); python -m jobs.shard CONFIG"
+        )
+    return uri
 
 
 def _summary(spec: TrainingSpec) -> dict[str, Any]:

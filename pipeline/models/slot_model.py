@@ -170,14 +170,21 @@ class SlotModel(nn.Module):
             raise ValueError(f"rollout must be 'forward' or 'cyclic', not {rollout!r}")
         features_BTPD = self.encoder.output_transform(backbone_features)
         state = self.initial_slots(len(features_BTPD)) if initial_slots is None else initial_slots
-        slots, attention, state = self._advance(features_BTPD, state, first=True)
+        slots, attention = self._roll(features_BTPD, state, rollout)
+        return torch.stack(slots, 1), torch.stack(attention, 1)
+
+    def _roll(
+        self, features_BTPD: Tensor, state_BND: Tensor, rollout: str
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Slots and attention of each frame of a whole clip."""
+        slots, attention, state_BND = self._advance(features_BTPD, state_BND, first=True)
         if rollout == "cyclic":
             for t in range(features_BTPD.shape[1] - 2, -1, -1):
                 slots[t], attention[t] = self.processor.corrector(
-                    state, features_BTPD[:, t], NEXT_FRAME_ITERATIONS
+                    state_BND, features_BTPD[:, t], NEXT_FRAME_ITERATIONS
                 )
-                state = self.processor.predictor(slots[t])
-        return torch.stack(slots, 1), torch.stack(attention, 1)
+                state_BND = self.processor.predictor(slots[t])
+        return slots, attention
 
     def _advance(
         self, features_BTPD: Tensor, state_BND: Tensor, *, first: bool
@@ -227,22 +234,59 @@ class SlotModel(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, chunks: Iterable[np.ndarray], *, noise_seed: int = 0
+        self,
+        chunks: Iterable[np.ndarray],
+        *,
+        noise_seed: int = 0,
+        rollout: str = "forward",
+        masks: str = "decoder",
     ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
         """Runs a video that comes in chunks of uint8 frames `(t, h, w, 3)`, in constant memory.
 
         Slots are carried from chunk to chunk, so how the video is cut does not change the result.
-        Yields `(frames, slots (t, N, d), masks (t, N, P))` for each chunk.
+        Yields `(frames, slots (t, N, d), masks (t, N, P))` for each chunk; the masks are the decoder's
+        or, with `masks="attention"`, slot attention's, which needs no decoding. The cyclic roll-out
+        (see `roll_out`) holds the whole video's frames and projected features, since it goes back.
         """
+        rolled = self._stream_cyclic if rollout == "cyclic" else self._stream_forward
+        for frames, slots_TND, attention_TNP in rolled(chunks, noise_seed):
+            yield (
+                frames,
+                slots_TND,
+                attention_TNP if masks == "attention" else self.decode(slots_TND[None])[1][0],
+            )
+
+    def _project(self, frames: np.ndarray) -> Tensor:
+        """Frames `(t, h, w, 3)` uint8 to slot attention's inputs `(1, t, P, d)`."""
+        return self.encoder.output_transform(self.backbone_features(self.prepare([frames])))
+
+    def _stream_forward(
+        self, chunks: Iterable[np.ndarray], noise_seed: int
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
         state: Tensor | None = None
         for frames in chunks:
-            features = self.encoder.output_transform(self.backbone_features(self.prepare([frames])))
+            features = self._project(frames)
             first = state is None
             if state is None:
                 state = self.initial_slots(1, [noise_seed])
-            slots, _, state = self._advance(features, state, first=first)
-            slots_BTND = torch.stack(slots, 1)
-            yield frames, slots_BTND[0], self.decode(slots_BTND)[1][0]
+            slots, attention, state = self._advance(features, state, first=first)
+            yield frames, torch.cat(slots), torch.cat(attention)
+
+    def _stream_cyclic(
+        self, chunks: Iterable[np.ndarray], noise_seed: int
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        frames, features = [], []
+        for chunk in chunks:
+            frames.append(chunk)
+            features.append(self._project(chunk))
+        if not frames:
+            return
+        start = self.initial_slots(1, [noise_seed])
+        slots, attention = self._roll(torch.cat(features, 1), start, "cyclic")
+        lengths = [len(chunk) for chunk in frames]
+        yield from zip(
+            frames, torch.cat(slots).split(lengths), torch.cat(attention).split(lengths), strict=True
+        )
 
     def label_maps(self, masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:
         """Slot index of every pixel, `(T, *size)` uint8: bilinear resize, then argmax over slots."""

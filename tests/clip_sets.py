@@ -1,0 +1,84 @@
+"""Publishes a clip set of arrays, without videos and without Ray."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.clips.schema import clip_schema, encode_frame, encode_masks
+from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet, VideoEntry
+
+
+def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2):
+    """`videos` maps an id to `(frames (T, H, W, 3), masks [{object id: (H, W) bool}] or None)`."""
+    entries, rows = [], {}
+    for number, (video_id, (frames, masks)) in enumerate(videos.items()):
+        shard = f"shard-{number // videos_per_shard:05d}.parquet"
+        shard_rows = rows.setdefault(shard, [])
+        starts = range(0, len(frames), clip_frames)
+        height, width = frames.shape[1:3]
+        entries.append(
+            VideoEntry(
+                video_id,
+                shard,
+                len(shard_rows),
+                len(starts),
+                len(frames) // clip_frames,
+                len(frames),
+                height,
+                width,
+                masks is not None,
+            )
+        )
+        for index, start in enumerate(starts):
+            part = slice(start, start + clip_frames)
+            count = len(frames[part])
+            shard_rows.append(
+                {
+                    "video_id": video_id,
+                    "clip_index": index,
+                    "start_frame": start,
+                    "full": count == clip_frames,
+                    "height": height,
+                    "width": width,
+                    "timestamps": [float(start + i) for i in range(count)],
+                    "frames": [encode_frame(f, "png", 0) for f in frames[part]],
+                    "masks": None if masks is None else [encode_masks(m) for m in masks[part]],
+                }
+            )
+    for shard, shard_rows in rows.items():
+        with storage.atomic_write(storage.join(str(folder), SHARD_FOLDER, shard)) as file:
+            pq.write_table(pa.Table.from_pylist(shard_rows, clip_schema("png")), file, row_group_size=2)
+    with storage.atomic_write(storage.join(str(folder), INDEX_FILE)) as file:
+        pq.write_table(pa.Table.from_pylist([asdict(e) for e in entries]), file)
+    storage.publish(
+        str(folder),
+        {
+            "kind": "clips",
+            "fingerprint": "made-by-hand",
+            "settings": {"clip_frames": clip_frames},
+            "shards": [{"name": shard} for shard in rows],
+            "annotated_videos": sum(e.annotated for e in entries),
+            "videos": len(entries),
+        },
+    )
+    return ClipSet(str(folder))
+
+
+def random_video(rng, frames=9, size=(24, 32), objects=3):
+    """Frames, and masks that overlap, come and go; frame 2 is without any object."""
+    height, width = size
+    pixels = rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    masks = []
+    for t in range(frames):
+        current = {}
+        for object_id in range(1, objects + 1):
+            top, left = rng.integers(0, height - 6), rng.integers(0, width - 6)
+            mask = np.zeros(size, bool)
+            mask[top : top + rng.integers(3, 9), left : left + rng.integers(3, 9)] = True
+            if t != 2 and rng.random() < 0.8:
+                current[object_id] = mask
+        masks.append(current)
+    return pixels, masks

@@ -1,0 +1,170 @@
+"""Evaluation over shards on Ray, its records in MLflow, and validation while training."""
+
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from clip_sets import make_clip_set, random_video
+
+from pipeline import storage
+from pipeline.clips.shard import find_clips
+from pipeline.clips.table import ClipSet
+from pipeline.distill.validation import Validation
+from pipeline.evaluate import ROWS_FOLDER, Subject, _write_rows, evaluate
+from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
+from pipeline.protocols import PRESETS, choose_protocol
+from pipeline.records import VIDEOS_FILE, find_records
+from pipeline.scoring import SCORES, mean_scores, model_predictor, score_video
+from pipeline.stages import distill_stage, evaluate_stage, register_stage, shard_stage
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    videos = {f"video {i}": random_video(rng, frames=5 + i) for i in range(5)}
+    videos["unannotated"] = (random_video(rng)[0], None)
+    return make_clip_set(tmp_path_factory.mktemp("clips"), videos)
+
+
+@pytest.fixture(scope="module")
+def model_uri(tmp_path_factory):
+    torch.manual_seed(0)
+    vit = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    config = SlotModelConfig(BackboneConfig(None, 32, vit), 4, 16, decoder_hidden_sizes=(16,))
+    folder = tmp_path_factory.mktemp("model")
+    save_slot_model(SlotModel(config), folder)
+    return str(folder)
+
+
+def scores_of(clips, model_uri, protocol):
+    model = load_slot_model(model_uri)
+    return [
+        score_video(clips, video, model_predictor(model, video.video_id, protocol), protocol)
+        for video in clips.videos
+        if video.annotated
+    ]
+
+
+def test_every_video_is_scored_once_and_recorded_once(tiny, local_ray, clips, model_uri):
+    config = tiny("dataset.name=made")
+    tags = {"method": "slotmatch", "beta": "0.2", "seed": "3", "trained_on": "made"}
+    subjects = {"grid": Subject(baseline="grid", num_slots=4), "mine": Subject(model_uri, tags=tags)}
+    results = evaluate(config, clips.uri, subjects)
+    expected = scores_of(clips, model_uri, PRESETS["slotcontrast"])
+    assert results["mine"]["scores"] == pytest.approx(mean_scores(expected))
+    assert results["mine"]["videos"] == 5
+    rows = pq.read_table(f"{results['mine']['uri']}/{VIDEOS_FILE}").to_pylist()
+    assert [row["video_id"] for row in rows] == [f"video {i}" for i in range(5)]
+    assert rows[3]["video_mbo"] == pytest.approx(expected[3].video_mbo)
+    assert evaluate(config, clips.uri, subjects) == results
+
+    records = {record.name: record for record in find_records(config)}
+    assert len(find_records(config)) == len(records) == 2
+    mine = records["mine"]
+    assert (mine.method, mine.beta, mine.seed, mine.dataset, mine.trained_on) == (
+        "slotmatch",
+        0.2,
+        3,
+        "made",
+        "made",
+    )
+    assert mine.protocol == results["mine"]["protocol"]
+    assert mine.scores == pytest.approx(results["mine"]["scores"])
+    assert mine.clips_uri == clips.uri
+    assert [row["video_id"] for row in mine.per_video()] == [row["video_id"] for row in rows]
+    assert records["grid"].method == "baseline"
+    assert records["grid"].model_uri is None
+
+
+def test_shards_that_were_scored_before_a_kill_are_not_scored_again(tiny, local_ray, clips, model_uri):
+    config = tiny()
+    subject = {"mine": Subject(model_uri)}
+    whole = evaluate(config, clips.uri, subject)["mine"]
+    scores = scores_of(clips, model_uri, PRESETS["slotcontrast"])
+    # What a killed job leaves: rows of one shard, here told apart by a score that nobody computes.
+    storage.delete(whole["uri"])
+    first = [s for s in scores if s.video_id in ("video 0", "video 1")]
+    marked = [type(s)(**{**s.__dict__, "video_mbo": 7.0}) for s in first]
+    _write_rows(storage.join(whole["uri"], ROWS_FOLDER, "shard-00000.parquet"), marked)
+    again = evaluate(config, clips.uri, subject)["mine"]
+    rows = pq.read_table(f"{again['uri']}/{VIDEOS_FILE}").to_pylist()
+    assert [row["video_mbo"] == 7.0 for row in rows] == [True, True, False, False, False]
+
+
+def test_another_protocol_is_another_evaluation(tiny, local_ray, clips, model_uri):
+    subject = {"mine": Subject(model_uri)}
+    whole = evaluate(tiny(), clips.uri, subject)["mine"]
+    config = tiny("evaluate.protocol=paper", "evaluate.masks=attention")
+    paper = evaluate(config, clips.uri, subject)["mine"]
+    assert paper["uri"] != whole["uri"]
+    assert paper["protocol"]["name"] == "paper, masks=attention"
+    expected = mean_scores(scores_of(clips, model_uri, choose_protocol(config.evaluate)))
+    assert paper["scores"] == pytest.approx(expected)
+    assert {r.protocol["name"] for r in find_records(config)} == {"slotcontrast", "paper, masks=attention"}
+
+
+def test_a_tracking_server_that_is_down_loses_no_scores(tiny, local_ray, clips, model_uri, capfd):
+    subject = {"mine": Subject(model_uri)}
+    down = tiny("mlflow.tracking_uri=http://127.0.0.1:9")
+    scores = evaluate(down, clips.uri, subject)["mine"]["scores"]
+    assert "could not be recorded" in capfd.readouterr().err
+    up = tiny()
+    assert evaluate(up, clips.uri, subject)["mine"]["scores"] == scores
+    assert "all scores found" in capfd.readouterr().err
+    assert [record.name for record in find_records(up)] == ["mine"]
+
+
+def test_videos_without_masks_are_refused(tiny, local_ray, tmp_path, model_uri):
+    clips = make_clip_set(tmp_path, {"v": (random_video(np.random.default_rng(0))[0], None)})
+    with pytest.raises(ValueError, match="no masks to score against"):
+        evaluate(tiny(), clips.uri, {"mine": Subject(model_uri)})
+
+
+def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, capsys):
+    """`jobs.evaluate` for a config's own student, then for the champion of the registry."""
+    config = shared_tiny("distill.beta=0", "dataset.name=tiny videos", "distill.seed=5")
+    shard_stage(config)
+    distill_stage(config)
+    own = evaluate_stage(config)
+    assert "colour k-means" in capsys.readouterr().out
+    registered = register_stage(config)
+    assert registered["champion"]
+    pulled = evaluate_stage(
+        shared_tiny("evaluate.model=models:/slotmatch@champion", "evaluate.baselines=false")
+    )
+    assert pulled["scores"] == own["scores"]
+    assert pulled["uri"] == own["uri"], "the same weights under the same protocol are one evaluation"
+    (record,) = [r for r in find_records(config) if r.method == "no_kd"]
+    assert (record.seed, record.trained_on, record.steps) == (5, "tiny videos", 8)
+
+
+def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):
+    """The score in the last step's history is that of the published model; training is not changed by it."""
+    settings = ["distill.beta=0", "distill.seed=6", "evaluate.validation_videos=2"]
+    shard_stage(shared_tiny(*settings))
+    plain = distill_stage(shared_tiny(*settings))
+    losses = storage.read_json(plain["history"])
+    storage.delete(plain["uri"])
+    validating = distill_stage(shared_tiny(*settings, "distill.validate_every=4"))
+    assert validating["uri"] == plain["uri"], "validation does not make it another run"
+    for before, after in zip(losses, storage.read_json(plain["history"]), strict=True):
+        assert before.items() <= after.items(), "validation changes no loss"
+
+    # Two workers share the videos.
+    config = shared_tiny(*settings, "distill.validate_every=4", "distill.workers=2")
+    run = distill_stage(config)
+    history = storage.read_json(run["history"])
+    validated = [row["step"] for row in history if "validation_video_mbo" in row]
+    assert validated == [4, 8]
+
+    held_out = find_clips(config, config.evaluate.split)
+    assert len(ClipSet(held_out).videos) == 3
+    validation = Validation(held_out, config.evaluate)
+    assert len(validation.videos) == 2
+    model = load_slot_model(run["model"])
+    for name, value in validation.scores(model, 0, 1).items():
+        assert history[-1][name] == pytest.approx(value, abs=1e-6)
+        assert math.isfinite(value)
+    assert set(validation.scores(model, 0, 1)) == {f"validation_{name}" for name in SCORES}
