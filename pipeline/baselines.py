@@ -10,15 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from pipeline.clips.views import nearest_resize
+
 Predictor = Callable[[Iterator[np.ndarray], tuple[int, int]], Iterator[np.ndarray]]
-
-
-def nearest_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`(…, h, w)` at another size, by the pixel whose centre is nearest ("nearest-exact")."""
-    height, width = labels.shape[-2:]
-    rows = ((np.arange(size[0]) + 0.5) * height / size[0]).astype(int)
-    columns = ((np.arange(size[1]) + 0.5) * width / size[1]).astype(int)
-    return labels if size == (height, width) else labels[..., rows[:, None], columns]
 
 
 def one_slot(num_slots: int) -> Predictor:

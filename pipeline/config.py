@@ -363,7 +363,9 @@ def parse_split(text: str) -> tuple[str, slice]:
     """
     match = re.fullmatch(r"([^\[\]]*)(?:\[(-?\d+)?:(-?\d+)?\])?", text)
     if match is None:
-        raise ValueError(f"{text!r} is no split or slice of one; valid: 'train[:-300]', 'train[-300:]', 'val'")
+        raise ValueError(
+            f"{text!r} is no split or slice of one; valid: 'train[:-300]', 'train[-300:]', 'val'"
+        )
     start, stop = (int(bound) if bound else None for bound in match.groups()[1:])
     return match[1], slice(start, stop)
 

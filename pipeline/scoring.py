@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.baselines import Predictor, nearest_resize
+from pipeline.baselines import Predictor
 from pipeline.clips.schema import stack_masks
 from pipeline.clips.table import Clip, ClipSet, VideoEntry
-from pipeline.clips.views import apply_view, stable_hash
+from pipeline.clips.views import apply_view, nearest_resize, stable_hash
 from pipeline.metrics import (
     OverlapCounts,
     ari_per_sample,

@@ -14,8 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from pipeline.clips.sources import Frame, VideoRef
-from pipeline.clips.sources.videos import read_frames
+from pipeline.clips.sources import Frame, VideoRef, read_video
 from pipeline.figures import overlay, slot_colours
 from pipeline.models import SlotModel
 from pipeline.progress import Progress
@@ -25,7 +24,7 @@ SHEET_FRAMES = 12
 
 def segment(
     model: SlotModel,
-    video: str | Path,
+    video: str | Path | VideoRef,
     out: str | Path,
     *,
     max_side: int = 1280,
@@ -37,24 +36,23 @@ def segment(
     grow with the video's length. Label images are palette PNGs whose index is the slot.
 
     Args:
+        video: a video file, a folder of frames, or a video of a data set.
         max_side: longest side of the overlay and the labels in pixels; larger videos are scaled down.
 
     Raises:
         FileNotFoundError: no such video.
         BadVideo: it can't be decoded.
     """
-    video, out = Path(video), Path(out)
-    if not video.exists():
-        raise FileNotFoundError(f"there is no video {str(video)!r}")
-    name = video.stem
-    fps, expected, short_side = _probe(video, max_side)
-    frames = read_frames(VideoRef(name, str(video), None, "", 0), short_side=short_side)
+    reference, out = video if isinstance(video, VideoRef) else _reference(video), Path(out)
+    name = reference.video_id.replace("/", "_")
+    fps, expected, short_side = _probe(reference, max_side)
+    frames = read_video(reference, short_side=short_side)
     sheet = _Sheet(expected or 240)
     out.mkdir(parents=True, exist_ok=True)
     # Written aside and moved when whole, so that an error leaves an earlier result as it was.
     with (
         tempfile.TemporaryDirectory(prefix=f".tmp-{name}-", dir=out) as scratch,
-        Progress(f"segment {video.name}", expected, "frames") as progress,
+        Progress(f"segment {reference.name}", expected, "frames") as progress,
     ):
         overlay_path, labels_folder = Path(scratch) / "overlay.mp4", Path(scratch) / "labels"
         labels_folder.mkdir()
@@ -79,18 +77,25 @@ def segment(
     }
 
 
+def _reference(video: str | Path) -> VideoRef:
+    path = Path(video)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no video {str(path)!r}")
+    return VideoRef(path.stem, str(path))
+
+
 def _save_labels(labels: np.ndarray, path: Path) -> None:
     image = Image.fromarray(labels, mode="P")
     image.putpalette(slot_colours(256).flatten().tolist())
     image.save(path)
 
 
-def _probe(video: Path, max_side: int) -> tuple[Fraction, int | None, int | None]:
+def _probe(video: VideoRef, max_side: int) -> tuple[Fraction, int | None, int | None]:
     """Frame rate, number of frames where the file declares it, and the short side to decode to."""
-    if video.is_dir():
+    if video.kind != "videos" or Path(video.path).is_dir():
         return Fraction(12), None, None
     try:
-        with av.open(str(video)) as container:
+        with av.open(video.path) as container:
             stream = container.streams.video[0]
             rate = Fraction(stream.average_rate or 25).limit_denominator(60_000)
             sides = sorted((stream.codec_context.width, stream.codec_context.height))

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 
@@ -117,6 +117,54 @@ def list_names(uri: str) -> list[str]:
         return []
     names = {name(str(entry)) for entry in entries}
     return sorted(entry for entry in names if not entry.startswith(".tmp-"))
+
+
+class FileInfo(NamedTuple):
+    """A file in a listing: its path below the folder, its bytes, and what changes when they do."""
+
+    name: str
+    size: int
+    version: str
+
+
+def list_files(uri: str) -> list[FileInfo]:
+    """All files below a folder at whatever depth, sorted by name; empty where there is none.
+
+    Nothing is opened: `version` is an object's ETag, or a local file's time of change.
+    """
+    return sorted(_list_objects(uri) if is_remote(uri) else _list_local(absolute(uri)))
+
+
+def _list_objects(uri: str) -> Iterator[FileInfo]:
+    fs, path = filesystem(uri)
+    try:
+        found = retry(lambda: fs.find(path, detail=True), uri)
+    except FileNotFoundError:
+        return
+    prefix = path.rstrip("/") + "/"
+    for key, info in found.items():
+        if key.startswith(prefix):
+            version = str(info.get("ETag") or info.get("LastModified")).strip('"')
+            yield FileInfo(key.removeprefix(prefix), int(info["size"]), version)
+
+
+def _list_local(folder: str) -> Iterator[FileInfo]:
+    for directory, _, names in os.walk(folder, followlinks=True):
+        for entry in names:
+            path = os.path.join(directory, entry)
+            # A link that leads nowhere is not there; whoever needs it says that it is missing.
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(path)
+                relative = os.path.relpath(path, folder).replace(os.sep, "/")
+                yield FileInfo(relative, status.st_size, str(status.st_mtime_ns))
+
+
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` (exclusive) of a file, fewer where it ends before; nothing else is read."""
+    if start >= stop:
+        return b""
+    fs, path = filesystem(uri)
+    return retry(lambda: fs.cat_file(path, start=start, end=stop), uri)
 
 
 def open_read(uri: str) -> IO[bytes]:

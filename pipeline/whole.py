@@ -86,7 +86,7 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     pull(champion, out / "champion", config.tracking_uri)
     split = config.evaluate.split if config.evaluate.split is not None else config.dataset.split
     shown = ClipSet((held_out or train)["uri"]).videos[0].video_id
-    video = next(v.path for v in find_videos(config, split) if v.video_id == shown)
+    video = next(v for v in find_videos(config, split) if v.video_id == shown)
     segmented = segment(load_slot_model(out / "champion").to(best_device()), video, out / "segmented")
     models = {"teacher": teacher_uri} | {n: r["model"] for n, r in runs.items()}
     strip = comparison_strip(config, (held_out or train)["uri"], models, out / "comparison.png")

@@ -19,11 +19,10 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_masks
-from pipeline.clips.sources import BadVideo, Frame, VideoRef
+from pipeline.clips.sources import BadVideo, Frame, VideoRef, list_videos, read_video
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
-from pipeline.clips.sources.videos import list_videos, read_frames
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, VideoEntry
-from pipeline.config import Clips, Config
+from pipeline.config import Clips, Config, parse_split
 from pipeline.progress import Progress, log
 from pipeline.ray_session import ray_session
 
@@ -34,26 +33,18 @@ class TooManyBadVideos(RuntimeError):
     """More videos were set aside than `clips.max_bad_fraction` allows."""
 
 
-def dataset_folder(config: Config, split: str) -> str:
-    """The folder of a split's videos, generated first if the data set is synthetic."""
-    if config.dataset.kind == "synthetic":
-        return _generate(config, split)
-    if not config.dataset.path:
-        raise ValueError("dataset.path: is not set; give the folder that holds the videos")
-    return str(Path(config.dataset.path) / split) if split else config.dataset.path
-
-
 def find_videos(config: Config, split: str) -> list[VideoRef]:
-    """The videos of a split; errors as in `list_videos`.
+    """The videos of a split, which may be a slice; errors as in `sources.list_videos`.
 
-    Where the whole folder is trained on, its sub-folder for evaluation is not.
+    Where a whole folder of videos is trained on, its sub-folder for evaluation is not.
     """
-    folder = dataset_folder(config, split)
-    held_out = config.evaluate.split if split == "" else None
-    memo = storage.join(
-        storage.absolute(config.storage.root), "sources", f"{storage.fingerprint(folder)}.json"
-    )
-    return list_videos(folder, config.dataset.masks, exclude=held_out, memo_uri=memo)
+    dataset = config.dataset
+    if dataset.kind == "synthetic":
+        dataset = dataset.model_copy(update={"kind": "videos", "path": _generate(config, split)})
+        split = split[len(parse_split(split)[0]) :]  # the slice alone
+    held_out = parse_split(config.evaluate.split or "")[0] or None
+    memo_folder = storage.join(storage.absolute(config.storage.root), "sources")
+    return list_videos(dataset, split, held_out=held_out, memo_folder=memo_folder)
 
 
 def _generate(config: Config, split: str) -> str:
@@ -227,7 +218,7 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, 
             try:
                 entry = _spool_video(video, spool, schema, settings)
             except BadVideo as error:
-                bad.append({"video": Path(video.path).name, "path": video.path, "reason": str(error)})
+                bad.append({"video": video.name, "path": video.path, "reason": str(error)})
                 continue
             with pa.OSFile(str(spool)) as file:
                 for batch in pa.ipc.open_stream(file):
@@ -252,7 +243,7 @@ def _read_report(uri: str) -> dict[str, Any]:
 def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips) -> dict[str, Any]:
     """Writes one video's clips as record batches of about a row group; returns its counts."""
     limit = settings.row_group_mb * 2**20
-    frames = read_frames(
+    frames = read_video(
         video, short_side=settings.short_side, fps=settings.fps, max_seconds=settings.max_seconds
     )
     rows: list[dict[str, Any]] = []

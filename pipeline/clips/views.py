@@ -67,3 +67,11 @@ def apply_view(frames_THWC: np.ndarray, view: View) -> np.ndarray:
     """The view's pixels, `(T, h, w, 3)` uint8; resizing is left to each model."""
     cropped = frames_THWC[:, view.top : view.top + view.height, view.left : view.left + view.width]
     return np.ascontiguousarray(cropped[:, :, ::-1] if view.flip else cropped)
+
+
+def nearest_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Masks or labels `(…, h, w)` at another size: each pixel is the one under its centre ("nearest-exact")."""
+    height, width = labels.shape[-2:]
+    rows = ((np.arange(size[0]) + 0.5) * height / size[0]).astype(int)
+    columns = ((np.arange(size[1]) + 0.5) * width / size[1]).astype(int)
+    return labels if size == (height, width) else labels[..., rows[:, None], columns]

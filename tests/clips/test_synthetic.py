@@ -46,7 +46,7 @@ def test_colour_does_not_give_the_objects_away():
     scores = []
     for index in range(4):
         frames, labels = render_video(SyntheticSettings(videos=4), index)
-        _, guess = next(colour_kmeans(6)(iter([frames])))
+        guess = next(colour_kmeans(6)(iter([frames]), frames.shape[1:3]))
         objects = np.stack([labels == k for k in range(1, labels.max() + 1)], 1)
         scores.append(fg_ari(torch.from_numpy(objects)[None], torch.from_numpy(guess)[None], level="video"))
     assert np.mean(scores) < 0.35

@@ -2,35 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
+from pipeline import storage
+from pipeline.clips.sources import coco, davis, movi, videos, webdataset, ytvis
+from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
+from pipeline.clips.sources.files import HashMemo
+from pipeline.clips.sources.frames import resample
+from pipeline.config import Dataset, parse_split
+
+__all__ = ["BadVideo", "Frame", "FrameIterator", "VideoRef", "list_videos", "read_video"]
 
 
-class VideoRef(NamedTuple):
-    """A video that has been found but not opened.
+class Source(NamedTuple):
+    """A layout's reader: the videos of a split in their order, and the frames of one of them."""
 
-    `content` is a hash of its bytes (masks included): what the clip set's fingerprint is made of.
+    find: Callable[[Dataset, str, HashMemo], list[VideoRef]]
+    read: Callable[[VideoRef, int | None], FrameIterator]
+
+
+_SOURCES = {
+    "davis": Source(davis.find, davis.read),
+    "ytvis": Source(ytvis.find, ytvis.read),
+    "ovis": Source(ytvis.find, ytvis.read),
+    "movi": Source(movi.find, movi.read),
+    "coco": Source(coco.find, coco.read),
+    "webdataset": Source(webdataset.find, webdataset.read),
+}
+
+
+def list_videos(
+    dataset: Dataset, split: str, *, held_out: str | None = None, memo_folder: str | None = None
+) -> list[VideoRef]:
+    """The videos of a split, or of a slice of it, in their order.
+
+    Args:
+        held_out: a sub-folder that a folder of videos is listed without, where all of it is meant.
+        memo_folder: where what was read for this is remembered: hashes of local files, headers.
+
+    Raises:
+        FileNotFoundError: no such folder, split or file, or no video in it; the message says where
+            has been looked, and which splits there are.
+        ValueError: two videos of one id, or annotations that can't be understood.
     """
+    if not dataset.path:
+        raise ValueError("dataset.path: is not set; give the folder that holds the videos")
+    name, part = parse_split(split)
+    place = storage.join(dataset.path, name) if name else dataset.path
+    key = [dataset.kind, dataset.resolution, place] if dataset.kind in _SOURCES else place
+    memo_uri = memo_folder and storage.join(memo_folder, f"{storage.fingerprint(key)}.json")
+    if dataset.kind not in _SOURCES:
+        exclude = held_out if not name else None
+        found = videos.list_videos(place, dataset.masks, exclude=exclude, memo_uri=memo_uri)
+    else:
+        memo = HashMemo(memo_uri)
+        found = _SOURCES[dataset.kind].find(dataset, name, memo)
+        memo.save()
+    _check_unique(found)
+    chosen = [_checked(video) for video in found[part]]
+    if not chosen:
+        raise FileNotFoundError(f"no video: {split!r} is empty, {place} has {len(found)}")
+    return chosen
 
-    video_id: str
-    path: str
-    masks_path: str | None
-    content: str
-    bytes: int
+
+def _check_unique(found: list[VideoRef]) -> None:
+    paths: dict[str, str] = {}
+    for video in found:
+        if video.video_id in paths:
+            raise ValueError(
+                f"two videos have the id {video.video_id!r}: {paths[video.video_id]} and {video.path}"
+            )
+        paths[video.video_id] = video.path
 
 
-class Frame(NamedTuple):
-    """Pixels `(H, W, 3)` uint8, the time in seconds, and masks by object id (None: no annotation)."""
-
-    pixels: np.ndarray
-    seconds: float
-    masks: dict[int, np.ndarray] | None
-
-
-class BadVideo(Exception):
-    """A video that can't be used; the message is the reason a user reads."""
+def _checked(video: VideoRef) -> VideoRef:
+    """Sets a video aside whose id would lead out of a folder that files are named by it in."""
+    parts = PurePosixPath(video.video_id).parts
+    outside = not parts or parts[0] == "/" or ".." in parts or "//" in video.video_id
+    if outside or "\\" in video.video_id or not video.video_id.isprintable():
+        return video._replace(problem=f"the name {video.video_id!r} can't be used: it leads out of a folder")
+    return video
 
 
-FrameIterator = Iterator[Frame]
+def read_video(
+    video: VideoRef,
+    *,
+    short_side: int | None = None,
+    fps: float | None = None,
+    max_seconds: float | None = None,
+) -> FrameIterator:
+    """Yields a video's frames in the order they are shown, at most a few at a time in memory.
+
+    Args:
+        short_side: pixels of the shorter side after resizing (bicubic; masks: nearest); None keeps it.
+        fps: frames a second to keep, each the one on display at that time; None keeps them all.
+            Layouts without a clock count frames instead of seconds.
+        max_seconds: stop there.
+
+    Raises:
+        BadVideo: what can't be decoded to its end, or masks that don't fit the frames.
+    """
+    if video.problem:
+        raise BadVideo(video.problem)
+    read = _SOURCES[video.kind].read if video.kind in _SOURCES else videos.read
+    yield from resample(read(video, short_side), fps, max_seconds)

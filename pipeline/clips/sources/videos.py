@@ -8,8 +8,6 @@ is background and 255 is void.
 from __future__ import annotations
 
 import os
-import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +17,16 @@ from av.stream import Disposition
 from PIL import Image
 
 from pipeline import storage
-from pipeline.clips.sources import BadVideo, Frame, FrameIterator, VideoRef
+from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
+from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key
+from pipeline.clips.sources.frames import label_masks, reason, resample, target_size
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-VOID = 255
 
 # PyAV's logging callback takes the GIL from FFmpeg's threads and can deadlock inside Ray workers.
 # FFmpeg's own callback does not; `set_level` would bring PyAV's back.
 av.logging.restore_default_callback()
 av.logging.set_libav_level(av.logging.PANIC)
-
-
-def natural_key(name: str) -> list[Any]:
-    """Sorts frame10 behind frame9."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-class HashMemo:
-    """Hashes of files that did not change since they were last read: the same size and time of change.
-
-    Kept as one JSON file, so that a data set is read for its hashes once and not in every job.
-    """
-
-    def __init__(self, uri: str | None) -> None:
-        self._uri = uri
-        known = storage.read_json(uri) if uri is not None and storage.exists(uri) else {}
-        self._known: dict[str, list[Any]] = known
-        self._used: dict[str, list[Any]] = {}
-
-    def hash(self, path: Path) -> str:
-        """Raises OSError where the file can't be read."""
-        status = path.stat()
-        state = [status.st_size, status.st_mtime_ns]
-        found = self._known.get(str(path))
-        content = found[2] if found and found[:2] == state else storage.hash_file(str(path))
-        self._used[str(path)] = [*state, content]
-        return content
-
-    def save(self) -> None:
-        if self._uri is not None and self._used != self._known:
-            storage.write_json(self._uri, self._used)
 
 
 def list_videos(
@@ -87,7 +54,7 @@ def list_videos(
             if not f.startswith(".") and f != masks and (exclude is None or here / f != root / exclude)
         )
         found = [here / n for n in names if n.lower().endswith(VIDEO_SUFFIXES) and not n.startswith(".")]
-        if not found and here != root and any(n.lower().endswith(IMAGE_SUFFIXES) for n in names):
+        if not found and here != root and any(map(is_image, names)):
             found = [here]
         for path in found:
             relative = path.relative_to(root)
@@ -103,8 +70,7 @@ def list_videos(
         )
     video_ids = sorted(paths)
     memo = HashMemo(memo_uri)
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        videos = list(pool.map(lambda v: _reference(v, paths[v], root / masks / v, memo), video_ids))
+    videos = in_threads(lambda v: _reference(v, paths[v], root / masks / v, memo), video_ids)
     memo.save()
     return videos
 
@@ -114,20 +80,14 @@ def _reference(video_id: str, path: Path, masks_path: Path, memo: HashMemo) -> V
     size = sum(f.stat().st_size for f in files if f.exists())
     has_masks = masks_path.is_dir()
     files += _images(masks_path) if has_masks else []
-    # A file that can't be read is no reason to stop here: decoding it will say why.
-    content = storage.fingerprint([(f.name, _hash_or_error(f, memo)) for f in files])
-    return VideoRef(video_id, str(path), str(masks_path) if has_masks else None, content, size)
-
-
-def _hash_or_error(path: Path, memo: HashMemo) -> str:
-    try:
-        return memo.hash(path)
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
+    content = storage.fingerprint([(f.name, memo.hash_or_error(f)) for f in files])
+    return VideoRef(
+        video_id, str(path), content, size, details={"masks": str(masks_path)} if has_masks else {}
+    )
 
 
 def _images(folder: Path) -> list[Path]:
-    files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")]
+    files = [f for f in folder.iterdir() if is_image(f.name)]
     return sorted(files, key=lambda f: (natural_key(f.name), f.name))
 
 
@@ -148,18 +108,15 @@ def read_frames(
     Raises:
         BadVideo: what can't be decoded to its end, or masks that don't fit the frames.
     """
+    yield from resample(read(video, short_side), fps, max_seconds)
+
+
+def read(video: VideoRef, short_side: int | None) -> FrameIterator:
+    """All frames; errors as in `read_frames`."""
     source = Path(video.path)
     decode = _read_folder if source.is_dir() else _read_file
-    masks = _images(Path(video.masks_path)) if video.masks_path else None
-    frames = _with_masks(decode(source, short_side), masks)
-    yield from _resample(frames, fps, max_seconds)
-
-
-def _target_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
-    if short_side is None or short_side == min(height, width):
-        return height, width
-    scale = short_side / min(height, width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    masks = _images(Path(video.details["masks"])) if "masks" in video.details else None
+    yield from _with_masks(decode(source, short_side), masks)
 
 
 def _read_folder(folder: Path, short_side: int | None) -> FrameIterator:
@@ -171,12 +128,12 @@ def _read_folder(folder: Path, short_side: int | None) -> FrameIterator:
                 size = size or image.size
                 if image.size != size:
                     raise BadVideo(f"frame {path.name} is {image.size}, the first one {size} (width, height)")
-                height, width = _target_size(image.height, image.width, short_side)
+                height, width = target_size(image.height, image.width, short_side)
                 if (width, height) != image.size:
                     image = image.resize((width, height), Image.Resampling.BICUBIC)
                 yield Frame(np.asarray(image), float(index), None)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise BadVideo(f"frame {path.name} can't be decoded ({_reason(error, path)})") from error
+            raise BadVideo(f"frame {path.name} can't be decoded ({reason(error, path)})") from error
 
 
 def _read_file(path: Path, short_side: int | None) -> FrameIterator:
@@ -190,13 +147,7 @@ def _read_file(path: Path, short_side: int | None) -> FrameIterator:
                 raise BadVideo("the file has no video stream")
             yield from _decode(container, streams[0], short_side)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadVideo(f"can't be decoded ({_reason(error, path)})") from error
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """One line in the library's own words, without the error number and the path."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0].replace(f" {str(path)!r}", "")
+        raise BadVideo(f"can't be decoded ({reason(error, path)})") from error
 
 
 def _decode(container: Any, stream: Any, short_side: int | None) -> FrameIterator:
@@ -210,7 +161,7 @@ def _decode(container: Any, stream: Any, short_side: int | None) -> FrameIterato
             continue
         packets += packet.size > 0
         for frame in packet.decode():
-            height, width = _target_size(frame.height, frame.width, short_side)
+            height, width = target_size(frame.height, frame.width, short_side)
             image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1)
             pixels = image.to_ndarray()
             if frame.rotation:  # degrees counter-clockwise, from the file's display matrix
@@ -255,24 +206,5 @@ def _read_masks(path: Path, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
                 )
             labels = np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.NEAREST))
     except OSError as error:
-        raise BadVideo(f"mask {path.name} can't be decoded ({_reason(error, path)})") from error
-    return {int(i): labels == i for i in np.unique(labels) if i not in (0, VOID)}
-
-
-def _resample(frames: FrameIterator, fps: float | None, max_seconds: float | None) -> FrameIterator:
-    start: float | None = None
-    shown: Frame | None = None
-    emitted = 0
-    for frame in frames:
-        start = frame.seconds if start is None else start
-        if max_seconds is not None and frame.seconds - start >= max_seconds:
-            break
-        if fps is None:
-            yield frame
-            continue
-        while shown is not None and emitted / fps < frame.seconds - start - 1e-6:
-            yield shown._replace(seconds=start + emitted / fps)
-            emitted += 1
-        shown = frame
-    if shown is not None and start is not None and emitted / fps <= shown.seconds - start + 1e-6:  # type: ignore[operator]
-        yield shown._replace(seconds=start + emitted / fps)  # type: ignore[operator]
+        raise BadVideo(f"mask {path.name} can't be decoded ({reason(error, path)})") from error
+    return label_masks(labels)

@@ -1,0 +1,139 @@
+"""Finding a data set's files, local or in S3, and telling their versions apart without reading them twice."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from pipeline import storage
+from pipeline.clips.sources.base import BadVideo
+from pipeline.storage import FileInfo
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_THREADS = 16  # they wait for disks and networks, and hashing releases the GIL
+_A = TypeVar("_A")
+_T = TypeVar("_T")
+
+
+def natural_key(name: str) -> list[Any]:
+    """Sorts frame10 behind frame9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+class HashMemo:
+    """What was found out about files that did not change since: the same size and time of change or ETag.
+
+    Kept as one JSON file, so that a data set is read for its hashes once and not in every job.
+    """
+
+    def __init__(self, uri: str | None) -> None:
+        self._uri = uri
+        known = storage.read_json(uri) if uri is not None and storage.exists(uri) else {}
+        self._known: dict[str, list[Any]] = known
+        self._used: dict[str, list[Any]] = {}
+
+    def hash(self, path: Path) -> str:
+        """Raises OSError where the file can't be read."""
+        status = path.stat()
+        state = [status.st_size, status.st_mtime_ns]
+        return self._remember(str(path), state, lambda: storage.hash_file(str(path)))
+
+    def hash_or_error(self, path: Path) -> str:
+        """A file that can't be read is no reason to stop here: decoding it will say why."""
+        try:
+            return self.hash(path)
+        except OSError as error:
+            return f"unreadable: {error.strerror}"
+
+    def content(self, folder: str, file: FileInfo) -> str:
+        """A hash of a local file's bytes; an object's ETag and size, so that it is not downloaded."""
+        if storage.is_remote(folder):
+            return f"{file.version} {file.size}"
+        return self.hash_or_error(Path(folder) / file.name)
+
+    def walk(self, folder: str, file: FileInfo, compute: Callable[[str, int], _T]) -> _T:
+        """`compute(uri, size)`, plain values that follow from the file's bytes."""
+        uri = storage.join(folder, file.name)
+        return self._remember(f"{uri}#parts", [file.size, file.version], lambda: compute(uri, file.size))
+
+    def _remember(self, key: str, state: list[Any], compute: Callable[[], _T]) -> _T:
+        found = self._known.get(key)
+        value = found[2] if found and found[:2] == state else compute()
+        self._used[key] = [*state, value]
+        return value
+
+    def save(self) -> None:
+        if self._uri is not None and self._used != self._known:
+            storage.write_json(self._uri, self._used)
+
+
+def in_threads(work: Callable[[_A], _T], items: Iterable[_A]) -> list[_T]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, items))
+
+
+def read_part(uri: str, start: int, size: int, name: str) -> bytes:
+    """Part of a file; raises BadVideo, calling it `name`, where the file is missing or too short."""
+    content = _read(lambda: storage.read_range(uri, start, start + size), uri, name)
+    if len(content) != size:
+        raise BadVideo(f"{name} is truncated: {len(content)} of {size} bytes are there")
+    return content
+
+
+def read_whole(uri: str, name: str) -> bytes:
+    """A small file; raises BadVideo, calling it `name`, where it can't be read."""
+    return _read(lambda: storage.read_bytes(uri), uri, name)
+
+
+def _read(operation: Callable[[], bytes], uri: str, name: str) -> bytes:
+    try:
+        return operation()
+    except OSError as error:
+        # A network that fails for long is no fault of the video: the job fails, and goes on when run again.
+        if storage.is_remote(uri) and not isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise BadVideo(f"{name} can't be read ({error.strerror or error})") from error
+
+
+class RangeFile(io.RawIOBase):
+    """Part of a file as a seekable file that reads `ahead` bytes at a time and keeps no more."""
+
+    def __init__(self, uri: str, start: int, size: int, *, ahead: int = 4096) -> None:
+        self._uri, self._start, self._size, self._ahead = uri, start, size, ahead
+        self._position = 0
+        self._window, self._window_start = b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        size = left if size < 0 else min(size, left)
+        begin = self._position - self._window_start
+        if begin < 0 or begin + size > len(self._window):
+            stop = min(self._size, self._position + max(size, self._ahead))
+            self._window = storage.read_range(self._uri, self._start + self._position, self._start + stop)
+            self._window_start, begin = self._position, 0
+        content = self._window[begin : begin + size]
+        self._position += len(content)
+        return content

@@ -1,0 +1,188 @@
+"""MOVi as TFDS stores it: `<name>-<split>.tfrecord-00000-of-01024`, read without TensorFlow.
+
+A record is a `tf.train.Example` with `video`, a list of PNGs, and `segmentations`, a list of PNGs of
+labels (0 background). A file is a row of records: length (8 bytes, little endian), its checksum, data,
+its checksum. Listing reads the lengths only.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import google_crc32c
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+
+from pipeline import storage
+from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
+from pipeline.clips.sources.files import HashMemo, in_threads, read_part
+from pipeline.clips.sources.frames import (
+    RawFrame,
+    check_mask_size,
+    decode_image,
+    decode_labels,
+    fitted,
+    label_masks,
+)
+from pipeline.config import Dataset
+from pipeline.storage import FileInfo
+
+_HEADER = struct.Struct("<QI")  # a record's length, and the checksum of these 8 bytes
+_CHECKSUM = struct.Struct("<I")
+_FILE = r"(?P<name>.+)-{split}\.tfrecord-(?P<shard>\d{{5}})-of-(?P<total>\d{{5}})"
+
+
+def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
+    """The records of the split's files, in order.
+
+    Raises:
+        FileNotFoundError: no file of that split; the message names the splits that are there.
+        ValueError: files of two data sets.
+    """
+    root = str(dataset.path)
+    files = {f.name: f for f in storage.list_files(root) if "/" not in f.name}
+    shards: dict[tuple[str, int], dict[int, FileInfo]] = {}
+    for name, file in files.items():
+        match = re.fullmatch(_FILE.format(split=re.escape(split)), name)
+        if match:
+            shards.setdefault((match["name"], int(match["total"])), {})[int(match["shard"])] = file
+    if not shards:
+        matches = [re.fullmatch(_FILE.format(split="(?P<split>[^-]+)"), name) for name in files]
+        known = sorted({match["split"] for match in matches if match})
+        raise FileNotFoundError(
+            f"split {split!r}: no file NAME-{split}.tfrecord-00000-of-00000 in {root}; "
+            f"splits: {', '.join(known) or 'none'}"
+        )
+    if len(shards) > 1:
+        sets = ", ".join(f"{name} ({total} files)" for name, total in sorted(shards))
+        raise ValueError(f"{root} holds several data sets: {sets}; give each a folder of its own")
+    ((prefix, total), present) = next(iter(shards.items()))
+    missing = [shard for shard in range(total) if shard not in present]
+
+    def references(shard: int) -> list[VideoRef]:
+        stem = f"{prefix}-{split}-{shard:05d}"
+        if shard in present:
+            return _references(root, present[shard], stem, memo)
+        problem = f"{len(missing)} of {total} files are missing, this is the first"
+        return [VideoRef(stem, storage.join(root, stem), kind="movi", problem=problem)]
+
+    return [video for found in in_threads(references, sorted([*present, *missing[:1]])) for video in found]
+
+
+def _references(root: str, file: FileInfo, stem: str, memo: HashMemo) -> list[VideoRef]:
+    found = memo.walk(root, file, walk_records)
+    content = memo.content(root, file)
+    videos = [
+        VideoRef(
+            f"{stem}/{index:04d}",
+            storage.join(root, file.name),
+            storage.fingerprint(["movi", content, offset, length]),
+            length,
+            "movi",
+            {"offset": offset},
+        )
+        for index, (offset, length) in enumerate(found["records"])
+    ]
+    if found["problem"]:
+        problem = f"{file.name}: {found['problem']}"
+        videos.append(
+            VideoRef(
+                f"{stem}/{len(videos):04d}",
+                storage.join(root, file.name),
+                storage.fingerprint(["movi", content, problem]),
+                kind="movi",
+                problem=problem,
+            )
+        )
+    return videos
+
+
+def walk_records(uri: str, size: int) -> dict[str, Any]:
+    """Where the records of a file are: `records` of (offset of the data, length), and the `problem`, if
+    any, behind which no more can be found."""
+    records: list[list[int]] = []
+    position = 0
+    while position < size:
+        header = storage.read_range(uri, position, min(size, position + _HEADER.size))
+        if len(header) < _HEADER.size:
+            return {"records": records, "problem": f"the file ends within the header at byte {position}"}
+        length, checksum = _HEADER.unpack(header)
+        if _masked_crc(header[:8]) != checksum:
+            problem = f"the length at byte {position} is damaged, what follows can't be found"
+            return {"records": records, "problem": problem}
+        start = position + _HEADER.size
+        if start + length + _CHECKSUM.size > size:
+            return {"records": records, "problem": f"the file ends within the record at byte {position}"}
+        records.append([start, length])
+        position = start + length + _CHECKSUM.size
+    return {"records": records, "problem": ""}
+
+
+def _masked_crc(content: bytes) -> int:
+    crc = google_crc32c.value(content)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read(video: VideoRef, short_side: int | None) -> FrameIterator:
+    """Raises BadVideo for a record with a wrong checksum or without frames, or frames and masks that
+    can't be decoded or don't fit each other."""
+    yield from fitted(_decoded(video), short_side)
+
+
+def _decoded(video: VideoRef) -> Iterator[RawFrame]:
+    name = "the record"
+    content = read_part(video.path, video.details["offset"], video.bytes + _CHECKSUM.size, name)
+    data, (checksum,) = content[: video.bytes], _CHECKSUM.unpack(content[video.bytes :])
+    if _masked_crc(data) != checksum:
+        raise BadVideo("its data is damaged (wrong checksum)")
+    try:
+        features = _example_class().FromString(data).features.feature
+    except message.DecodeError as error:
+        raise BadVideo(f"it is no tf.train.Example ({error})") from error
+    if "video" not in features:
+        raise BadVideo(f"it has no feature 'video', only {', '.join(sorted(features)) or 'none'}")
+    frames = features["video"].bytes_list.value
+    masks = features["segmentations"].bytes_list.value if "segmentations" in features else None
+    if masks is not None and len(masks) != len(frames):
+        raise BadVideo(f"has {len(frames)} frames but {len(masks)} masks")
+    for index, png in enumerate(frames):
+        frame = RawFrame(str(index), decode_image(png, str(index)), None)
+        if masks is not None:
+            labels = decode_labels(masks[index], str(index))
+            check_mask_size(str(index), labels.shape, frame)
+            frame = frame._replace(masks=label_masks(labels))
+        yield frame
+
+
+@cache
+def _example_class() -> Any:
+    """`tf.train.Example`, of whose features only lists of bytes are needed; others are skipped."""
+    file = descriptor_pb2.FileDescriptorProto(name="slotmatch_example.proto", syntax="proto3")
+    field = descriptor_pb2.FieldDescriptorProto
+
+    def add(parent: Any, name: str, fields: list[tuple[str, int, str]], **options: bool) -> Any:
+        """A message whose fields (name, type or message, label) are numbered from 1."""
+        entry = parent.add(name=name)
+        for number, (field_name, label, kind) in enumerate(fields, 1):
+            added = entry.field.add(name=field_name, number=number, label=label)
+            if kind.startswith("."):
+                added.type, added.type_name = field.TYPE_MESSAGE, kind
+            else:
+                added.type = field.TYPE_STRING if kind == "string" else field.TYPE_BYTES
+        if options:
+            entry.options.map_entry = True
+        return entry
+
+    one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+    add(file.message_type, "BytesList", [("value", many, "bytes")])
+    add(file.message_type, "Feature", [("bytes_list", one, ".BytesList")])
+    features = add(file.message_type, "Features", [("feature", many, ".Features.FeatureEntry")])
+    entry_fields = [("key", one, "string"), ("value", one, ".Feature")]
+    add(features.nested_type, "FeatureEntry", entry_fields, map_entry=True)
+    add(file.message_type, "Example", [("features", one, ".Features")])
+    pool = descriptor_pool.DescriptorPool()  # one of our own: TensorFlow may have its Example in the default
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))
