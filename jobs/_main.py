@@ -32,7 +32,7 @@ def run_stage(job: str, description: str, stage: Callable[[Config], dict[str, An
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
-        return _refuse(job, error)
+        return refuse(job, error)
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return 0
@@ -65,7 +65,8 @@ def registry_uri(settings: dict[str, str]) -> str:
     return resolve_config({}, [f"{k}={v}" for k, v in chosen.items()]).tracking_uri
 
 
-def _refuse(job: str, error: Exception) -> int:
+def refuse(job: str, error: Exception) -> int:
+    """Says what can't be run; returns the exit code."""
     log("\n".join(f"error: {line}" for line in str(error).splitlines()))
     print(json.dumps({"job": job, "status": "refused", "error": str(error)}))
     return 2
@@ -81,7 +82,7 @@ def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
     try:
         summary = work()
     except ConfigError as error:
-        return _refuse(job, error)
+        return refuse(job, error)
     except KeyboardInterrupt:
         log(f"{job}: interrupted; run it again to go on")
         print(json.dumps({"job": job, "status": "interrupted", "seconds": elapsed()}))

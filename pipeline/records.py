@@ -50,6 +50,7 @@ class Record:
     beta: float | None
     seed: int | None
     steps: int | None
+    settings: str  # a fingerprint of all that decided the training but the seed; "" where that is not known
     model_uri: str | None  # None for a baseline
     num_heads: int | None  # of a public checkpoint's ViT
     protocol: dict[str, Any]  # with "name" and "fingerprint"
@@ -143,6 +144,7 @@ def _record(run: Any) -> Record:
         beta=number("beta", float),
         seed=number("seed", int),
         steps=number("steps", int),
+        settings=tags.get("settings", ""),
         model_uri=tags.get("model_uri") or None,
         num_heads=number("num_heads", int),
         protocol=json.loads(tags["protocol"]),

@@ -80,7 +80,8 @@ def finished_student(config: Config) -> str:
     return run_uri
 
 
-RECORDED = ("method", "beta", "seed", "steps", "teacher", "trained_on")  # of a run's tags, with its scores
+# Of a run's tags, with its scores.
+RECORDED = ("method", "beta", "seed", "steps", "settings", "teacher", "trained_on")
 
 
 def _recorded(tags: dict[str, str]) -> dict[str, str]:

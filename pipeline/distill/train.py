@@ -106,9 +106,14 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
         "targets": str(content.get("targets")),
         "method": "slotmatch" if with_teacher else "no_kd",
         "beta": f"{settings.beta:g}",
-        "teacher": config.teacher.name if with_teacher else "",
+        "settings": storage.fingerprint({**content, "distill": _but_seed_and_name(content["distill"])}),
+        "teacher": config.teacher.name,  # also of a student without KD: it has that teacher's design
         "trained_on": config.dataset.title,
     }
+
+
+def _but_seed_and_name(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in ("seed", "name")}
 
 
 def _has_features(config: Config, targets_uri: str) -> bool:

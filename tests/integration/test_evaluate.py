@@ -11,6 +11,7 @@ from clip_sets import make_clip_set, random_video
 from pipeline import storage
 from pipeline.clips.shard import find_clips
 from pipeline.clips.table import ClipSet
+from pipeline.distill.train import _student_spec
 from pipeline.distill.validation import Validation
 from pipeline.evaluate import ROWS_FOLDER, Subject, _write_rows, evaluate
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
@@ -138,6 +139,13 @@ def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, ca
     assert pulled["uri"] == own["uri"], "the same weights under the same protocol are one evaluation"
     (record,) = [r for r in find_records(config) if r.method == "no_kd"]
     assert (record.seed, record.trained_on, record.steps) == (5, "tiny videos", 8)
+
+    def settings(*overrides):
+        changed = shared_tiny("distill.beta=0", *overrides)
+        return _student_spec(changed, find_clips(changed, changed.dataset.split))[1]["settings"]
+
+    assert record.settings == settings() == settings("distill.seed=7", "distill.name=other")
+    assert record.settings != settings("distill.learning_rate=0.1")
 
 
 def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):

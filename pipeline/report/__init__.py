@@ -1,0 +1,1 @@
+"""The report: recorded evaluations as the paper's tables, beside the paper's own numbers."""
