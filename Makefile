@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := configs/demo.yaml
 
-.PHONY: demo test test-fast lint bench clean help
+.PHONY: demo report test test-fast lint bench clean help
 help:
 	@echo "make demo       videos to a registered student, on this machine (results in runs/demo)"
+	@echo "make report     after it: the paper's tables and figures with the demo's numbers"
 	@echo "make test       all tests;  make test-fast  those without Ray"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      every performance figure that the README quotes"
@@ -20,6 +21,9 @@ help:
 
 demo: .venv/.installed
 	$(BIN)/python -m jobs.pipeline $(DEMO)
+
+report: .venv/.installed
+	$(BIN)/python -m jobs.report $(DEMO)
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

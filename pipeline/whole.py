@@ -6,21 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline import stages, storage
 from pipeline.builders import best_device, load_model, require_teacher
 from pipeline.clips.shard import find_videos, shard
 from pipeline.clips.table import ClipSet
-from pipeline.clips.views import apply_view, central_square
 from pipeline.config import Config, resolve_config
 from pipeline.distill.train import distill, train_teacher
 from pipeline.evaluate import SCORES, evaluate, score_table
-from pipeline.figures import overlay_strip
-from pipeline.models import load_slot_model
+from pipeline.figures import comparison, to_png
+from pipeline.models import SlotModel, load_slot_model
 from pipeline.progress import log
 from pipeline.ray_session import ray_session
 from pipeline.registry import CHAMPION, pull, register
+from pipeline.report.gallery import GROUND_TRUTH, video_panel
 from pipeline.segment import segment
 from pipeline.targets import cache
 
@@ -111,27 +109,18 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
 
 
 def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], path: Path) -> Path:
-    """A picture of one video: frames over the masks of each model, a colour a slot."""
+    """A picture of one video: frames over each model's slots, in the colours of the last one's, and its objects."""
     clips = ClipSet(clips_uri)
     video = clips.videos[0]
-    crop = central_square(video.height, video.width)
-    pieces = []
-    for clip in clips.iter_video(video):
-        pieces.append(apply_view(clip.frames, crop))
-        if len(pieces) == 6:
-            break
-    rows = []
-    num_slots = 1
+    rows: dict[str, SlotModel | None] = {}
     for name, uri in models.items():
         model = load_model(uri, num_heads=config.teacher.num_heads if name == "teacher" else None)
-        labels = [
-            model.label_maps(masks, frames.shape[1:3]).cpu().numpy()
-            for frames, _, masks in model.stream(pieces)
-        ]
-        rows.append((name, np.concatenate(labels)))
-        num_slots = max(num_slots, model.config.num_slots)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    overlay_strip(np.concatenate(pieces), rows, num_slots).save(path)
+        rows[name] = model.to(best_device())
+    if video.annotated:
+        rows[GROUND_TRUTH] = None
+    panel = video_panel(clips, video, rows, video.video_id)
+    picture = comparison([panel], reference=list(models)[-1], columns=6, across=1, width=1000)
+    storage.write_bytes(str(path), to_png(picture))
     return path
 
 
@@ -157,6 +146,7 @@ def _closing(
 Where to look
   runs and metrics   mlflow ui --backend-store-uri {config.tracking_uri}
   all models         {strip}
+  tables, figures    made by: make report   (python -m jobs.report CONFIG)
   overlay video      {segmented["overlay"]}
   contact sheet      {segmented["sheet"]}
   registered model   {champion}   (python -m jobs.pull {champion} DIR storage.root={config.storage.root})

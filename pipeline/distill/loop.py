@@ -24,7 +24,7 @@ from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_c
 from pipeline.distill.data import Loader, RawBatch, Sampler
 from pipeline.distill.step import Batch, DistillationObjective, learning_rate_factor, training_step
 from pipeline.distill.validation import Validation
-from pipeline.figures import overlay_strip
+from pipeline.figures import Panel, comparison
 from pipeline.models import SlotModel, SlotModelConfig, save_public_checkpoint, save_slot_model
 from pipeline.progress import Progress, log
 from pipeline.targets import TargetSet, teacher_slots
@@ -159,7 +159,7 @@ class _Run:
         labels = self.model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
         self.model.train()
         path = Path(folder) / f"overlay_{step:08d}.png"
-        overlay_strip(pixels, [("masks", labels)], self.model.config.num_slots).save(path)
+        comparison([Panel(pixels, {"masks": labels})], across=1, width=640).save(path)
         return path
 
 

@@ -46,9 +46,10 @@ def score_tables(config: Config, records: Sequence[Record]) -> list[Table]:
     own_tables = (OVIS, *OTHER_TEACHERS, COCO)
 
     def parts(of_paper: Sequence[Part], worth: Callable[[Sequence[Record]], bool]) -> list[Part]:
-        """The paper's parts, and the others that were recorded and are worth a table."""
+        """The paper's parts, and the others that were recorded and are worth a table; first what has runs."""
         rest = [part for part in recorded if part not in (*of_paper, *own_tables)]
-        return [*of_paper, *(part for part in rest if worth(part.of(records)))]
+        every = [*of_paper, *(part for part in rest if worth(part.of(records)))]
+        return sorted(every, key=lambda part: not part.of(records))
 
     tables = [
         _table_1(part, records, paper, beta) for part in parts((MOVI_E, YTVIS, DAVIS), lambda found: True)

@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.progress import log
 from pipeline.records import Record, find_records
 from pipeline.report.costs import cost_table, measure_costs
-from pipeline.report.pictures import write_pictures
+from pipeline.report.pictures import model_speeds, write_pictures
 from pipeline.report.render import Page, html, markdown
 from pipeline.report.table import Table, plural
 from pipeline.report.tables import left_out, paper_numbers, score_tables
@@ -35,11 +35,7 @@ def write_report(
     pairs, notes = measure_costs(config, latency_runs)
     tables = score_tables(config, records)
     tables.insert(_place_of_table_2(tables), cost_table(paper_numbers(), pairs, notes))
-    teacher, student = pairs[-1]  # the config's own
-    latencies = {
-        role: cost.seconds for role, cost in (("teacher", teacher), ("student", student)) if cost.seconds
-    }
-    pictures = write_pictures(config, records, target, latencies)
+    pictures = write_pictures(config, records, target, model_speeds(records, latency_runs))
     page = Page(TITLE, _intro(config, records), tables, pictures, left_out(records, tables))
     files = {target / "report.md": markdown(page, target), target / "report.html": html(page)}
     for path, text in files.items():

@@ -7,6 +7,7 @@ import pytest
 from pipeline import tracking
 from pipeline.evaluate import SCORES
 from pipeline.models import load_slot_model
+from pipeline.report.write import write_report
 from pipeline.whole import NO_KD, SLOTMATCH, run_pipeline
 
 
@@ -36,6 +37,18 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     pulled = load_slot_model(tmp_path / "root" / "demo" / "champion")
     *_, (_, _, masks) = pulled.stream([frames])
     np.testing.assert_array_equal(pulled.label_maps(masks, (30, 40)).numpy(), labels)
+
+    report = write_report(config, latency_runs=1)
+    assert report["records"] == len(first["scores"])
+    folder = tmp_path / "root" / "report"
+    names = ("figure1", "figure3", "figure4", "scores_by_video", "worst_videos")
+    text = (folder / "report.md").read_text()
+    for name in names:
+        assert (folder / f"{name}.png").exists()
+        assert f"]({name}.png)" in text
+    mbo = f"{100 * first['scores'][SLOTMATCH]['video_mbo']:.1f}"
+    row = next(line for line in text.splitlines() if line.startswith("| SlotMatch (ours) |"))
+    assert mbo in row, "the first table is that of the data set that has runs"
 
     second = run_pipeline(config)
     assert all(second["reused"].values())

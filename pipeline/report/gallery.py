@@ -1,0 +1,129 @@
+"""Videos under models, as panels of a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from pipeline.builders import best_device, load_model
+from pipeline.clips.table import Clip, ClipSet, VideoEntry
+from pipeline.clips.views import View, apply_view, central_square, nearest_resize
+from pipeline.figures import Panel
+from pipeline.models import SlotModel
+from pipeline.protocols import PRESETS
+from pipeline.records import METHODS
+from pipeline.report.shown import NothingToShow, Shown
+from pipeline.scoring import model_predictor
+
+MAX_FRAMES = 120  # of a video, for a picture
+MAX_SIDE = 320  # pixels of what a picture is drawn from
+GROUND_TRUTH = "Ground truth"
+
+
+def video_panel(
+    clips: ClipSet, video: VideoEntry, rows: Mapping[str, SlotModel | None], title: str = ""
+) -> Panel:
+    """A video's central square over a row for each model, its slots streamed as in an evaluation of whole videos.
+
+    A row without a model is the ground truth: objects by number, -1 where there is none. Of a long video only
+    the first frames are shown.
+    """
+    view = central_square(video.height, video.width)
+    side = min(view.height, MAX_SIDE)
+    frames, objects = _read(clips, video, view, (side, side))
+    labels = {}
+    for name, model in rows.items():
+        if model is None:
+            labels[name] = objects
+            continue
+        predict = model_predictor(model, video.video_id, PRESETS["slotcontrast"])
+        chunks = (apply_view(clip.frames, view) for clip in _first_clips(clips, video))
+        labels[name] = np.concatenate(list(predict(chunks, (side, side))))
+    return Panel(frames, labels, title)
+
+
+def _first_clips(clips: ClipSet, video: VideoEntry, *, masks: bool = False) -> Iterator[Clip]:
+    left = MAX_FRAMES
+    for clip in clips.iter_video(video, masks=masks):
+        found = None if clip.masks is None else clip.masks[:left]
+        yield Clip(clip.video_id, clip.clip_index, clip.full, clip.frames[:left], found)
+        left -= len(clip.frames)
+        if left <= 0:
+            return
+
+
+def _read(
+    clips: ClipSet, video: VideoEntry, view: View, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames `(T, *size, 3)`, and the number of the object at each pixel, -1 where there is none."""
+    numbers: dict[int, int] = {}
+    frames, labels = [], []
+    for clip in _first_clips(clips, video, masks=True):
+        cropped = apply_view(clip.frames, view)
+        frames += [np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in cropped]
+        for objects in clip.masks or [{}] * len(cropped):
+            label = np.full(size, -1, np.int16)
+            for object_id, mask in objects.items():
+                inside = nearest_resize(apply_view(mask[None], view)[0], size)
+                label[inside] = numbers.setdefault(object_id, len(numbers))
+            labels.append(label)
+    return np.stack(frames), np.stack(labels)
+
+
+class Gallery:
+    """Scores, clips and models of what is shown, each read when it is first needed."""
+
+    def __init__(self, shown: Shown) -> None:
+        self.shown = shown
+        self._scores: dict[str, dict[str, float]] = {}
+        self._models: dict[str, SlotModel] = {}
+        self._clips: ClipSet | None = None
+
+    @property
+    def clips(self) -> ClipSet:
+        if self._clips is None:
+            self._clips = ClipSet(next(iter(self.shown.models.values())).clips_uri)
+        return self._clips
+
+    def names(self, *methods: str) -> list[str]:
+        """Of those methods that were recorded."""
+        return [name for name in map(self.shown.method, methods) if name]
+
+    def required(self, method: str) -> tuple[str, dict[str, float]]:
+        """The name and the scores of a model that a picture can't do without."""
+        name = self.shown.method(method)
+        if name is None:
+            raise NothingToShow(f"there is no evaluation of {METHODS[method]}")
+        return name, self.scores(name)
+
+    def scores(self, name: str) -> dict[str, float]:
+        """A model's score of each video."""
+        if name not in self._scores:
+            rows = self.shown.models[name].per_video()
+            self._scores[name] = {row["video_id"]: row["video_mbo"] for row in rows}
+        return self._scores[name]
+
+    def panel(self, video_id: str, rows: Sequence[str], note: str = "") -> Panel:
+        """A video with a row for each of these models (or `GROUND_TRUTH`), and their scores as its title."""
+        video = next((v for v in self.clips.videos if v.video_id == video_id), None)
+        if video is None:
+            raise NothingToShow(f"{self.clips.uri} has no video {video_id!r}")
+        models = {name: None if name == GROUND_TRUTH else self._model(name) for name in rows}
+        scores = [
+            f"{name} {100 * self.scores(name).get(video_id, math.nan):.1f}"
+            for name, model in models.items()
+            if model is not None
+        ]
+        return video_panel(self.clips, video, models, f"{video_id}\n{', '.join(scores)}{note}")
+
+    def _model(self, name: str) -> SlotModel:
+        record = self.shown.models[name]
+        if name not in self._models:
+            if record.model_uri is None:
+                raise NothingToShow(f"it is not recorded where the model of {name} is")
+            model = load_model(record.model_uri, num_heads=record.num_heads)
+            self._models[name] = model.to(best_device())
+        return self._models[name]
