@@ -28,6 +28,7 @@ from pipeline.protocols import Protocol
 
 SCORES = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
 BACKGROUND = -1  # an object id that no data set uses
+MOST_SLOTS = 256  # labels are bytes
 
 
 @dataclass(frozen=True)
@@ -82,27 +83,63 @@ def model_predictor(model: SlotModel, video_id: str, protocol: Protocol) -> Pred
 def score_video(clips: ClipSet, video: VideoEntry, predict: Predictor, protocol: Protocol) -> VideoScore:
     """Scores of one annotated video; one pass makes all four."""
     samples = [
-        _count_sample(sample, video, predict, protocol)
+        _score_sample(sample, video, predict, protocol)
         for sample in _samples(clips.iter_video(video, masks=True), protocol.clip_frames)
     ]
-    return summarise(video.video_id, samples)
+    return _summarise(video.video_id, samples)
 
 
-def summarise(video_id: str, samples: list[OverlapCounts]) -> VideoScore:
-    """Scores from the counts of a video's samples (clips, or one for the whole of it), frame by frame."""
-    values: dict[str, float] = {}
-    counts = {"image": 0, "video": 0}
-    videos = [sample.to_video(len(sample.shared)) for sample in samples]
-    for level, tables in (("image", samples), ("video", videos)):
-        for name, per_sample in (("fg_ari", ari_per_sample), ("mbo", best_overlap_per_sample)):
-            pairs = [per_sample(table) for table in tables]
-            scores = [float(s) for scores, valid in pairs for s in scores[valid]]
-            counts[level] = len(scores)
-            values[f"{level}_{name}"] = float(np.mean(scores)) if scores else float("nan")
-    # A slot that owns less than a hundredth of a sample says nothing.
-    shares = [v.slot_area[0] / v.slot_area.sum().clamp(min=1) for v in videos]
-    used = float(np.mean([float((share > 0.01).sum()) for share in shares])) if shares else float("nan")
-    return VideoScore(video_id, counts["image"], counts["video"], slots_in_use=used, **values)
+class _Sample:
+    """What is kept of a clip or a whole video: its frames' scores, and the pixel counts of all of it.
+
+    Nothing of it grows but two numbers a frame.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[tuple[float, float]] = []  # FG-ARI and mBO of each frame with an object
+        self._shared: dict[int, np.ndarray] = {}  # object id -> pixels shared with each slot
+        self._slot_area = np.zeros(MOST_SLOTS, np.int64)
+
+    def add(self, object_ids: list[int], counts: OverlapCounts) -> None:
+        """Adds the counts of a chunk of frames, whose objects these are."""
+        ari, valid = ari_per_sample(counts)
+        mbo, _ = best_overlap_per_sample(counts)
+        self.frames += zip(ari[valid].tolist(), mbo[valid].tolist(), strict=True)
+        used = counts.slot_area.shape[1]
+        self._slot_area[:used] += counts.slot_area.sum(0).numpy()
+        for object_id, row in zip(object_ids, counts.shared.sum(0).numpy(), strict=True):
+            self._shared.setdefault(object_id, np.zeros(MOST_SLOTS, np.int64))[:used] += row
+
+    def scores(self) -> tuple[float, float] | None:
+        """FG-ARI and mBO of the whole; None without an object."""
+        rows = [self._shared[i] for i in sorted(self._shared)]
+        shared = torch.from_numpy(np.array(rows, np.int64).reshape(1, -1, MOST_SLOTS))
+        counts = OverlapCounts(shared, shared.sum(-1), torch.from_numpy(self._slot_area)[None])
+        ari, valid = ari_per_sample(counts)
+        return (float(ari), float(best_overlap_per_sample(counts)[0])) if bool(valid) else None
+
+    def slots_in_use(self) -> int:
+        """Slots with more than a hundredth of all pixels: less says nothing."""
+        return int((self._slot_area > 0.01 * self._slot_area.sum()).sum())
+
+
+def _summarise(video_id: str, samples: list[_Sample]) -> VideoScore:
+    frames = [scores for sample in samples for scores in sample.frames]
+    wholes = [scores for sample in samples if (scores := sample.scores())]
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else float("nan")
+
+    return VideoScore(
+        video_id,
+        image_samples=len(frames),
+        video_samples=len(wholes),
+        image_fg_ari=mean([ari for ari, _ in frames]),
+        image_mbo=mean([mbo for _, mbo in frames]),
+        video_fg_ari=mean([ari for ari, _ in wholes]),
+        video_mbo=mean([mbo for _, mbo in wholes]),
+        slots_in_use=mean([float(sample.slots_in_use()) for sample in samples]),
+    )
 
 
 def _samples(clips: Iterator[Clip], frames: int) -> Iterator[Iterator[Clip]]:
@@ -127,10 +164,9 @@ def _cut(clip: Clip, part: slice) -> Clip:
     return Clip(clip.video_id, clip.clip_index, clip.full, clip.frames[part], masks)
 
 
-def _count_sample(
+def _score_sample(
     sample: Iterator[Clip], video: VideoEntry, predict: Predictor, protocol: Protocol
-) -> OverlapCounts:
-    """Counts of each frame of a sample, over all objects and slots that occur in it."""
+) -> _Sample:
     view = protocol.view(video.height, video.width)
     size = protocol.label_size(view)
     box = (slice(view.top, view.top + view.height), slice(view.left, view.left + view.width))
@@ -142,15 +178,15 @@ def _count_sample(
             annotations.append(clip.masks)
             yield apply_view(clip.frames, view)
 
-    pieces: list[tuple[list[int], OverlapCounts]] = []
+    result = _Sample()
     for labels in predict(chunks(), size):
         masks = [{i: nearest_resize(m[box], size) for i, m in frame.items()} for frame in annotations.pop(0)]
         if protocol.background == "object":
             for frame in masks:
                 frame[BACKGROUND] = ~np.logical_or.reduce([*frame.values(), np.zeros(size, bool)])
         object_ids = sorted({i for frame in masks for i in frame})
-        pieces.append((object_ids, _count(masks, object_ids, labels, protocol.ignore_overlaps)))
-    return _merge(pieces)
+        result.add(object_ids, _count(masks, object_ids, labels, protocol.ignore_overlaps))
+    return result
 
 
 def _count(
@@ -167,21 +203,3 @@ def _count(
             true_masks = torch.from_numpy(stack_masks(masks, object_ids, size))[None]
             return count_overlaps(true_masks, predicted, ignore_overlaps=ignore_overlaps)
     return count_label_overlaps(torch.from_numpy(maps)[None], predicted, len(object_ids))
-
-
-def _merge(pieces: list[tuple[list[int], OverlapCounts]]) -> OverlapCounts:
-    """Counts of consecutive chunks, each with its own objects and slots, as those of one sample."""
-    all_ids = sorted({i for ids, _ in pieces for i in ids})
-    num_slots = max(c.slot_area.shape[1] for _, c in pieces)
-    parts = []
-    for ids, counts in pieces:
-        frames, _, used = counts.shared.shape
-        shared = torch.zeros(frames, len(all_ids), num_slots, dtype=torch.long)
-        true_area = torch.zeros(frames, len(all_ids), dtype=torch.long)
-        slot_area = torch.zeros(frames, num_slots, dtype=torch.long)
-        columns = [all_ids.index(i) for i in ids]
-        shared[:, columns, :used] = counts.shared
-        true_area[:, columns] = counts.true_area
-        slot_area[:, :used] = counts.slot_area
-        parts.append((shared, true_area, slot_area))
-    return OverlapCounts(*(torch.cat(group) for group in zip(*parts, strict=True)))
