@@ -1,8 +1,9 @@
 """All four scores of one video: counting against one-hot tensors, as the public implementations do it.
 
 A 24-frame video of 336 x 336 pixels with 24 classes (MOVi-E's 23 objects and the background) and 15 slots,
-from label maps on both sides. The first way computes each score by itself, the second shares the one-hot
-tensors and their products between the four. All must give the same scores.
+from what an evaluation has: a mask for each object, which may overlap, and the slot of every pixel. The first
+way computes each score by itself, the second shares the one-hot tensors and their products between the four.
+All must give the same scores.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from benchmarks.report import Comparison, Row, interleaved
-from pipeline.metrics import ari_per_sample, best_overlap_per_sample, count_label_overlaps
+from pipeline.metrics import ari_per_sample, best_overlap_per_sample, count_overlaps
 
 CLASSES, SLOTS = 24, 15
 
@@ -31,12 +32,20 @@ def regions(frames: int, side: int, count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.stack(labels).astype(np.uint8))[None]
 
 
-def _one_hot(labels: Tensor, classes: int) -> Tensor:
-    return one_hot(labels.long(), classes).double()
+def masks_of(labels: Tensor) -> Tensor:
+    """`(1, T, C, H, W)` bool, class 0 the background; every second object is a bit larger, over its neighbours."""
+    masks = torch.stack([labels == c for c in range(CLASSES)], 2)
+    masks[:, :, 2::2, 1:] |= masks[:, :, 2::2, :-1].clone()
+    return masks
+
+
+def _one_hot(slots: Tensor) -> Tensor:
+    return one_hot(slots.long(), SLOTS).double()
 
 
 def _tables(true: Tensor, slots: Tensor, level: str) -> tuple[Tensor, Tensor, Tensor]:
     """Shared pixels, object areas and slot areas, `(S, C, K)`, `(S, C)`, `(S, K)`, without background."""
+    true = true.movedim(2, -1)
     if level == "image":
         true, slots = true.flatten(0, 1).flatten(1, 2), slots.flatten(0, 1).flatten(1, 2)
     else:
@@ -60,16 +69,16 @@ def _mbo(shared: Tensor, true_area: Tensor, slot_area: Tensor) -> float:
     return float(((best * present).sum(1) / present.sum(1)).mean())
 
 
-def each_by_itself(true_labels: Tensor, slots: Tensor) -> list[float]:
+def each_by_itself(true_masks: Tensor, slots: Tensor) -> list[float]:
     scores = []
     for level in ("image", "video"):
-        scores.append(_ari(_tables(_one_hot(true_labels, CLASSES), _one_hot(slots, SLOTS), level)[0]))
-        scores.append(_mbo(*_tables(_one_hot(true_labels, CLASSES), _one_hot(slots, SLOTS), level)))
+        scores.append(_ari(_tables(true_masks.double(), _one_hot(slots), level)[0]))
+        scores.append(_mbo(*_tables(true_masks.double(), _one_hot(slots), level)))
     return scores
 
 
-def one_hot_once(true_labels: Tensor, slots: Tensor) -> list[float]:
-    true, predicted = _one_hot(true_labels, CLASSES), _one_hot(slots, SLOTS)
+def one_hot_once(true_masks: Tensor, slots: Tensor) -> list[float]:
+    true, predicted = true_masks.double(), _one_hot(slots)
     scores = []
     for level in ("image", "video"):
         tables = _tables(true, predicted, level)
@@ -77,9 +86,9 @@ def one_hot_once(true_labels: Tensor, slots: Tensor) -> list[float]:
     return scores
 
 
-def by_counting(true_labels: Tensor, slots: Tensor) -> list[float]:
-    counts = count_label_overlaps(true_labels, slots, CLASSES - 1)
-    tables = (counts, counts.to_video(true_labels.shape[1]))
+def by_counting(true_masks: Tensor, slots: Tensor) -> list[float]:
+    counts = count_overlaps(true_masks, slots, ignore_background=True)
+    tables = (counts, counts.to_video(true_masks.shape[1]))
     return [float(f(t)[0].mean()) for t in tables for f in (ari_per_sample, best_overlap_per_sample)]
 
 
@@ -92,12 +101,12 @@ WAYS = {
 
 def score_comparison(repeats: int, *, frames: int = 24, side: int = 336) -> Comparison:
     """Raises ScoreMismatch where two ways give different scores."""
-    true_labels, slots = regions(frames, side, CLASSES, 0), regions(frames, side, SLOTS, 1)
-    results = [way(true_labels, slots) for way in WAYS.values()]
+    true_masks, slots = masks_of(regions(frames, side, CLASSES, 0)), regions(frames, side, SLOTS, 1)
+    results = [way(true_masks, slots) for way in WAYS.values()]
     difference = max(abs(a - b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
     if difference > 1e-9:
         raise ScoreMismatch(f"the scores of two ways differ by {difference:.2g}")
-    seconds = interleaved([lambda way=way: way(true_labels, slots) for way in WAYS.values()], repeats)  # type: ignore[misc]
+    seconds = interleaved([lambda way=way: way(true_masks, slots) for way in WAYS.values()], repeats)  # type: ignore[misc]
     rows = [Row(name, times, frames, "frames") for name, times in zip(WAYS, seconds, strict=True)]
     notes = [f"scores agree to {difference:.1g}"]
     return Comparison(f"four scores of a {frames}-frame {side}² video", rows, notes)

@@ -430,8 +430,8 @@ def _check_combinations(config: Config) -> list[str]:
                 f"{name}.batch_size: {train.batch_size} can't be shared equally by {train.workers} workers; "
                 f"nearest: {nearest}"
             )
-    training = config.dataset.split if config.evaluate.model is None else None
-    if config.dataset.kind != "synthetic" and config.evaluate.split == training != "":
+    trains = config.evaluate.model is None and config.dataset.kind != "synthetic"
+    if trains and config.evaluate.split == config.dataset.split != "":
         problems.append(f"evaluate.split: {config.evaluate.split!r} is the training split (dataset.split)")
     if config.clips.clip_frames < 2 and (config.distill.alpha or config.teacher.train.alpha):
         problems.append(

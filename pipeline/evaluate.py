@@ -46,7 +46,8 @@ class Subject:
     def record(self) -> dict[str, str]:
         """Its tags in MLflow."""
         if self.baseline is not None:
-            return {"method": "baseline"}
+            name = self.baseline if self.num_slots == 1 else f"{self.baseline}, N = {self.num_slots}"
+            return {"method": "baseline", "name": name}
         heads = {"num_heads": str(self.num_heads)} if self.num_heads else {}
         return {"method": "other", **self.tags, "model_uri": str(self.model_uri), **heads}
 
@@ -105,8 +106,8 @@ def _read_rows(uri: str) -> list[VideoScore]:
 def evaluate(config: Config, clips_uri: str, subjects: dict[str, Subject]) -> dict[str, dict[str, Any]]:
     """Scores models and baselines on a clip set, all in one pass over it for each.
 
-    Returns for each name `scores`, `protocol`, the number of `videos`, and `uri`, where all this and the
-    rows of each video are. The same model under the same protocol is found and reused.
+    Returns for each name `scores`, `protocol`, the number of `videos` with an object to score, and `uri`,
+    where all this and the rows of each video are. The same model under the same protocol is found and reused.
 
     Raises:
         ValueError: no video of the clip set has masks.
@@ -145,7 +146,10 @@ def _publish(name: str, uri: str, clips: ClipSet, rules: dict[str, Any]) -> None
     rows = storage.join(uri, ROWS_FOLDER)
     scores = [score for shard in _annotated_videos(clips) for score in _read_rows(storage.join(rows, shard))]
     scores.sort(key=lambda s: s.video_id)
-    means = mean_scores(scores)
+    try:
+        means = mean_scores(scores)
+    except ValueError as error:
+        raise ValueError(f"{clips.uri} can't be scored under {rules['in_words']}: {error}") from error
     if means["slots_in_use"] < 2 and name not in BASELINES:
         used = means["slots_in_use"]
         log(f"evaluate: WARNING, {name} uses {used:.1f} slots on average: its slots have collapsed")
@@ -159,7 +163,7 @@ def _publish(name: str, uri: str, clips: ClipSet, rules: dict[str, Any]) -> None
             "clips_uri": clips.uri,
             "scores": means,
             "protocol": rules,
-            "videos": len(scores),
+            "videos": sum(score.image_samples > 0 for score in scores),
         },
     )
     storage.delete(rows)

@@ -1,8 +1,8 @@
-"""FG-ARI and mBO at image and video level, by counting. Pure PyTorch.
+"""FG-ARI and mBO at image and video level, by counting. No Ray.
 
 Both scores follow from one table per frame: how many pixels ground-truth object c and slot k share.
-A video's table is the sum of its frames' tables. Counting the pixels that belong to objects is two
-orders of magnitude cheaper than multiplying one-hot tensors.
+A video's table is the sum of its frames' tables. Counting pixels is two orders of magnitude cheaper than
+multiplying one-hot tensors (`benchmarks/scores.py`).
 """
 
 from __future__ import annotations
@@ -54,55 +54,24 @@ def count_overlaps(
     if ignore_background:
         true_masks = true_masks[:, :, 1:]
     B, T, C, H, W = true_masks.shape
-    K = int(predicted.max()) + 1 if predicted.numel() else 1
-    true_SCX = true_masks.reshape(B * T, C, H * W).bool()
-    slots_SX = predicted.reshape(B * T, H * W).long()
-    kept_SX = None
-    if ignore_overlaps:
-        kept_SX = true_SCX.sum(1, dtype=torch.uint8) <= 1
-        true_SCX = true_SCX & kept_SX[:, None]
-
-    sample, channel, pixel = true_SCX.nonzero(as_tuple=True)
-    cell = (sample * C + channel) * K + slots_SX[sample, pixel]
-    shared = torch.bincount(cell, minlength=B * T * C * K).view(B * T, C, K)
-    slot_cell = torch.arange(B * T, device=slots_SX.device)[:, None] * K + slots_SX
-    if kept_SX is not None:
-        slot_cell = slot_cell[kept_SX]
-    slot_area = torch.bincount(slot_cell.flatten(), minlength=B * T * K).view(B * T, K)
-    # Every pixel has exactly one slot, so an object's area is the sum over its row.
-    return OverlapCounts(shared, shared.sum(-1), slot_area)
-
-
-def count_label_overlaps(true_labels: Tensor, predicted: Tensor, num_objects: int) -> OverlapCounts:
-    """The same counts from label maps, for objects that don't overlap: an order of magnitude faster.
-
-    Args:
-        true_labels: `(B, T, H, W)` integers, 0 for no object and c + 1 for object c.
-        predicted: `(B, T, H, W)` slot indices, integers >= 0.
-        num_objects: C of the counts.
-
-    Raises:
-        ValueError: shapes that differ, or labels out of range.
-    """
-    if true_labels.ndim != 4 or predicted.shape != true_labels.shape:
-        raise ValueError(
-            f"true_labels {tuple(true_labels.shape)} and predicted {tuple(predicted.shape)} must both be "
-            "(B, T, H, W)"
-        )
-    true_SX = true_labels.flatten(2).flatten(0, 1).cpu().numpy()
-    slots_SX = predicted.flatten(2).flatten(0, 1).cpu().numpy()
+    S = B * T
+    masks_SCX = true_masks.reshape(S, C, H * W).bool().cpu().numpy()
+    slots_SX = predicted.reshape(S, H * W).cpu().numpy()
     K = int(slots_SX.max(initial=0)) + 1
-    if min(true_SX.min(initial=0), slots_SX.min(initial=0)) < 0 or true_SX.max(initial=0) > num_objects:
-        raise ValueError(f"labels must be 0 to {num_objects}, and slot indices not negative")
-    cells = (num_objects + 1) * K
-    # Small integers and one sample at a time stay in the processor's cache.
-    kind = np.uint16 if cells <= 2**16 else np.int64
-    counts = np.empty((len(true_SX), cells), np.int64)
-    for sample, (true_X, slots_X) in enumerate(zip(true_SX, slots_SX, strict=True)):
-        counts[sample] = np.bincount(true_X.astype(kind) * kind(K) + slots_X, minlength=cells)
-    table = torch.from_numpy(counts).view(-1, num_objects + 1, K)
-    shared = table[:, 1:]
-    return OverlapCounts(shared, shared.sum(2), table.sum(1))
+    shared_SCK, slot_area_SK = np.zeros((S, C, K), np.int64), np.empty((S, K), np.int64)
+    for shared_CK, slot_area_K, masks_CX, slots_X in zip(
+        shared_SCK, slot_area_SK, masks_SCX, slots_SX, strict=True
+    ):
+        if ignore_overlaps:
+            kept_X = masks_CX.sum(0) <= 1
+            masks_CX, slots_X = masks_CX[:, kept_X], slots_X[kept_X]
+        slot_area_K[:] = np.bincount(slots_X, minlength=K)
+        # One object at a time stays in the processor's cache.
+        for shared_K, mask_X in zip(shared_CK, masks_CX, strict=True):
+            shared_K[:] = np.bincount(slots_X[mask_X], minlength=K)
+    shared = torch.from_numpy(shared_SCK)
+    # Every pixel has exactly one slot, so an object's area is the sum over its row.
+    return OverlapCounts(shared, shared.sum(-1), torch.from_numpy(slot_area_SK))
 
 
 def ari_per_sample(counts: OverlapCounts) -> tuple[Tensor, Tensor]:

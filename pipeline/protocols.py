@@ -32,7 +32,7 @@ class Protocol:
     clip_frames: int = 0  # frames of a sample that starts anew; 0: whole videos
     mask_size: int = 0  # pixels of the square masks that are compared; 0: the crop's own size
     crop: str = "central"  # or "full": the whole frame, squeezed into the model's square input
-    background: str = "ignore"  # or "object": pixels of no object are one more object
+    background: str = "ignore"  # or "object": pixels of no object (void too) are one more object
     ignore_overlaps: bool = False  # leave pixels of several objects out, on both sides (COCO)
     rollout: str = "forward"
     masks: str = "decoder"  # or "attention": of slot attention's last iteration
@@ -81,6 +81,11 @@ def choose_protocol(settings: Evaluate) -> Protocol:
     }
     name = ", ".join([preset.name, *(f"{rule}={value}" for rule, value in changed.items())])
     return Protocol(**{**asdict(preset), **changed, "name": name})
+
+
+def recorded_protocol(described: dict[str, Any]) -> Protocol:
+    """The rules of an evaluation from what `describe_protocol` gave for it."""
+    return Protocol(**{f.name: described[f.name] for f in fields(Protocol)})
 
 
 def describe_protocol(protocol: Protocol, clips: ClipSet) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def find_records(config: Config) -> list[Record]:
     experiment = mlflow.get_experiment_by_name(config.mlflow.experiment)
     if experiment is None:
         return []
-    records, token = [], None
+    records: list[Record] = []
+    token = None
     while True:
         page = mlflow.search_runs(
             [experiment.experiment_id],
@@ -81,7 +82,11 @@ def find_records(config: Config) -> list[Record]:
             max_results=1000,
             page_token=token,
         )
-        records += [_record(run) for run in page]
+        for run in page:
+            try:
+                records.append(_record(run))
+            except (KeyError, ValueError) as error:
+                log(f"mlflow: run {run.info.run_id} is no whole evaluation and is left out ({error!r})")
         token = page.token
         if not token:
             return records
@@ -116,9 +121,17 @@ def _record_one(config: Config, name: str, result: dict[str, Any], tags: dict[st
         **tags,
     }
     found = mlflow.search_runs([experiment], tracking.tag_filter(result["uri"]), max_results=1)
+    if found and (
+        found[0].info.status != "FINISHED" or not set(result["scores"]) <= set(found[0].data.metrics)
+    ):
+        mlflow.delete_run(found[0].info.run_id)  # its job ended half-way
+        found = []
     if found:
+        known = found[0].data.tags
+        if tags["method"] == "other" != known.get("method"):
+            return  # the same weights, of which more was known then
         for key, value in tags.items():
-            if found[0].data.tags.get(key) != value:
+            if known.get(key) != value:
                 mlflow.set_tag(found[0].info.run_id, key, value)
         return
     run_id = mlflow.create_run(experiment, run_name=f"evaluate {name}", tags=tags).info.run_id

@@ -239,18 +239,21 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
     found = _version(model_uri, tracking_uri)
     uri = storage.join(folder, f"{found.name}-{found.version}-{storage.fingerprint(found.source)}")
     if not storage.is_complete(uri):
-        with downloaded(f"models:/{found.name}/{found.version}", tracking_uri) as source:
-            for file in (WEIGHTS_FILE, CONFIG_FILE):
-                storage.upload_file(source / file, storage.join(uri, file))
-        storage.publish(uri, {"kind": "pulled", "source": found.source, "tags": dict(found.tags)})
+        _fetch(found, uri, tracking_uri)
     return uri, dict(found.tags)
 
 
-def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:
-    """Writes a registered model's safetensors and config into `folder`; errors as in `downloaded`."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with downloaded(model_uri, tracking_uri) as source:
+def _fetch(version: Any, folder: str, tracking_uri: str) -> None:
+    """Writes a version's safetensors and config, and where they come from, into a folder."""
+    with downloaded(f"models:/{version.name}/{version.version}", tracking_uri) as source:
         for file in (WEIGHTS_FILE, CONFIG_FILE):
-            storage.upload_file(source / file, str(target / file))
-    return {"uri": str(target.absolute()), "model": model_uri}
+            storage.upload_file(source / file, storage.join(folder, file))
+    origin = {"name": version.name, "version": version.version, "tags": dict(version.tags)}
+    storage.publish(folder, {"kind": "pulled", **origin})
+
+
+def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:
+    """Writes a registered model's safetensors, config and origin into `folder`; errors as in `downloaded`."""
+    target = str(Path(folder).absolute())
+    _fetch(_version(model_uri, tracking_uri), target, tracking_uri)
+    return {"uri": target, "model": model_uri}

@@ -20,7 +20,6 @@ from pipeline.metrics import (
     OverlapCounts,
     ari_per_sample,
     best_overlap_per_sample,
-    count_label_overlaps,
     count_overlaps,
 )
 from pipeline.models import SlotModel
@@ -82,11 +81,11 @@ def model_predictor(model: SlotModel, video_id: str, protocol: Protocol) -> Pred
 
 def score_video(clips: ClipSet, video: VideoEntry, predict: Predictor, protocol: Protocol) -> VideoScore:
     """Scores of one annotated video; one pass makes all four."""
-    samples = [
+    scored = [
         _score_sample(sample, video, predict, protocol)
-        for sample in _samples(clips.iter_video(video, masks=True), protocol.clip_frames)
+        for sample in samples(clips.iter_video(video, masks=True), protocol.clip_frames)
     ]
-    return _summarise(video.video_id, samples)
+    return _summarise(video.video_id, scored)
 
 
 class _Sample:
@@ -142,7 +141,7 @@ def _summarise(video_id: str, samples: list[_Sample]) -> VideoScore:
     )
 
 
-def _samples(clips: Iterator[Clip], frames: int) -> Iterator[Iterator[Clip]]:
+def samples(clips: Iterator[Clip], frames: int) -> Iterator[Iterator[Clip]]:
     """A video's clips as one sample, or cut anew into clips of `frames` without the shorter tail."""
     if not frames:
         yield clips
@@ -185,21 +184,10 @@ def _score_sample(
             for frame in masks:
                 frame[BACKGROUND] = ~np.logical_or.reduce([*frame.values(), np.zeros(size, bool)])
         object_ids = sorted({i for frame in masks for i in frame})
-        result.add(object_ids, _count(masks, object_ids, labels, protocol.ignore_overlaps))
+        counts = count_overlaps(
+            torch.from_numpy(stack_masks(masks, object_ids, size))[None],
+            torch.from_numpy(labels)[None],
+            ignore_overlaps=protocol.ignore_overlaps,
+        )
+        result.add(object_ids, counts)
     return result
-
-
-def _count(
-    masks: list[dict[int, np.ndarray]], object_ids: list[int], labels: np.ndarray, ignore_overlaps: bool
-) -> OverlapCounts:
-    """Counts of a chunk's frames; by label maps where no objects overlap, which is faster."""
-    size = labels.shape[1:]
-    predicted = torch.from_numpy(labels)[None]
-    maps = np.zeros(labels.shape, np.int32)
-    for frame, label_map in zip(masks, maps, strict=True):
-        for object_id, mask in frame.items():
-            label_map[mask] = object_ids.index(object_id) + 1
-        if sum(np.count_nonzero(mask) for mask in frame.values()) != np.count_nonzero(label_map):
-            true_masks = torch.from_numpy(stack_masks(masks, object_ids, size))[None]
-            return count_overlaps(true_masks, predicted, ignore_overlaps=ignore_overlaps)
-    return count_label_overlaps(torch.from_numpy(maps)[None], predicted, len(object_ids))

@@ -7,9 +7,9 @@ from typing import Any
 from pipeline import storage
 from pipeline.baselines import BASELINES
 from pipeline.builders import MODEL_FOLDER, load_model, teacher_location
-from pipeline.clips.shard import find_clips, shard
+from pipeline.clips.shard import find_clips, find_videos, shard
 from pipeline.clips.table import ClipSet
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, parse_split
 from pipeline.distill.train import distill, find_student, train_teacher
 from pipeline.evaluate import Subject, evaluate, score_table
 from pipeline.registry import fetch_model, register
@@ -36,20 +36,23 @@ def _published_clips(config: Config, split: str) -> str:
 
 def shard_stage(config: Config) -> dict[str, Any]:
     """Shards the training split, and the evaluation split where there is one."""
+    check_disjoint(config)
     summary = shard(config, config.dataset.split)
     if config.evaluate.split not in (None, config.dataset.split):
         assert config.evaluate.split is not None
         summary["evaluation"] = shard(config, config.evaluate.split)
-        _check_disjoint(config, summary["uri"], summary["evaluation"]["uri"])
     return summary
 
 
-def _check_disjoint(config: Config, training_uri: str, evaluation_uri: str) -> None:
+def check_disjoint(config: Config) -> None:
     """Raises ConfigError where slices of one split overlap: a video would be trained on and scored."""
-    training, evaluation = config.dataset.split, str(config.evaluate.split)
-    if training.split("[")[0] != evaluation.split("[")[0]:
+    training, evaluation = config.dataset.split, config.evaluate.split
+    if config.dataset.kind == "synthetic" or evaluation in (None, training):
+        return  # generated splits differ; the same one twice is refused, or nothing is trained on it
+    assert evaluation is not None
+    if parse_split(training)[0] != parse_split(evaluation)[0]:
         return  # video ids are unique in a split only
-    ids = [{v.video_id for v in ClipSet(uri).videos} for uri in (training_uri, evaluation_uri)]
+    ids = [{v.video_id for v in find_videos(config, split)} for split in (training, evaluation)]
     if both := sorted(ids[0] & ids[1]):
         raise ConfigError(
             f"evaluate.split: {evaluation!r} and dataset.split {training!r} share {len(both)} videos "
@@ -58,6 +61,7 @@ def _check_disjoint(config: Config, training_uri: str, evaluation_uri: str) -> N
 
 
 def teacher_stage(config: Config) -> dict[str, Any]:
+    check_disjoint(config)
     if config.teacher.checkpoint:
         raise ConfigError(
             f"teacher.checkpoint: is set ({config.teacher.checkpoint!r}), so there is none to train"
@@ -70,6 +74,7 @@ def cache_stage(config: Config) -> dict[str, Any]:
 
 
 def distill_stage(config: Config) -> dict[str, Any]:
+    check_disjoint(config)
     return distill(config, training_clips(config))
 
 
@@ -94,6 +99,7 @@ def student_subject(run_uri: str) -> Subject:
 
 
 def teacher_subject(config: Config, teacher_uri: str) -> Subject:
+    """The config's teacher; what a file was trained on is not known."""
     tags = {"method": "teacher", "teacher": config.teacher.name}
     if config.teacher.checkpoint is None:
         tags["trained_on"] = config.dataset.title
@@ -102,7 +108,9 @@ def teacher_subject(config: Config, teacher_uri: str) -> Subject:
 
 def baseline_subjects(num_slots: int) -> dict[str, Subject]:
     """Trivial segmentations with as many slots as a model has."""
-    return {name: Subject(baseline=name, num_slots=num_slots) for name in BASELINES}
+    return {
+        name: Subject(baseline=name, num_slots=1 if name == "one slot" else num_slots) for name in BASELINES
+    }
 
 
 def evaluate_subjects(config: Config, subjects: dict[str, Subject]) -> dict[str, dict[str, Any]]:
@@ -158,10 +166,14 @@ def _named_model(config: Config) -> dict[str, Subject]:
         return {model.removeprefix("models:/"): Subject(model_uri=uri, tags=_recorded(tags))}
     if not storage.exists(model):
         raise ConfigError(f"evaluate.model: there is no file or folder {model!r}")
-    run = model.rstrip("/").removesuffix(f"/{MODEL_FOLDER}")
-    if storage.is_complete(run):
-        return {storage.name(run): student_subject(run)}
-    return {storage.name(model): teacher_subject(config, model)}
+    folder = model.rstrip("/")
+    for place in (folder, folder.removesuffix(f"/{MODEL_FOLDER}")):  # pulled, or a run's own
+        if storage.is_complete(place):
+            tags = _recorded(storage.read_manifest(place).get("tags", {}))
+            own = storage.join(place, MODEL_FOLDER)
+            uri = own if storage.exists(own) else place
+            return {storage.name(place): Subject(model_uri=uri, tags=tags)}
+    return {storage.name(model): Subject(model_uri=model, num_heads=config.teacher.num_heads)}
 
 
 def register_stage(config: Config) -> dict[str, Any]:

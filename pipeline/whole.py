@@ -44,6 +44,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
 
 
 def _run_pipeline(config: Config) -> dict[str, Any]:
+    stages.check_disjoint(config)
     _title(1, "shard the videos")
     train = shard(config, config.dataset.split)
     held_out = shard(config, config.evaluate.split) if config.evaluate.split is not None else None

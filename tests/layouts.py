@@ -401,6 +401,16 @@ EVALUATION_SPLITS = {
 }
 
 
+SHIPPED = {  # the config of each, with what it reads
+    "davis2017": "davis",
+    "ytvis2021": "ytvis",
+    "ovis": "ovis",
+    "movi_e": "movi",
+    "coco": "coco",
+    "webdataset": "webdataset",
+}
+
+
 def training_split(kind):
     return "train2017" if kind == "coco" else "train"
 

@@ -32,7 +32,7 @@ def test_quick_run_prints_every_row(tmp_path):
 
 
 def test_different_scores_are_an_error(monkeypatch):
-    monkeypatch.setitem(scores.WAYS, "wrong", lambda true_labels, slots: [0.0] * 4)
+    monkeypatch.setitem(scores.WAYS, "wrong", lambda true_masks, slots: [0.0] * 4)
     with pytest.raises(scores.ScoreMismatch):
         scores.score_comparison(1, frames=2, side=16)
 

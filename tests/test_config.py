@@ -106,6 +106,9 @@ def test_values_that_are_impossible_together():
     assert "alpha=0" in line
     (line,) = problems({"dataset": {"split": "val"}, "evaluate": {"split": "val"}})
     assert line == "evaluate.split: 'val' is the training split (dataset.split)"
+    # A model that is named was not trained on it; without a split there is nothing to compare.
+    resolve_config({"dataset": {"split": "val"}, "evaluate": {"split": "val", "model": "models:/m@champion"}})
+    resolve_config({"evaluate": {"model": "models:/m@champion"}})
     (line,) = problems({}, "teacher.slot_size=130")
     assert "130 must be a multiple of 4" in line
     assert "128" in line

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import count_label_overlaps, count_overlaps, fg_ari, mean_best_overlap
+from pipeline.metrics import fg_ari, mean_best_overlap
 
 
 def samples(true_masks, predicted, level, ignore_background, ignore_overlaps):
@@ -70,28 +70,6 @@ def test_counting_equals_the_definition(scene, level, ignore_background, ignore_
             assert value == pytest.approx(np.mean([slow(*s) for s in expected]), abs=1e-9)
         else:
             assert math.isnan(value)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 5), st.integers(1, 300))
-def test_label_maps_give_the_counts_of_their_masks(seed, num_objects, num_slots):
-    rng = np.random.default_rng(seed)
-    labels = torch.from_numpy(rng.integers(0, num_objects + 1, (2, 3, 5, 4)))
-    predicted = torch.from_numpy(rng.integers(0, num_slots, labels.shape))
-    masks = [labels == c + 1 for c in range(num_objects)]
-    true_masks = torch.stack(masks, 2) if masks else torch.zeros(2, 3, 0, 5, 4, dtype=torch.bool)
-    fast, slow = count_label_overlaps(labels, predicted, num_objects), count_overlaps(true_masks, predicted)
-    for name in ("shared", "true_area", "slot_area"):
-        assert torch.equal(getattr(fast, name), getattr(slow, name))
-
-
-def test_label_maps_out_of_range_are_refused():
-    labels = torch.zeros(1, 1, 2, 2, dtype=torch.long)
-    for true_labels, predicted in ((labels + 3, labels), (labels - 1, labels), (labels, labels - 1)):
-        with pytest.raises(ValueError, match="labels must be 0 to 2"):
-            count_label_overlaps(true_labels, predicted, 2)
-    with pytest.raises(ValueError, match="must both be"):
-        count_label_overlaps(labels, labels[0], 2)
 
 
 def test_perfect_prediction_scores_one():

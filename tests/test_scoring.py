@@ -1,5 +1,6 @@
 """Scores of a streamed video are those of the metrics on the whole of it, under every rule of a protocol."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -192,3 +193,17 @@ def test_a_changed_rule_changes_the_name_and_the_fingerprint(clips):
 def test_an_unknown_protocol_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"evaluate.protocol: 'slotcontrst' .* nearest: slotcontrast"):
         resolve_config({"evaluate": {"protocol": "slotcontrst"}})
+
+
+def test_memory_does_not_grow_with_the_video(tmp_path):
+    """Of each further frame two numbers are kept, and not its pixels (12 kB), masks or labels (4 kB each)."""
+    peaks = []
+    for frames in (32, 320):
+        video = random_video(np.random.default_rng(0), frames=frames, size=(64, 64))
+        clips = make_clip_set(tmp_path / str(frames), {"v": video})
+        score_video(clips, clips.videos[0], grid(4), WHOLE)  # what is kept for ever is there now
+        tracemalloc.start()
+        score_video(clips, clips.videos[0], grid(4), WHOLE)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < (320 - 32) * 1000

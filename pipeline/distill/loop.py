@@ -223,15 +223,15 @@ def train_loop(
             validate = run.validation if _due(step, settings.validate_every, settings.steps) else None
             if validate or _due(step, settings.log_every, settings.steps):
                 values = _mean_over_workers(values, world_size, device)
-                if validate:
-                    values |= validate.scores(model, rank, world_size)
-                history.append({"step": step, **values})
                 elapsed = max(time.monotonic() - since, 1e-9)
                 speed = {
                     "learning_rate": rate,
                     "frames_per_second": (step - last) * frames_per_step / elapsed,
                     "data_wait_share": waited / elapsed,
                 }
+                if validate:
+                    values |= validate.scores(model, rank, world_size)
+                history.append({"step": step, **values})
                 logger.metrics({**values, **speed}, step)
                 waited, since, last = 0.0, time.monotonic(), step
             if progress:

@@ -24,6 +24,7 @@ from pipeline.clips.shard import find_clips
 from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError, Training
 from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, build, train_loop
+from pipeline.distill.validation import Validation
 from pipeline.progress import log
 from pipeline.ray_session import cluster_gpus, ray_session
 from pipeline.targets import TargetSet, find_targets
@@ -189,7 +190,7 @@ def _validation_clips(spec: TrainingSpec) -> str | None:
     """The clip set to validate on, where the config asks for it.
 
     Raises:
-        ConfigError: no split is named, or its clips have not been made.
+        ConfigError: no split is named, its clips have not been made, or none of them can be scored.
     """
     if not spec.settings.validate_every:
         return None
@@ -201,6 +202,7 @@ def _validation_clips(spec: TrainingSpec) -> str | None:
         raise ConfigError(
             f"validate_every: the clips of {split!r} are not there ({uri}); python -m jobs.shard CONFIG"
         )
+    Validation(uri, spec.config.evaluate)
     return uri
 
 

@@ -6,29 +6,35 @@ import numpy as np
 import torch.distributed as dist
 
 from pipeline.clips.table import ClipSet
-from pipeline.config import Evaluate
+from pipeline.config import ConfigError, Evaluate
 from pipeline.models import SlotModel
 from pipeline.protocols import choose_protocol
 from pipeline.scoring import SCORES, VideoScore, mean_scores, model_predictor, score_video
 
 
 class Validation:
-    """`evaluate.validation_videos` annotated videos, evenly spaced over the evaluation split.
+    """`evaluate.validation_videos` annotated videos, evenly spaced over those that are long enough for a sample.
 
-    Raises ValueError where the split has no masks.
+    Raises ConfigError where there is none.
     """
 
     def __init__(self, clips_uri: str, settings: Evaluate) -> None:
         self.clips = ClipSet(clips_uri)
         self.protocol = choose_protocol(settings)
-        annotated = [v for v in self.clips.videos if v.annotated]
-        if not annotated:
-            raise ValueError(f"{clips_uri} has no masks to validate on; use validate_every=0")
-        count = min(settings.validation_videos, len(annotated))
-        self.videos = [annotated[i] for i in np.linspace(0, len(annotated) - 1, count).round().astype(int)]
+        usable = [v for v in self.clips.videos if v.annotated and v.frames >= self.protocol.clip_frames]
+        if not usable:
+            raise ConfigError(
+                f"validate_every: evaluate.split = {settings.split!r} has no video with masks of at least "
+                f"{max(1, self.protocol.clip_frames)} frames to score; use validate_every=0"
+            )
+        count = min(settings.validation_videos, len(usable))
+        self.videos = [usable[i] for i in np.linspace(0, len(usable) - 1, count).round().astype(int)]
 
     def scores(self, model: SlotModel, rank: int, world_size: int) -> dict[str, float]:
-        """Mean scores by name; every worker must call this, and each looks at its share of the videos."""
+        """Mean scores by name, none where no object is in sight.
+
+        Every worker must call this; each looks at its share of the videos.
+        """
         own = [
             score_video(
                 self.clips, video, model_predictor(model, video.video_id, self.protocol), self.protocol
@@ -39,5 +45,7 @@ class Validation:
             shares: list[list[VideoScore] | None] = [None] * world_size
             dist.all_gather_object(shares, own)
             own = [score for share in shares if share for score in share]
+        if not any(score.image_samples for score in own):
+            return {}
         means = mean_scores(own)
         return {f"validation_{name}": means[name] for name in SCORES}

@@ -10,13 +10,13 @@ from PIL import Image
 
 from pipeline.builders import best_device, load_model
 from pipeline.clips.table import Clip, ClipSet, VideoEntry
-from pipeline.clips.views import View, apply_view, central_square, nearest_resize
+from pipeline.clips.views import View, apply_view, nearest_resize
 from pipeline.figures import Panel
 from pipeline.models import SlotModel
-from pipeline.protocols import PRESETS
+from pipeline.protocols import PRESETS, Protocol, recorded_protocol
 from pipeline.records import METHODS
 from pipeline.report.shown import NothingToShow, Shown
-from pipeline.scoring import model_predictor
+from pipeline.scoring import model_predictor, samples
 
 MAX_FRAMES = 120  # of a video, for a picture
 MAX_SIDE = 320  # pixels of what a picture is drawn from
@@ -24,25 +24,37 @@ GROUND_TRUTH = "Ground truth"
 
 
 def video_panel(
-    clips: ClipSet, video: VideoEntry, rows: Mapping[str, SlotModel | None], title: str = ""
+    clips: ClipSet,
+    video: VideoEntry,
+    rows: Mapping[str, SlotModel | None],
+    title: str = "",
+    protocol: Protocol = PRESETS["slotcontrast"],
 ) -> Panel:
-    """A video's central square over a row for each model, its slots streamed as in an evaluation of whole videos.
+    """A video over a row for each model, as the protocol has them: its crop, roll-out, masks and clips.
 
     A row without a model is the ground truth: objects by number, -1 where there is none. Of a long video only
     the first frames are shown.
     """
-    view = central_square(video.height, video.width)
-    side = min(view.height, MAX_SIDE)
-    frames, objects = _read(clips, video, view, (side, side))
+    view = protocol.view(video.height, video.width)
+    scale = min(1.0, MAX_SIDE / max(view.height, view.width))
+    size = (max(1, round(scale * view.height)), max(1, round(scale * view.width)))
+    frames, objects = _read(clips, video, view, size)
     labels = {}
     for name, model in rows.items():
         if model is None:
             labels[name] = objects
             continue
-        predict = model_predictor(model, video.video_id, PRESETS["slotcontrast"])
-        chunks = (apply_view(clip.frames, view) for clip in _first_clips(clips, video))
-        labels[name] = np.concatenate(list(predict(chunks, (side, side))))
-    return Panel(frames, labels, title)
+        predict = model_predictor(model, video.video_id, protocol)
+        labels[name] = np.concatenate(
+            [
+                chunk
+                for sample in samples(_first_clips(clips, video), protocol.clip_frames)
+                for chunk in predict((apply_view(clip.frames, view) for clip in sample), size)
+            ]
+        )
+    # Clips of a protocol leave a shorter tail out.
+    shown = min(map(len, labels.values()), default=len(frames))
+    return Panel(frames[:shown], {name: row[:shown] for name, row in labels.items()}, title)
 
 
 def _first_clips(clips: ClipSet, video: VideoEntry, *, masks: bool = False) -> Iterator[Clip]:
@@ -117,7 +129,12 @@ class Gallery:
             for name, model in models.items()
             if model is not None
         ]
-        return video_panel(self.clips, video, models, f"{video_id}\n{', '.join(scores)}{note}")
+        title = f"{video_id}\n{', '.join(scores)}{note}"
+        return video_panel(self.clips, video, models, title, self.protocol)
+
+    @property
+    def protocol(self) -> Protocol:
+        return recorded_protocol(next(iter(self.shown.models.values())).protocol)
 
     def _model(self, name: str) -> SlotModel:
         record = self.shown.models[name]

@@ -32,7 +32,7 @@ from pipeline.report.charts import (
 )
 from pipeline.report.costs import frames_per_run
 from pipeline.report.efficiency import device_name, measure_latencies
-from pipeline.report.gallery import GROUND_TRUTH, Gallery
+from pipeline.report.gallery import GROUND_TRUTH, MAX_FRAMES, Gallery
 from pipeline.report.shown import (
     NO_KD,
     SLOTMATCH,
@@ -86,7 +86,7 @@ def write_pictures(
         log(f"report: drawing {name}")
         try:
             content, title, caption = draw()
-        except (NothingToShow, storage.IncompleteError, FileNotFoundError) as error:
+        except (ValueError, OSError, storage.IncompleteError) as error:  # NothingToShow is a ValueError
             log(f"report: {name} is left out: {error}")
             continue
         path = Path(folder) / name
@@ -110,7 +110,7 @@ def model_speeds(records: Sequence[Record], runs: int) -> dict[str, tuple[float,
             continue
         try:
             model = load_model(record.model_uri, num_heads=record.num_heads)
-        except FileNotFoundError as error:
+        except (ValueError, OSError) as error:  # it was deleted or damaged; the report has more to show
             log(f"report: no speed of {record.name}: {error}")
             continue
         kinds[record.model_uri] = repr(model.config)
@@ -197,9 +197,9 @@ def _worst_videos(gallery: Gallery) -> tuple[bytes, str, str]:
 
 
 _COLOURS_MEAN = (
-    "Every model runs through the whole video from its first frame; a colour is one slot for all of its frames. "
-    "Slots of different models, and objects, are matched for their colours alone, by the pixels that they share. "
-    f"Below a video's name: its {SCORE} in percent."
+    "Every model runs from the first frame under the protocol of its scores; of long videos the first "
+    f"{MAX_FRAMES} frames are shown. A colour is one slot for all of these frames. Slots of different models, and "
+    "objects, are matched for their colours alone, by the pixels that they share."
 )
 
 

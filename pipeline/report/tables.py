@@ -73,6 +73,14 @@ def _has_method(method: str) -> Callable[[Sequence[Record]], bool]:
     return lambda records: any(record.method == method for record in records)
 
 
+def _beta_note(beta: float, found: Sequence[Record]) -> list[str]:
+    """Which weight our SlotMatch rows have."""
+    if not found:
+        return []
+    paper = "" if beta == PAPER_BETA else f", the paper's with β = {PAPER_BETA:g}"
+    return [f"Our SlotMatch rows are with β = {beta:g}{paper}."]
+
+
 def _betas(records: Sequence[Record]) -> set[float]:
     return {record.beta for record in records if record.method == "slotmatch" and record.beta}
 
@@ -114,7 +122,7 @@ def _table_1(part: Part, records: Sequence[Record], paper: dict[str, Any], beta:
         found,
         paper=printed,
         beta=beta,
-        notes=[f"SlotMatch (ours) is with β = {beta:g}."] if found else [],
+        notes=_beta_note(beta, found),
     )
 
 
@@ -131,6 +139,7 @@ def _table_3(records: Sequence[Record], paper: dict[str, Any], beta: float) -> T
         [*_rows(lines, beta), *baseline_rows(found)],
         found,
         beta=beta,
+        notes=_beta_note(beta, found),
     )
 
 
@@ -170,6 +179,7 @@ def _table_5(part: Part, records: Sequence[Record], paper: dict[str, Any], beta:
         found,
         paper=printed,
         beta=beta,
+        notes=_beta_note(beta, found),
     )
 
 
@@ -185,7 +195,8 @@ def _table_6(records: Sequence[Record], paper: dict[str, Any], beta: float) -> T
         scores=("image_mbo", "video_mbo"),
         beta=beta,
         notes=[
-            "A student stands below the teacher that it has (or, without distillation, whose design it has)."
+            *_beta_note(beta, found),
+            "A student stands below the teacher that it has (or, without distillation, whose design it has).",
         ],
     )
 
@@ -200,6 +211,7 @@ def _table_7(records: Sequence[Record], paper: dict[str, Any], beta: float) -> T
         found,
         scores=("image_fg_ari", "image_mbo"),
         beta=beta,
+        notes=_beta_note(beta, found),
     )
 
 

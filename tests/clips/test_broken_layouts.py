@@ -194,6 +194,17 @@ DAMAGES = {
         "ytvis", video_entry(lambda v: v.update(height=50)), "10-",
         "mask list is 64x50, its frame 00000.jpg 64x48 pixels",
     ),
+    "ytvis: a size that is none": (
+        "ytvis", video_entry(lambda v: v.update(height="abc")), "10-",
+        "its JSON entry declares the height 'abc' and the width 64",
+    ),
+    "ytvis: a size of lists": (
+        "ytvis", video_entry(lambda v: v.update(width=[64])), "10-", "declares the height 48 and the width [64]",
+    ),
+    "ytvis: run lengths beyond 64 bits": (
+        "ytvis", first_segmentation({"size": [48, 64], "counts": [10**30]}), "10-",
+        "mask of object 1 in frame 00005.jpg is damaged",
+    ),
     "ytvis: a name that leads out": (
         "ytvis", video_entry(lambda v: v.update(file_names=["../../x.jpg"], length=1)), "10-",
         "1 of 1 frames are missing",
@@ -203,6 +214,14 @@ DAMAGES = {
     ),
     "coco: an image is missing": (
         "coco", lambda f: (f / "train2017/000000000146.jpg").unlink(), "000000000146", "146.jpg is missing in",
+    ),
+    "coco: a size that is none": (
+        "coco",
+        lambda f: edit_json(
+            f / "annotations/instances_train2017.json",
+            lambda c: next(i for i in c["images"] if i["id"] == 146).update(height="abc"),
+        ),
+        "000000000146", "its JSON entry declares the height 'abc' and the width 64",
     ),
     "coco: run lengths that are too short": (
         "coco",
@@ -330,19 +349,40 @@ def test_what_is_broken_is_set_aside_by_name(name, tmp_path):
     assert [v.content for v in videos] != [v.content for v in whole], "else the old clip set would be found"
 
 
-def test_annotations_of_a_video_that_is_not_there(tmp_path):
-    truth = of_split(WRITERS["ytvis"](tmp_path / "ytvis"), "train")
-    edit_json(tmp_path / "ytvis/train/instances.json", lambda c: c["annotations"].append({"video_id": 99}))
-    clips, report = clip_set(find("ytvis", tmp_path / "ytvis"), tmp_path)
-    assert report["bad"][0]["video"] == "99"
-    assert "is not among the videos of" in report["bad"][0]["reason"]
-    assert_holds(clips, truth)
-    truth = of_split(WRITERS["coco"](tmp_path / "coco"), "train2017")
-    path = tmp_path / "coco/annotations/instances_train2017.json"
-    edit_json(path, lambda c: c["annotations"].append({"image_id": 99}))
-    clips, report = clip_set(find("coco", tmp_path / "coco"), tmp_path)
-    assert "is not among the images of" in report["bad"][0]["reason"]
-    assert_holds(clips, truth)
+JSONS = {
+    "ytvis": ("train/instances.json", "videos", "video_id"),
+    "coco": ("annotations/instances_train2017.json", "images", "image_id"),
+}
+
+
+@pytest.mark.parametrize("kind", JSONS)
+def test_annotations_of_videos_that_are_not_there(kind, tmp_path):
+    """As videos they would shift the slices."""
+    file, videos, owner = JSONS[kind]
+    WRITERS[kind](tmp_path)
+    edit_json(tmp_path / file, lambda c: c["annotations"].extend({owner: n} for n in (900, 99, 99)))
+    split = training_split(kind)
+    for part in (split, f"{split}[:-1]", f"{split}[-1:]"):
+        with pytest.raises(ValueError, match=rf"{file}: 2 {videos} have annotations, .*\({owner} 99, 900\)"):
+            find(kind, tmp_path, part)
+
+
+@pytest.mark.parametrize("kind", JSONS)
+@pytest.mark.parametrize("entry", [None, "text", {}, {"video_id": [1], "image_id": [1]}])
+def test_an_annotation_that_is_none(entry, kind, tmp_path):
+    file, _, owner = JSONS[kind]
+    WRITERS[kind](tmp_path)
+    edit_json(tmp_path / file, lambda c: c["annotations"].insert(1, entry))
+    with pytest.raises(ValueError, match=rf"{file}: annotations\[1\] is no entry with '{owner}', but "):
+        find(kind, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["text", {}, 7])
+def test_annotations_that_are_no_list(content, tmp_path):
+    WRITERS["ytvis"](tmp_path)
+    edit_json(tmp_path / "train/instances.json", lambda c: c.update(annotations=content))
+    with pytest.raises(ValueError, match=r"train/instances\.json: has no list 'annotations'"):
+        find("ytvis", tmp_path)
 
 
 def test_a_damaged_first_length_hides_that_file_alone(tmp_path):
@@ -363,14 +403,26 @@ def test_a_damaged_checksum_of_the_data(tmp_path):
     assert len(clips.videos) == len(truth) - 1
 
 
-def test_missing_files_of_movi_are_named(tmp_path):
-    WRITERS["movi"](tmp_path / "data", videos=6)
-    (tmp_path / "data/movi_e-train.tfrecord-00001-of-00003").unlink()
-    _, report = clip_set(find("movi", tmp_path / "data"), tmp_path)
-    (bad,) = report["bad"]
-    assert bad["video"] == "movi_e-train-00001"
-    assert bad["reason"] == "1 of 3 files are missing, this is the first"
-    assert len(report["videos"]) == 4
+@pytest.mark.parametrize(
+    ("kind", "name", "missing"),
+    [
+        ("movi", "movi_e-train.tfrecord-{:05d}-of-00006", [1]),
+        ("movi", "movi_e-train.tfrecord-{:05d}-of-00006", [0, 2, 4, 5]),
+        ("webdataset", "movi_e-train-{:06d}.tar", [1]),
+        ("webdataset", "movi_e-train-{:06d}.tar", [0, 1, 2, 3]),
+    ],
+)
+def test_missing_files_are_an_error(kind, name, missing, tmp_path):
+    """Half a data set is not one bad video."""
+    WRITERS[kind](tmp_path, videos=12)
+    for number in missing:
+        (tmp_path / name.format(number)).unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        find(kind, tmp_path)
+    text = str(error.value)
+    names = ", ".join(name.format(number) for number in missing[:3])
+    names += ", …" if len(missing) > 3 else ""
+    assert text.startswith(f"{tmp_path}: {len(missing)} of 6 files are missing ({names}); download them")
 
 
 def test_records_of_movi_without_masks_are_not_annotated(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo
 from pipeline.clips.sources.files import HashMemo, RangeFile, read_part, read_whole
+from pipeline.clips.sources.movi import walk_records
 from pipeline.storage import join
 
 
@@ -67,10 +68,40 @@ def test_a_network_that_fails_is_no_fault_of_the_video(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(storage, "read_range", fail)
-    with pytest.raises(ConnectionError):
+    with pytest.raises(OSError, match=r"^s3://bucket/a\.tar can't be read \(no route to host\)"):
         read_part("s3://bucket/a.tar", 0, 5, "it")
     with pytest.raises(BadVideo, match="it can't be read"):
         read_part("/a.tar", 0, 5, "it")
+
+
+@pytest.fixture
+def wrong_secret():
+    """From its call on, S3 answers 403."""
+    import s3fs
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def expire():
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
+            s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the environment of its making
+
+        yield expire
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_credentials_that_expire_are_no_fault_of_the_video(s3, wrong_secret):
+    uri = join(s3, "credentials", "a.tar")
+    storage.write_bytes(uri, b"content")
+    wrong_secret()
+    reads = (
+        lambda: read_whole(uri, "it"),
+        lambda: read_part(uri, 0, 5, "it"),
+        lambda: RangeFile(uri, 0, 5).read(),
+        lambda: walk_records(uri, 7),
+    )
+    for read in reads:
+        with pytest.raises(OSError, match=r"credentials/a\.tar can't be read \(.+\); run the job again"):
+            read()
 
 
 @pytest.mark.parametrize("ahead", [1, 16, 1000])

@@ -8,6 +8,7 @@ import pytest
 from layout_sets import clip_set, find
 from layouts import (
     EVALUATION_SPLITS,
+    SHIPPED,
     WRITERS,
     assert_holds,
     edit_json,
@@ -20,7 +21,8 @@ from PIL import Image
 
 from pipeline.clips.shard import find_videos
 from pipeline.clips.sources import list_videos, read_video
-from pipeline.config import ConfigError, Dataset, resolve_config
+from pipeline.config import ConfigError, Dataset, load_config, resolve_config
+from pipeline.report.parts import COCO, DAVIS, MOVI_E, OVIS, YTVIS
 
 KINDS = list(WRITERS)
 
@@ -111,6 +113,15 @@ def test_an_empty_slice_is_an_error(tmp_path):
     WRITERS["ytvis"](tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'train\[:-300\]' is empty, .*/train has 3"):
         find("ytvis", tmp_path, "train[:-300]")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_is_of_a_data_set_of_the_report(name):
+    parts = (MOVI_E, YTVIS, DAVIS, OVIS, COCO)
+    title = load_config(f"configs/{name}.yaml").dataset.title
+    assert title in {part.dataset for part in parts}
+    if name in ("movi_e", "webdataset"):
+        assert title == MOVI_E.dataset
 
 
 @pytest.mark.parametrize("key", ["dataset.split", "evaluate.split"])

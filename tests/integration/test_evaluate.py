@@ -7,18 +7,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clip_sets import make_clip_set, random_video
+from layouts import write_davis
 
 from pipeline import storage
 from pipeline.clips.shard import find_clips
 from pipeline.clips.table import ClipSet
+from pipeline.config import ConfigError, resolve_config
 from pipeline.distill.train import _student_spec
 from pipeline.distill.validation import Validation
 from pipeline.evaluate import ROWS_FOLDER, Subject, _write_rows, evaluate
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
 from pipeline.protocols import PRESETS, choose_protocol
 from pipeline.records import VIDEOS_FILE, find_records
+from pipeline.registry import pull
 from pipeline.scoring import SCORES, mean_scores, model_predictor, score_video
 from pipeline.stages import distill_stage, evaluate_stage, register_stage, shard_stage
+from pipeline.whole import run_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +79,8 @@ def test_every_video_is_scored_once_and_recorded_once(tiny, local_ray, clips, mo
     assert mine.scores == pytest.approx(results["mine"]["scores"])
     assert mine.clips_uri == clips.uri
     assert [row["video_id"] for row in mine.per_video()] == [row["video_id"] for row in rows]
-    assert records["grid"].method == "baseline"
-    assert records["grid"].model_uri is None
+    assert records["grid, N = 4"].method == "baseline"
+    assert records["grid, N = 4"].model_uri is None
 
 
 def test_shards_that_were_scored_before_a_kill_are_not_scored_again(tiny, local_ray, clips, model_uri):
@@ -117,13 +121,31 @@ def test_a_tracking_server_that_is_down_loses_no_scores(tiny, local_ray, clips, 
     assert [record.name for record in find_records(up)] == ["mine"]
 
 
+def test_a_record_that_broke_half_way_is_made_anew(tiny, local_ray, clips, model_uri, monkeypatch, capfd):
+    subject = {"mine": Subject(model_uri, tags={"method": "slotmatch"})}
+    config = tiny()
+
+    def broken(*_, **__):
+        raise ConnectionError("the server went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.MlflowClient.log_batch", broken)
+        evaluate(config, clips.uri, subject)
+    assert "the server went away" in capfd.readouterr().err
+    assert find_records(config) == []
+    evaluate(config, clips.uri, subject)
+    assert [record.method for record in find_records(config)] == ["slotmatch"]
+    evaluate(config, clips.uri, {"who knows": Subject(model_uri)})
+    assert [record.method for record in find_records(config)] == ["slotmatch"], "what is known is kept"
+
+
 def test_videos_without_masks_are_refused(tiny, local_ray, tmp_path, model_uri):
     clips = make_clip_set(tmp_path, {"v": (random_video(np.random.default_rng(0))[0], None)})
     with pytest.raises(ValueError, match="no masks to score against"):
         evaluate(tiny(), clips.uri, {"mine": Subject(model_uri)})
 
 
-def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, capsys):
+def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, capsys, tmp_path):
     """`jobs.evaluate` for a config's own student, then for the champion of the registry."""
     config = shared_tiny("distill.beta=0", "dataset.name=tiny videos", "distill.seed=5")
     shard_stage(config)
@@ -137,6 +159,10 @@ def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, ca
     )
     assert pulled["scores"] == own["scores"]
     assert pulled["uri"] == own["uri"], "the same weights under the same protocol are one evaluation"
+    pull("models:/slotmatch@champion", tmp_path / "pulled", config.tracking_uri)
+    local = evaluate_stage(shared_tiny(f"evaluate.model={tmp_path / 'pulled'}", "evaluate.baselines=false"))
+    assert local["uri"] == own["uri"]
+    assert {r.method for r in find_records(config)} == {"no_kd", "baseline"}
     (record,) = [r for r in find_records(config) if r.method == "no_kd"]
     assert (record.seed, record.trained_on, record.steps) == (5, "tiny videos", 8)
 
@@ -176,3 +202,29 @@ def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):
         assert history[-1][name] == pytest.approx(value, abs=1e-6)
         assert math.isfinite(value)
     assert set(validation.scores(model, 0, 1)) == {f"validation_{name}" for name in SCORES}
+
+
+def test_validation_on_videos_without_masks_is_refused_before_training(shared_tiny, local_ray, tmp_path):
+    clips = make_clip_set(tmp_path, {"v": (random_video(np.random.default_rng(0))[0], None)})
+    with pytest.raises(ConfigError, match="no video with masks"):
+        Validation(clips.uri, shared_tiny().evaluate)
+    settings = ["distill.beta=0", "distill.validate_every=2", "distill.seed=9", "evaluate.split=null"]
+    with pytest.raises(ConfigError, match=r"needs evaluate\.split"):
+        distill_stage(shared_tiny(*settings))
+
+
+@pytest.mark.parametrize("run", [shard_stage, distill_stage, run_pipeline])
+def test_slices_that_share_videos_are_refused(tmp_path, run):
+    write_davis(tmp_path / "davis", videos=4)
+    config = resolve_config(
+        {},
+        [
+            "dataset.kind=davis",
+            f"dataset.path={tmp_path / 'davis'}",
+            "dataset.split=train[:-1]",
+            "evaluate.split=train[-2:]",
+            f"storage.root={tmp_path / 'root'}",
+        ],
+    )
+    with pytest.raises(ConfigError, match=r"'train\[-2:\]' and dataset.split 'train\[:-1\]' share 1 videos"):
+        run(config)

@@ -1,9 +1,11 @@
 """Records as `pipeline.records` gives them, without the runs behind them."""
 
 import itertools
+from dataclasses import asdict
 
 import pytest
 
+from pipeline.protocols import PRESETS
 from pipeline.records import Record
 from pipeline.report import costs
 
@@ -51,6 +53,7 @@ def record():
             name=name,
             dataset=dataset,
             protocol={
+                **asdict(PRESETS["slotcontrast"]),
                 "name": protocol,
                 "fingerprint": f"{protocol}-rules",
                 "in_words": f"the rules of {protocol}",

@@ -201,6 +201,21 @@ def test_without_a_method_its_row_or_picture_is_left_out(records, tmp_path, show
     assert "figure4.png is left out: there is no evaluation of Student (no KD)" in said
 
 
+def test_a_damaged_model_costs_only_its_own_pictures(records, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    (broken / "model.safetensors").write_text("no tensors")
+    damaged = [replace(r, model_uri=str(broken)) if r.method == "teacher" else r for r in records]
+    latencies = model_speeds(damaged, 1)
+    pictures = write_pictures(resolve_config({}), damaged, tmp_path / "report", latencies)
+    names = [picture.path.name for picture in pictures]
+    assert names == ["figure1.png", "figure4.png", "scores_by_video.png"]
+    said = capsys.readouterr().err
+    assert "no speed of" in said
+    assert "figure3.png is left out" in said
+
+
 def test_nothing_to_show_says_so(records, tmp_path, capsys):
     baselines = [r for r in records if r.method == "baseline"]
     assert write_pictures(resolve_config({}), [], tmp_path / "a", {}) == []

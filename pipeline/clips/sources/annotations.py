@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo
+from pipeline.clips.sources.files import natural_key
 from pipeline.clips.sources.frames import RawFrame, check_mask_size
 
 _LONGEST_NUMBER = 7  # characters of five bits; a run of 2^34 pixels
@@ -26,34 +28,62 @@ def find_json(places: Sequence[str], split: str, known_splits: Callable[[], Iter
     )
 
 
-def read_annotations(uri: str, videos_key: str) -> dict[str, Any]:
-    """The file's content; raises ValueError where it has no list of videos (or images)."""
+_Entries = dict[Any, dict[str, Any]]
+_Objects = dict[Any, list[dict[str, Any]]]
+
+
+def read_annotations(uri: str, videos_key: str, owner_key: str) -> tuple[_Entries, _Objects | None]:
+    """The videos (or images) by their ids, and the objects of each, crowds left out.
+
+    No objects but None: the file has no annotations.
+
+    Raises:
+        ValueError: an entry that is damaged, two videos of one id, or objects of videos that are not there.
+    """
     content = storage.read_json(uri)
-    entries = content.get(videos_key) if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and "id" in e for e in entries):
-        raise ValueError(f"{uri}: has no list {videos_key!r} of entries with an id")
-    return content
+    if not isinstance(content, dict):
+        raise ValueError(f"{uri}: has no list {videos_key!r} of entries with 'id'")
+    entries = _entries(uri, content, videos_key, "id")
+    videos = {entry["id"]: entry for entry in entries}
+    if len(videos) != len(entries):
+        raise ValueError(f"{uri}: two {videos_key} have the same id")
+    if content.get("annotations") is None:
+        return videos, None
+    objects: _Objects = {number: [] for number in videos}
+    strangers: set[str] = set()
+    for entry in _entries(uri, content, "annotations", owner_key):
+        if entry[owner_key] not in videos:
+            strangers.add(str(entry[owner_key]))
+        elif not entry.get("iscrowd"):
+            objects[entry[owner_key]].append(entry)
+    if strangers:
+        first = ", ".join(sorted(strangers, key=natural_key)[:10]) + (", …" if len(strangers) > 10 else "")
+        raise ValueError(
+            f"{uri}: {len(strangers)} {videos_key} have annotations, but are not among the {videos_key} "
+            f"({owner_key} {first}); add them, or take their annotations out"
+        )
+    return videos, objects
 
 
-def objects_by_owner(content: dict[str, Any], owner_key: str) -> dict[Any, list[dict[str, Any]]] | None:
-    """The objects of each video or image by its id, crowds left out; None: the file has no annotations."""
-    if not isinstance(content.get("annotations"), list):
-        return None
-    owners: dict[Any, list[dict[str, Any]]] = {}
-    for entry in content["annotations"]:
-        objects = owners.setdefault(entry.get(owner_key), [])
-        if not entry.get("iscrowd"):
-            objects.append(entry)
-    return owners
+def _entries(uri: str, content: dict[str, Any], key: str, id_key: str) -> list[dict[str, Any]]:
+    entries = content.get(key)
+    if not isinstance(entries, list):
+        raise ValueError(f"{uri}: has no list {key!r} of entries with {id_key!r}")
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get(id_key), int | float | str):
+            raise ValueError(
+                f"{uri}: {key}[{index}] is no entry with {id_key!r}, but {json.dumps(entry)[:80]}"
+            )
+    return entries
 
 
-def declared_size(entry: dict[str, Any]) -> list[int] | None:
+def declared_size(entry: dict[str, Any]) -> list[Any] | None:
     """Height and width as the file gives them, or None."""
     size = [entry.get("height"), entry.get("width")]
-    return [int(side) for side in size if side is not None] if None not in size else None
+    return size if None not in size else None
 
 
-def with_objects(frame: RawFrame, segmentations: Sequence[Any], size: Sequence[int] | None) -> RawFrame:
+def with_objects(frame: RawFrame, segmentations: Sequence[Any], size: Sequence[Any] | None) -> RawFrame:
     """The frame with the masks of its objects, numbered from 1; an object of None is absent.
 
     Args:
@@ -62,6 +92,8 @@ def with_objects(frame: RawFrame, segmentations: Sequence[Any], size: Sequence[i
     Raises:
         BadVideo: a segmentation that can't be decoded, or is of another size than the frame.
     """
+    if size is not None and not _is_size(size):
+        raise BadVideo(f"its JSON entry declares the height {size[0]!r} and the width {size[1]!r}")
     if size is not None:
         check_mask_size("list", size, frame)
     masks = {}
@@ -73,13 +105,13 @@ def with_objects(frame: RawFrame, segmentations: Sequence[Any], size: Sequence[i
             check_mask_size(name, segmentation["size"], frame)
         try:
             masks[number] = decode_segmentation(segmentation, *frame.pixels.shape[:2])
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise BadVideo(f"mask {name} in frame {frame.name} is damaged: {error}") from error
     return frame._replace(masks=masks)
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value)
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:

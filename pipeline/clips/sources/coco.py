@@ -11,13 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline import storage
-from pipeline.clips.sources.annotations import (
-    declared_size,
-    find_json,
-    objects_by_owner,
-    read_annotations,
-    with_objects,
-)
+from pipeline.clips.sources.annotations import declared_size, find_json, read_annotations, with_objects
 from pipeline.clips.sources.base import FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, in_threads, natural_key, read_whole
 from pipeline.clips.sources.frames import RawFrame, decode_image, fitted
@@ -29,17 +23,13 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
 
     Raises:
         FileNotFoundError: no JSON or no images; the message names all places looked in.
-        ValueError: the JSON is damaged.
+        ValueError: the JSON is damaged, or has objects of images that are not in it.
     """
     root = str(dataset.path)
     annotations = storage.join(root, "annotations")
     place = storage.join(annotations, f"instances_{split}.json")
     uri = find_json([place], split, lambda: _splits(annotations))
-    content = read_annotations(uri, "images")
-    objects = objects_by_owner(content, "image_id")
-    images = {image["id"]: image for image in content["images"]}
-    if len(images) != len(content["images"]):
-        raise ValueError(f"{uri}: two images have the same id")
+    images, objects = read_annotations(uri, "images", "image_id")
     folders = [storage.join(root, split), storage.join(root, "images", split)]
     for folder in folders:
         files = {file.name: file for file in storage.list_files(folder)}
@@ -49,10 +39,7 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
         raise FileNotFoundError(f"split {split!r}: no images; looked in {', '.join(folders)}")
 
     def reference(number: Any) -> VideoRef:
-        image, own = images.get(number), None if objects is None else objects.get(number, [])
-        if image is None:
-            problem = f"has annotations, but is not among the images of {uri}"
-            return VideoRef(str(number), uri, kind="coco", problem=problem)
+        image, own = images[number], None if objects is None else objects[number]
         name = str(image.get("file_name"))
         file, size = files.get(name), declared_size(image)
         segmentations = None if own is None else [entry.get("segmentation") for entry in own]
@@ -66,7 +53,7 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
             "" if file else f"the image {name} is missing in {folder}",
         )
 
-    return in_threads(reference, sorted({*images, *(objects or {})}, key=lambda n: natural_key(str(n))))
+    return in_threads(reference, sorted(images, key=lambda n: natural_key(str(n))))
 
 
 def _splits(annotations: str) -> list[str]:

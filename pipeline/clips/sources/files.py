@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -96,12 +98,39 @@ def read_whole(uri: str, name: str) -> bytes:
 
 def _read(operation: Callable[[], bytes], uri: str, name: str) -> bytes:
     try:
-        return operation()
+        with naming_errors(uri):
+            return operation()
     except OSError as error:
-        # A network that fails for long is no fault of the video: the job fails, and goes on when run again.
-        if storage.is_remote(uri) and not isinstance(error, FileNotFoundError | PermissionError):
+        # A network that fails for long, or a token that has expired, is no fault of the video: the job fails,
+        # and goes on when run again.
+        if storage.is_remote(uri) and not isinstance(error, FileNotFoundError):
             raise
         raise BadVideo(f"{name} can't be read ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def naming_errors(uri: str) -> Iterator[None]:
+    """Names the file where S3 refuses it or fails: s3fs doesn't. A file that is not there is left to others."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if not storage.is_remote(uri):
+            raise
+        raise OSError(f"{uri} can't be read ({error.strerror or error}); run the job again") from error
+
+
+def check_complete(folder: str, present: Collection[int], total: int, name: Callable[[int], str]) -> None:
+    """Raises FileNotFoundError where one of the files numbered from 0 to `total` (exclusive) is missing."""
+    missing = (number for number in range(total) if number not in present)
+    first = [name(number) for number in islice(missing, 3)]
+    if first:
+        count = total - sum(number < total for number in present)
+        raise FileNotFoundError(
+            f"{folder}: {count} of {total} files are missing ({', '.join(first)}{', …' if count > 3 else ''}); "
+            "download them: an incomplete copy is not read, whatever clips.max_bad_fraction says"
+        )
 
 
 class RangeFile(io.RawIOBase):
@@ -132,7 +161,8 @@ class RangeFile(io.RawIOBase):
         begin = self._position - self._window_start
         if begin < 0 or begin + size > len(self._window):
             stop = min(self._size, self._position + max(size, self._ahead))
-            self._window = storage.read_range(self._uri, self._start + self._position, self._start + stop)
+            with naming_errors(self._uri):
+                self._window = storage.read_range(self._uri, self._start + self._position, self._start + stop)
             self._window_start, begin = self._position, 0
         content = self._window[begin : begin + size]
         self._position += len(content)

@@ -18,7 +18,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
-from pipeline.clips.sources.files import HashMemo, in_threads, read_part
+from pipeline.clips.sources.files import HashMemo, check_complete, in_threads, naming_errors, read_part
 from pipeline.clips.sources.frames import (
     RawFrame,
     check_mask_size,
@@ -39,7 +39,8 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
     """The records of the split's files, in order.
 
     Raises:
-        FileNotFoundError: no file of that split; the message names the splits that are there.
+        FileNotFoundError: no file of that split; the message names the splits that are there. Or some of
+            its files are missing.
         ValueError: files of two data sets.
     """
     root = str(dataset.path)
@@ -60,16 +61,12 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
         sets = ", ".join(f"{name} ({total} files)" for name, total in sorted(shards))
         raise ValueError(f"{root} holds several data sets: {sets}; give each a folder of its own")
     ((prefix, total), present) = next(iter(shards.items()))
-    missing = [shard for shard in range(total) if shard not in present]
+    check_complete(root, present, total, lambda n: f"{prefix}-{split}.tfrecord-{n:05d}-of-{total:05d}")
 
     def references(shard: int) -> list[VideoRef]:
-        stem = f"{prefix}-{split}-{shard:05d}"
-        if shard in present:
-            return _references(root, present[shard], stem, memo)
-        problem = f"{len(missing)} of {total} files are missing, this is the first"
-        return [VideoRef(stem, storage.join(root, stem), kind="movi", problem=problem)]
+        return _references(root, present[shard], f"{prefix}-{split}-{shard:05d}", memo)
 
-    return [video for found in in_threads(references, sorted([*present, *missing[:1]])) for video in found]
+    return [video for found in in_threads(references, sorted(present)) for video in found]
 
 
 def _references(root: str, file: FileInfo, stem: str, memo: HashMemo) -> list[VideoRef]:
@@ -106,7 +103,8 @@ def walk_records(uri: str, size: int) -> dict[str, Any]:
     records: list[list[int]] = []
     position = 0
     while position < size:
-        header = storage.read_range(uri, position, min(size, position + _HEADER.size))
+        with naming_errors(uri):
+            header = storage.read_range(uri, position, min(size, position + _HEADER.size))
         if len(header) < _HEADER.size:
             return {"records": records, "problem": f"the file ends within the header at byte {position}"}
         length, checksum = _HEADER.unpack(header)

@@ -20,7 +20,14 @@ from numpy.lib import format as npy_format
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
-from pipeline.clips.sources.files import HashMemo, RangeFile, in_threads, natural_key, read_part
+from pipeline.clips.sources.files import (
+    HashMemo,
+    RangeFile,
+    check_complete,
+    in_threads,
+    natural_key,
+    read_part,
+)
 from pipeline.clips.sources.frames import RawFrame, check_mask_size, fitted, label_masks
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
@@ -34,7 +41,8 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
     """The samples of the split's tars, in order.
 
     Raises:
-        FileNotFoundError: no tar of that split; the message names the splits that are there.
+        FileNotFoundError: no tar of that split; the message names the splits that are there. Or a tar before
+            the last one is missing.
         ValueError: tars of two data sets.
     """
     root = str(dataset.path)
@@ -50,6 +58,9 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
     names = sorted({match["name"] for match in matches.values() if match})
     if len(names) > 1:
         raise ValueError(f"{root} holds several data sets: {', '.join(names)}; give each a folder of its own")
+    numbers = [match["shard"] for match in matches.values() if match]
+    present, stem, width = {int(n) for n in numbers}, f"{names[0]}-{split}", len(numbers[0])
+    check_complete(root, present, max(present) + 1, lambda n: f"{stem}-{n:0{width}d}.tar")
     found = in_threads(lambda name: _references(root, files[name], memo), chosen)
     return [video for videos in found for video in videos]
 

@@ -13,13 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline import storage
-from pipeline.clips.sources.annotations import (
-    declared_size,
-    find_json,
-    objects_by_owner,
-    read_annotations,
-    with_objects,
-)
+from pipeline.clips.sources.annotations import declared_size, find_json, read_annotations, with_objects
 from pipeline.clips.sources.base import FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, in_threads, natural_key, read_whole
 from pipeline.clips.sources.frames import RawFrame, decode_image, fitted
@@ -32,29 +26,21 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
 
     Raises:
         FileNotFoundError: no JSON or no frames; the message names all places looked in.
-        ValueError: the JSON is damaged.
+        ValueError: the JSON is damaged, or has objects of videos that are not in it.
     """
     root = str(dataset.path)
     places = [f"{split}/instances.json", f"{split}.json", f"annotations_{split}.json"]
     places.append(f"annotations/instances_{split}.json")
     uri = find_json([storage.join(root, place) for place in places], split, lambda: _splits(root))
-    content = read_annotations(uri, "videos")
-    objects = objects_by_owner(content, "video_id")
-    videos = {video["id"]: video for video in content["videos"]}
-    if len(videos) != len(content["videos"]):
-        raise ValueError(f"{uri}: two videos have the same id")
+    videos, objects = read_annotations(uri, "videos", "video_id")
     wanted = {name for video in videos.values() for name in _names(video)}
     images, files = _find_images(root, split, wanted)
-    numbers = sorted({*videos, *(objects or {})}, key=lambda n: natural_key(str(n)))
 
     def reference(number: Any) -> VideoRef:
-        entry, own = videos.get(number), None if objects is None else objects.get(number, [])
-        if entry is None:
-            problem = f"has annotations, but is not among the videos of {uri}"
-            return VideoRef(str(number), uri, kind=dataset.kind, problem=problem)
-        return _reference(number, entry, own, dataset.kind, images, files, memo)
+        own = None if objects is None else objects[number]
+        return _reference(number, videos[number], own, dataset.kind, images, files, memo)
 
-    return in_threads(reference, numbers)
+    return in_threads(reference, sorted(videos, key=lambda n: natural_key(str(n))))
 
 
 def _names(video: dict[str, Any]) -> list[str]:
