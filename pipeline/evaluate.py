@@ -46,7 +46,7 @@ class Subject:
     def record(self) -> dict[str, str]:
         """Its tags in MLflow."""
         if self.baseline is not None:
-            name = self.baseline if self.num_slots == 1 else f"{self.baseline}, N = {self.num_slots}"
+            name = self.baseline if self.num_slots == 1 else f"{self.baseline} (N = {self.num_slots})"
             return {"method": "baseline", "name": name}
         heads = {"num_heads": str(self.num_heads)} if self.num_heads else {}
         return {"method": "other", **self.tags, "model_uri": str(self.model_uri), **heads}

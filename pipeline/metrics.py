@@ -7,6 +7,7 @@ multiplying one-hot tensors (`benchmarks/scores.py`).
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,20 +59,45 @@ def count_overlaps(
     masks_SCX = true_masks.reshape(S, C, H * W).bool().cpu().numpy()
     slots_SX = predicted.reshape(S, H * W).cpu().numpy()
     K = int(slots_SX.max(initial=0)) + 1
-    shared_SCK, slot_area_SK = np.zeros((S, C, K), np.int64), np.empty((S, K), np.int64)
-    for shared_CK, slot_area_K, masks_CX, slots_X in zip(
-        shared_SCK, slot_area_SK, masks_SCX, slots_SX, strict=True
-    ):
-        if ignore_overlaps:
-            kept_X = masks_CX.sum(0) <= 1
-            masks_CX, slots_X = masks_CX[:, kept_X], slots_X[kept_X]
-        slot_area_K[:] = np.bincount(slots_X, minlength=K)
-        # One object at a time stays in the processor's cache.
-        for shared_K, mask_X in zip(shared_CK, masks_CX, strict=True):
-            shared_K[:] = np.bincount(slots_X[mask_X], minlength=K)
+    shared_SCK, slot_area_SK = np.empty((S, C, K), np.int64), np.empty((S, K), np.int64)
+    # NumPy lets go of the interpreter's lock, so frames are counted on as many threads as torch may use.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        frames = zip(shared_SCK, slot_area_SK, masks_SCX, slots_SX, strict=True)
+        list(pool.map(lambda frame: _count_frame(*frame, ignore_overlaps), frames))  # type: ignore[arg-type]
     shared = torch.from_numpy(shared_SCK)
     # Every pixel has exactly one slot, so an object's area is the sum over its row.
     return OverlapCounts(shared, shared.sum(-1), torch.from_numpy(slot_area_SK))
+
+
+def _count_frame(
+    shared_CK: np.ndarray,
+    slot_area_K: np.ndarray,
+    masks_CX: np.ndarray,
+    slots_X: np.ndarray,
+    ignore_overlaps: bool,
+) -> None:
+    """Fills one frame's counts: all pixels of one object in one pass, those of several object by object."""
+    C, K = shared_CK.shape
+    kind = np.uint8 if C < 256 else np.int64  # small integers stay in the processor's cache
+    object_X, term_X = np.zeros((2, len(slots_X)), kind)
+    for number, mask_X in enumerate(masks_CX.view(np.uint8), 1):
+        np.multiply(mask_X, kind(number), out=term_X)
+        np.add(object_X, term_X, out=object_X)
+    several = np.empty(0, np.int64)
+    if sum(map(np.count_nonzero, masks_CX)) != np.count_nonzero(object_X):
+        cover_X = masks_CX.sum(0)
+        object_X[cover_X > 1] = 0
+        several = np.flatnonzero(cover_X > 1)
+    cells = (C + 1) * K
+    cell_X = np.multiply(object_X, K, dtype=np.int64)
+    np.add(cell_X, slots_X, out=cell_X)
+    table = np.bincount(cell_X, minlength=cells).reshape(C + 1, K)
+    shared_CK[:], slot_area_K[:] = table[1:], table.sum(0)
+    if ignore_overlaps:
+        slot_area_K -= np.bincount(slots_X[several], minlength=K)
+    elif len(several):
+        for shared_K, mask in zip(shared_CK, masks_CX[:, several], strict=True):
+            shared_K += np.bincount(slots_X[several[mask]], minlength=K)
 
 
 def ari_per_sample(counts: OverlapCounts) -> tuple[Tensor, Tensor]:

@@ -79,8 +79,8 @@ def test_every_video_is_scored_once_and_recorded_once(tiny, local_ray, clips, mo
     assert mine.scores == pytest.approx(results["mine"]["scores"])
     assert mine.clips_uri == clips.uri
     assert [row["video_id"] for row in mine.per_video()] == [row["video_id"] for row in rows]
-    assert records["grid, N = 4"].method == "baseline"
-    assert records["grid, N = 4"].model_uri is None
+    assert records["grid (N = 4)"].method == "baseline"
+    assert records["grid (N = 4)"].model_uri is None
 
 
 def test_shards_that_were_scored_before_a_kill_are_not_scored_again(tiny, local_ray, clips, model_uri):
