@@ -63,7 +63,7 @@ def count_overlaps(
     # NumPy lets go of the interpreter's lock, so frames are counted on as many threads as torch may use.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         frames = zip(shared_SCK, slot_area_SK, masks_SCX, slots_SX, strict=True)
-        list(pool.map(lambda frame: _count_frame(*frame, ignore_overlaps), frames))  # type: ignore[arg-type]
+        list(pool.map(lambda frame: _count_frame(*frame, ignore_overlaps), frames))  # type: ignore[call-arg]
     shared = torch.from_numpy(shared_SCK)
     # Every pixel has exactly one slot, so an object's area is the sum over its row.
     return OverlapCounts(shared, shared.sum(-1), torch.from_numpy(slot_area_SK))
