@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.clips.sources import BadVideo, VideoRef
+from pipeline.clips.sources import BadVideo, VideoRef, read_video
 from pipeline.clips.sources.files import natural_key
-from pipeline.clips.sources.videos import list_videos, read_frames
+from pipeline.clips.sources.videos import list_videos
 
 RED, BLUE, WHITE = (200, 20, 20), (20, 20, 200), (250, 250, 250)
 
@@ -50,7 +50,7 @@ def write_noise(path, count, **options):
 
 def read(path, masks=None, **settings):
     return list(
-        read_frames(VideoRef("video", str(path), details={"masks": str(masks)} if masks else {}), **settings)
+        read_video(VideoRef("video", str(path), details={"masks": str(masks)} if masks else {}), **settings)
     )
 
 
@@ -80,7 +80,7 @@ def test_real_videos_have_the_frames_that_pyav_counts(real_videos, name):
     scale = 36 / min(size)
     count = 0
     for frame, seconds in zip(
-        read_frames(VideoRef(name, str(real_videos[name])), short_side=36), times, strict=True
+        read_video(VideoRef(name, str(real_videos[name])), short_side=36), times, strict=True
     ):
         assert frame.pixels.shape == (round(size[0] * scale), round(size[1] * scale), 3)
         assert frame.seconds == pytest.approx(seconds)
@@ -91,7 +91,7 @@ def test_real_videos_have_the_frames_that_pyav_counts(real_videos, name):
 def test_real_video_pixels_equal_pyavs(real_videos):
     with av.open(str(real_videos["carphone_pristine"])) as container:
         expected = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    frame = next(read_frames(VideoRef("x", str(real_videos["carphone_pristine"]))))
+    frame = next(read_video(VideoRef("x", str(real_videos["carphone_pristine"]))))
     assert np.abs(frame.pixels.astype(int) - expected).mean() < 1  # another rounding in the conversion
 
 
@@ -214,7 +214,7 @@ def test_frames_are_read_one_at_a_time(tmp_path):
     """The first frames of a cut file come out before its end is reached."""
     path = write_noise(tmp_path / "a.mkv", 100)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    frames = read_frames(VideoRef("a", str(path)))
+    frames = read_video(VideoRef("a", str(path)))
     assert len(list(itertools.islice(frames, 20))) == 20
     with pytest.raises(BadVideo, match="truncated"):
         list(frames)

@@ -16,10 +16,10 @@ from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural
 from pipeline.clips.sources.frames import (
     RawFrame,
     check_mask_size,
-    decode_image,
     decode_labels,
     fitted,
     label_masks,
+    read_images,
 )
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
@@ -99,10 +99,7 @@ def read(video: VideoRef, short_side: int | None) -> FrameIterator:
 
 def _decoded(video: VideoRef) -> Iterator[RawFrame]:
     details = video.details
-    for index, file in enumerate(details["frames"]):
-        name = PurePosixPath(file).name
-        content = read_whole(storage.join(details["images"], file), f"frame {name}")
-        frame = RawFrame(name, decode_image(content, name), None)
+    for index, frame in enumerate(read_images(details["images"], details["frames"])):
         if details["masks"] is not None:
             mask = details["masks"][index]
             mask_name = PurePosixPath(mask).name

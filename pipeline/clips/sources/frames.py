@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator
+from pipeline.clips.sources.files import read_whole
 from pipeline.clips.views import nearest_resize
 
 VOID = 255
@@ -83,6 +85,14 @@ def target_size(height: int, width: int, short_side: int | None) -> tuple[int, i
         return height, width
     scale = short_side / min(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def read_images(folder: str, files: Iterable[str]) -> Iterator[RawFrame]:
+    """The frames in files below a folder, local or remote, without masks; raises BadVideo, naming the frame."""
+    for file in files:
+        name = storage.name(file)
+        content = read_whole(storage.join(folder, file), f"frame {name}")
+        yield RawFrame(name, decode_image(content, name), None)
 
 
 def fitted(frames: Iterable[RawFrame], short_side: int | None) -> FrameIterator:

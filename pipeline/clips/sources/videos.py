@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key
-from pipeline.clips.sources.frames import label_masks, reason, resample, target_size
+from pipeline.clips.sources.frames import label_masks, reason, target_size
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 
@@ -91,28 +91,8 @@ def _images(folder: Path) -> list[Path]:
     return sorted(files, key=lambda f: (natural_key(f.name), f.name))
 
 
-def read_frames(
-    video: VideoRef,
-    *,
-    short_side: int | None = None,
-    fps: float | None = None,
-    max_seconds: float | None = None,
-) -> FrameIterator:
-    """Yields a video's frames in the order they are shown, one at a time in memory.
-
-    Args:
-        short_side: pixels of the shorter side after resizing (bicubic); None keeps the size.
-        fps: frames a second to keep, each the one on display at that time; None keeps them all.
-        max_seconds: stop there.
-
-    Raises:
-        BadVideo: what can't be decoded to its end, or masks that don't fit the frames.
-    """
-    yield from resample(read(video, short_side), fps, max_seconds)
-
-
 def read(video: VideoRef, short_side: int | None) -> FrameIterator:
-    """All frames; errors as in `read_frames`."""
+    """All frames; raises BadVideo for what can't be decoded to its end, or masks that don't fit the frames."""
     source = Path(video.path)
     decode = _read_folder if source.is_dir() else _read_file
     masks = _images(Path(video.details["masks"])) if "masks" in video.details else None

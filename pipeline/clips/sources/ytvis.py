@@ -15,8 +15,8 @@ from typing import Any
 from pipeline import storage
 from pipeline.clips.sources.annotations import declared_size, find_json, read_annotations, with_objects
 from pipeline.clips.sources.base import FrameIterator, VideoRef
-from pipeline.clips.sources.files import HashMemo, in_threads, natural_key, read_whole
-from pipeline.clips.sources.frames import RawFrame, decode_image, fitted
+from pipeline.clips.sources.files import HashMemo, in_threads, natural_key
+from pipeline.clips.sources.frames import RawFrame, fitted, read_images
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
 
@@ -123,10 +123,7 @@ def read(video: VideoRef, short_side: int | None) -> FrameIterator:
 
 def _decoded(video: VideoRef) -> Iterator[RawFrame]:
     details = video.details
-    for index, file in enumerate(details["frames"]):
-        name = PurePosixPath(file).name
-        content = read_whole(storage.join(details["images"], file), f"frame {name}")
-        frame = RawFrame(name, decode_image(content, name), None)
+    for index, frame in enumerate(read_images(details["images"], details["frames"])):
         if details["objects"] is not None:
             segmentations = [entries[index] for entries in details["objects"]]
             frame = with_objects(frame, segmentations, details["size"])
