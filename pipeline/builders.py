@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.config import Config, ConfigError, Model, ViT
+from pipeline.config import Config, ConfigError, Model, Teacher, ViT
 from pipeline.models import (
     Backbone,
     BackboneConfig,
@@ -130,10 +130,20 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(uri: str, *, num_heads: int | None = None) -> SlotModel:
-    """`load_slot_model` for a local path or an `s3://` one."""
+def load_model(uri: str, **untold: Any) -> SlotModel:
+    """`load_slot_model` for a local path or an `s3://` one; `untold` are its keyword arguments."""
     with storage.local_copy(uri) as path:
-        return load_slot_model(path, num_heads=num_heads)
+        return load_slot_model(path, **untold)
+
+
+def untold_by_file(section: Teacher) -> dict[str, Any]:
+    """What a config says of a public checkpoint that the file itself does not: for `load_model`."""
+    return {
+        "num_heads": section.num_heads,
+        "num_slots": section.num_slots,
+        "mean": section.mean,
+        "std": section.std,
+    }
 
 
 def model_hash(uri: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss
 from pipeline.metrics import fg_ari, mean_best_overlap
@@ -15,10 +16,14 @@ GOLDEN = Path(__file__).parent / "golden"
 HEADS = 3  # of the tiny ViT: the one thing that a checkpoint's shapes don't tell
 
 
+def read(name):
+    arrays = np.load(GOLDEN / f"{name}.npz")
+    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
 @pytest.fixture(scope="module")
 def golden():
-    arrays = np.load(GOLDEN / "slotcontrast_tiny.npz")
-    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return read("slotcontrast_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +36,10 @@ def test_slotcontrast_forward(golden, model, fast_decoder):
     model.decoder.fast = fast_decoder
     with torch.no_grad():
         output = model(golden["video"])
+        predicted = model.processor.predictor(output.slots.flatten(0, 1)).view_as(output.slots)
     for name in ("slots", "attention", "masks", "reconstruction", "backbone_features"):
         torch.testing.assert_close(getattr(output, name), golden[name], atol=1e-4, rtol=0, msg=name)
+    torch.testing.assert_close(predicted, golden["slots_predicted"], atol=1e-4, rtol=0)
     labels = model.label_maps(output.masks.flatten(0, 1), (56, 56)).view(2, 6, 56, 56)
     assert (labels != golden["hard_masks"]).float().mean() < 1e-3
 
@@ -54,6 +61,36 @@ def test_slotcontrast_losses_and_gradient(golden, model):
     total.backward()
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert torch.stack(norms).norm().item() == pytest.approx(golden["grad_norm"].item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_videosaur():
+    """Drawn slots (given), no MLP in slot attention, the slot mixer with F + P outputs."""
+    golden = read("videosaur_tiny")
+    model = load_slot_model(GOLDEN / "videosaur_tiny.ckpt", num_heads=HEADS, num_slots=4)
+    keys = []  # of the last block's attention: what temporal similarity is about
+    model.encoder.backbone.model.blocks[-1].attn.qkv.register_forward_hook(
+        lambda *args: keys.append(args[-1][:, 1:].chunk(3, -1)[1].unflatten(0, (2, 4)))
+    )
+    output = model(golden["video"], initial_slots=golden["initial_slots"])
+    computed = {
+        name: getattr(output, name)
+        for name in ("slots", "attention", "masks", "reconstruction", "backbone_features")
+    }
+    computed["features"] = model.encoder.output_transform(output.backbone_features)
+    computed["decoder_output"] = torch.cat([output.reconstruction, output.similarity], -1)
+    for name, value in computed.items():
+        torch.testing.assert_close(value, golden[name], atol=1e-4, rtol=0, msg=name)
+    labels = model.label_maps(output.masks.flatten(0, 1), (56, 56)).view(2, 4, 56, 56)
+    assert (labels != golden["hard_masks"]).float().mean() < 1e-3
+    reconstruction = feature_reconstruction_loss(output.reconstruction, output.backbone_features)
+    assert reconstruction.item() == pytest.approx(golden["loss_featrec"].item(), rel=1e-5)
+    # Where each patch goes in the next frame, at the temperature of the public YTVIS config (DINOv2).
+    unit = F.normalize(keys[0], dim=-1)
+    similarity = unit[:, :-1] @ unit[:, 1:].transpose(-1, -2)
+    target = (similarity.masked_fill(similarity < 0, -torch.inf) / 0.15).softmax(-1)
+    loss = -(target * output.similarity[:, :-1].log_softmax(-1)).sum(-1).mean()
+    assert loss.item() == pytest.approx(golden["loss_timesim"].item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("case", list(json.loads((GOLDEN / "metrics.json").read_text()))[:6])

@@ -35,10 +35,20 @@ class DistillationObjective(nn.Module):
     """Eq. 3: rec + alpha * contrast + beta * KD. The one place that composes the loss.
 
     With beta = 0 it is SlotContrast's own objective, which trains teachers and "no KD" students.
+
+    Raises:
+        ValueError: a model whose decoder reconstructs no features, or alpha > 0 for an image model.
     """
 
     def __init__(self, model: SlotModel, *, alpha: float, beta: float, temperature: float) -> None:
         super().__init__()
+        if not model.reconstructs:
+            raise ValueError("the model's decoder reconstructs no features, which is what training needs")
+        if alpha and model.processor.predictor is None:
+            raise ValueError(
+                f"alpha = {alpha:g} contrasts neighbouring frames, but the model has no predictor and sees each "
+                "frame on its own; use alpha = 0"
+            )
         self.model = model
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
@@ -55,6 +65,7 @@ class DistillationObjective(nn.Module):
             return self._losses(output, batch)
 
     def _losses(self, output: SlotModelOutput, batch: Batch) -> dict[str, Tensor]:
+        assert output.reconstruction is not None
         losses = {
             "reconstruction": feature_reconstruction_loss(
                 output.reconstruction.float(), output.backbone_features.float()

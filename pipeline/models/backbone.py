@@ -7,6 +7,8 @@ VideoSAUR and SlotContrast), so the final norm is removed: public checkpoints do
 from __future__ import annotations
 
 import difflib
+import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
-    """The whole content of a checkpoint file; errors as in `read_state_dict`."""
+    """The whole content of a checkpoint file; errors as in `read_state_dict`.
+
+    PyTorch's own messages advise to turn its protection off, so they are not passed on.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
@@ -124,14 +129,32 @@ def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+        held = _pickled_objects(path, error)
+        if held:
+            raise ValueError(
+                f"{path}: refused, it is a pickle that holds more than tensors ({held}), and reading such a file "
+                "can run any code that its author put there. Ask for a file of the tensors alone; where you trust "
+                "the author: torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW_FILE)"
+            ) from error
+        kind = "safetensors" if path.suffix == ".safetensors" else "a PyTorch file"
         raise ValueError(
-            f"{path}: can't be read as {'safetensors' if path.suffix == '.safetensors' else 'a PyTorch file'} "
-            f"without running code in it ({type(error).__name__}: {reason})"
+            f"{path}: can't be read as {kind}: cut off, damaged or something else ({type(error).__name__})"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def _pickled_objects(path: Path, error: Exception) -> str:
+    """What the unpickler refused, in words; empty where the file is no pickle at all."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return ""
+    named = re.search(r"(?:GLOBAL|global:?|class|function)\s+`?([A-Za-z_][\w]*(?:\.\w+)+)", str(error))
+    if named:
+        return named[1]
+    with path.open("rb") as file:
+        # PyTorch's own files are zip archives, or pickles of an old protocol that it knows to read.
+        return "a plain pickle" if file.read(1) == b"\x80" else ""
 
 
 def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:

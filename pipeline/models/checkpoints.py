@@ -1,12 +1,16 @@
-"""Reading and writing slot models: public SlotContrast files, and our own folders.
+"""Reading and writing slot models: public checkpoint files, and our own folders.
 
 A model folder holds `model.safetensors` and `config.json`. Tensor names are those of the public
 layout in both formats, where a video model has `.module` in some of them and an image model has not.
+
+Public files are told apart by their keys: SlotContrast, SRL and SlotCurri (`initializer.slots`, MLP
+decoder), VideoSAUR (`initializer.mean`, no MLP in slot attention, slot mixer), DINOSAUR (no predictor).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.models._timm import import_timm
 from pipeline.models.backbone import BackboneConfig, check_state_dict, read_checkpoint_file
-from pipeline.models.slot_model import SlotModel, SlotModelConfig
+from pipeline.models.slot_model import IMAGENET_MEAN, IMAGENET_STD, SlotModel, SlotModelConfig
+from pipeline.progress import log
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -25,19 +31,31 @@ _TRAINING_HEADS = ("projector.", "projector2.")
 _EMBEDDED_CONFIG = "slotmatch_config"  # an extra entry of the `.ckpt` files that we write
 
 
-def load_slot_model(path: str | Path, *, num_heads: int | None = None) -> SlotModel:
+def load_slot_model(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    num_slots: int | None = None,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> SlotModel:
     """Builds a model from a checkpoint and loads its weights; in eval mode, on the CPU.
+
+    The keyword arguments are what a public file does not tell. They are ignored where the file or folder
+    has a config of ours.
 
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
-            `.safetensors`) in the SlotContrast layout.
-        num_heads: attention heads of the ViT, the one thing that a public file's shapes don't tell.
-            By default width / 64, as in every public ViT.
-            Ignored where the file or folder has a config of ours.
+            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share.
+        num_heads: attention heads of the ViT. By default width / 64, as in every public ViT.
+        num_slots: of models that draw their initial slots, and so can have any number of them; learned
+            slots are counted in the file.
+        mean, std: the normalisation that the model was trained with, ImageNet's by default.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        ValueError: not a checkpoint, or keys that are missing, unexpected or of another shape.
+        ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
+            missing, unexpected or of another shape, all of which the message lists.
     """
     path = Path(path)
     if path.is_dir():
@@ -45,22 +63,34 @@ def load_slot_model(path: str | Path, *, num_heads: int | None = None) -> SlotMo
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path} is not a model folder: it has no {name}")
         config = _parse_config((path / CONFIG_FILE).read_text(), source=str(path / CONFIG_FILE))
-        state = read_checkpoint_file(path / WEIGHTS_FILE)
+        state = _without_training_heads(read_checkpoint_file(path / WEIGHTS_FILE), str(path))
     else:
         content = read_checkpoint_file(path)
         state = content.get("state_dict", content)
         if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
             raise ValueError(f"{path}: has no `state_dict` of tensors")
+        state = _without_training_heads(state, str(path))
         if _EMBEDDED_CONFIG in content:
             config = _parse_config(content[_EMBEDDED_CONFIG], source=str(path))
         else:
-            config = infer_config(_plain_names(state), source=str(path), num_heads=num_heads)
-    # SRL's extra training heads; inference has no use for them.
-    state = {k: v.float() for k, v in _plain_names(state).items() if not k.startswith(_TRAINING_HEADS)}
+            config = infer_config(
+                state, source=str(path), num_heads=num_heads, num_slots=num_slots, mean=mean, std=std
+            )
+            state = _with_resampled_positions(state, config, str(path))
+    state = {k: v.float() for k, v in _plain_names(state).items()}
     model = SlotModel(config)
     check_state_dict(model, state, str(path))
     model.load_state_dict(state)
     return model.eval()
+
+
+def _without_training_heads(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors that inference uses; SRL's files have two heads more."""
+    heads = [k for k in state if k.startswith(_TRAINING_HEADS)]
+    if heads:
+        names = sorted({k.partition(".")[0] for k in heads})
+        log(f"{source}: ignored {len(heads)} tensors of heads that only training uses ({', '.join(names)})")
+    return {k: v for k, v in state.items() if not k.startswith(_TRAINING_HEADS)}
 
 
 def _parse_config(text: str, *, source: str) -> SlotModelConfig:
@@ -88,7 +118,8 @@ def save_public_checkpoint(model: SlotModel, path: str | Path, *, step: int = 0)
 
     Our config travels along as a JSON string; other readers ignore it.
     """
-    state = {_public_name(k): v.detach().cpu() for k, v in model.state_dict().items()}
+    image_model = not model.config.predictor
+    state = {k if image_model else _video_name(k): v.detach().cpu() for k, v in model.state_dict().items()}
     content = {"state_dict": state, "epoch": 0, "global_step": step}
     torch.save({**content, _EMBEDDED_CONFIG: json.dumps(model.config.to_dict())}, path)
 
@@ -97,47 +128,117 @@ def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"^(encoder|processor|decoder)\.module\.", r"\1.", k): v for k, v in state.items()}
 
 
-def _public_name(key: str) -> str:
+def _video_name(key: str) -> str:
     return re.sub(r"^(encoder|processor|decoder)\.", r"\1.module.", key)
 
 
-def infer_config(state: Mapping[str, Tensor], *, source: str, num_heads: int | None) -> SlotModelConfig:
+class _Shapes:
+    """Sizes read off the tensors of a file, whatever of it is missing or damaged.
+
+    What can't be read is guessed, so that a model can be built and compared with the file: that gives
+    the one error which lists all that is wrong.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], source: str) -> None:
+        self.state, self.source = state, source
+
+    def has(self, prefix: str) -> bool:
+        return any(k.startswith(prefix) for k in self.state)
+
+    def size(self, *places: tuple[str, int], default: int | None = None) -> int:
+        """The first size found at `(key, axis)`.
+
+        Raises:
+            ValueError: none of them is there, and there is no default.
+        """
+        for key, axis in places:
+            shape = self.state[key].shape if key in self.state else ()
+            if -len(shape) <= axis < len(shape) and shape[axis]:
+                return shape[axis]
+        if default is None:
+            missing = ", ".join(f"`{key}`" for key, _ in places)
+            first = ", ".join(list(self.state)[:5]) or "none"
+            raise ValueError(
+                f"{self.source}: not a slot model, it has no {missing} (its first keys: {first})"
+            )
+        return default
+
+    def count(self, pattern: str) -> int:
+        """One more than the largest number that the pattern's group has in any key."""
+        return 1 + max((int(m[1]) for k in self.state if (m := re.match(pattern, k))), default=-1)
+
+    def linear_sizes(self, prefix: str) -> list[int]:
+        """Output sizes of the linear layers `<prefix>0`, `<prefix>2` and so on, with ReLU between them."""
+        sizes: list[int] = []
+        for index in range(0, self.count(re.escape(prefix) + r"(\d+)\."), 2):
+            places = ((f"{prefix}{index}.weight", 0), (f"{prefix}{index}.bias", 0))
+            sizes.append(self.size(*places, default=sizes[-1] if sizes else 1))
+        return sizes
+
+
+def infer_config(
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    num_heads: int | None = None,
+    num_slots: int | None = None,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> SlotModelConfig:
     """The architecture that tensors of the public layout belong to, from their names and shapes.
 
     Raises:
-        ValueError: a tensor that the architecture must have is missing.
+        ValueError: nothing of a slot model there, or what shapes don't tell was not given.
     """
-
-    def shape(key: str) -> torch.Size:
-        if key not in state:
-            raise ValueError(
-                f"{source}: not a SlotContrast checkpoint, it has no `{key}` "
-                f"(its first keys: {', '.join(list(state)[:5]) or 'none'})"
-            )
-        return state[key].shape
-
-    learned = "initializer.slots" in state
-    slot_size = shape("initializer.slots" if learned else "initializer.mean")[-1]
-    if not learned:
-        raise ValueError(f"{source}: models with random initial slots are not supported yet")
-    if "decoder.allocator.blocks.0.norm1.weight" in state:
-        raise ValueError(f"{source}: models with VideoSAUR's slot-mixer decoder are not supported yet")
-    hidden = []
-    index = 0
-    while f"decoder.mlp.layers.{index + 2}.weight" in state:
-        hidden.append(shape(f"decoder.mlp.layers.{index}.weight")[0])
-        index += 2
+    shapes = _Shapes(_plain_names(state), source)
+    corrector = "processor.corrector.to_q.weight"
+    slot_size = shapes.size(("initializer.slots", 2), ("initializer.mean", 2), (corrector, 0))
+    drawn = not shapes.has("initializer.slots") and shapes.has("initializer.")
+    if drawn and num_slots is None:
+        raise ValueError(
+            f"num_slots: must be given, as {source} draws its initial slots and works with any number of them "
+            "(public VideoSAUR: 11 for MOVi-C, 15 for MOVi-E, 7 for YTVIS; DINOSAUR on COCO: 7)"
+        )
+    backbone, num_patches = _infer_backbone(shapes, num_heads)
+    video = shapes.has("processor.predictor.") or any(".module." in k for k in state)
     return SlotModelConfig(
-        backbone=_infer_backbone(state, shape, num_heads),
-        num_slots=shape("initializer.slots")[1],
+        backbone=backbone,
+        num_slots=(num_slots or 1) if drawn else shapes.size(("initializer.slots", 1), default=1),
         slot_size=slot_size,
-        corrector_mlp="processor.corrector.mlp.layers.0.weight" in state,
-        decoder_hidden_sizes=tuple(hidden),
+        initializer="random" if drawn else "learned",
+        corrector_mlp=shapes.has("processor.corrector.mlp."),
+        predictor=video,
+        mean=tuple(mean),
+        std=tuple(std),
+        **_infer_decoder(shapes, num_patches),
     )
 
 
-def _infer_backbone(state: Mapping[str, Tensor], shape: Any, num_heads: int | None) -> BackboneConfig:
-    width, _, patch, _ = shape(_BACKBONE + "patch_embed.proj.weight")
+def _infer_decoder(shapes: _Shapes, num_patches: int) -> dict[str, Any]:
+    if shapes.has("decoder.mlp.") or not shapes.has("decoder.allocator."):
+        return {"decoder_hidden_sizes": tuple(shapes.linear_sizes("decoder.mlp.layers.")[:-1])}
+    features = shapes.size((_BACKBONE + "patch_embed.proj.weight", 0), (_BACKBONE + "pos_embed", 2))
+    kinds = {
+        features + num_patches: ("features", "similarity"),
+        num_patches: ("similarity",),
+        features: ("features",),
+    }
+    transform = "decoder.output_transform."
+    size = shapes.size((transform + "weight", 0), (transform + "bias", 0), default=features + num_patches)
+    return {
+        "decoder": "slot_mixer",
+        "decoder_hidden_sizes": tuple(shapes.linear_sizes("decoder.renderer.layers.")) or (1024,),
+        "decoder_blocks": shapes.count(r"decoder\.allocator\.blocks\.(\d+)\."),
+        # Any other size is named, with what was expected, when the weights are compared.
+        "decoder_outputs": kinds.get(size, ("features", "similarity")),
+    }
+
+
+def _infer_backbone(shapes: _Shapes, num_heads: int | None) -> tuple[BackboneConfig, int]:
+    """The ViT, and the number of its patches."""
+    patch_embedding, positions = _BACKBONE + "patch_embed.proj.weight", _BACKBONE + "pos_embed"
+    width = shapes.size((patch_embedding, 0), (positions, 2))
+    patch = shapes.size((patch_embedding, 2), default=16)
     if num_heads and width % num_heads:
         raise ValueError(f"num_heads: {num_heads} does not divide the width {width} of the checkpoint's ViT")
     if num_heads is None and width % 64:
@@ -145,26 +246,51 @@ def _infer_backbone(state: Mapping[str, Tensor], shape: Any, num_heads: int | No
             f"num_heads: must be given, as the ViT's width {width} is not a multiple of 64 and the checkpoint's "
             "shapes don't tell its heads"
         )
-    depth = 1 + max(
-        (int(m[1]) for k in state if (m := re.match(re.escape(_BACKBONE) + r"blocks\.(\d+)\.", k))),
-        default=-1,
-    )
-    num_patches = shape("decoder.pos_emb")[-2]
-    grid = round(num_patches**0.5)
-    registers = shape(_BACKBONE + "reg_token")[1] if _BACKBONE + "reg_token" in state else 0
-    class_token = _BACKBONE + "cls_token" in state
+    class_token = shapes.has(_BACKBONE + "cls_token")
+    registers = shapes.size((_BACKBONE + "reg_token", 1), default=0)
+    embedded = shapes.size((positions, 1), default=0)
+    num_patches = shapes.size(("decoder.pos_emb", -2), default=max(embedded - class_token - registers, 1))
+    class_token = class_token or embedded == num_patches + registers + 1  # where its key is missing
+    grid = max(1, round(num_patches**0.5))
+    blocks = re.escape(_BACKBONE) + r"blocks\.(\d+)\."
     # Models with registers add position embeddings to the patches alone.
-    no_embed_class = shape(_BACKBONE + "pos_embed")[1] == num_patches
+    patches_alone = embedded == num_patches or (
+        embedded != num_patches + class_token + registers and math.isqrt(embedded) ** 2 == embedded
+    )
     arguments: dict[str, Any] = {
         "patch_size": patch,
         "embed_dim": width,
-        "depth": depth,
+        "depth": shapes.count(blocks),
         "num_heads": num_heads or width // 64,
-        "mlp_ratio": shape(_BACKBONE + "blocks.0.mlp.fc1.weight")[0] / width,
-        "qkv_bias": _BACKBONE + "blocks.0.attn.qkv.bias" in state,
-        "init_values": 1.0 if _BACKBONE + "blocks.0.ls1.gamma" in state else None,
+        "mlp_ratio": shapes.size((_BACKBONE + "blocks.0.mlp.fc1.weight", 0), default=4 * width) / width,
+        "qkv_bias": bool(shapes.count(blocks + r"attn\.qkv\.bias")),
+        "init_values": 1.0 if shapes.count(blocks + r"ls\d\.gamma") else None,
         "class_token": class_token,
         "reg_tokens": registers,
-        "no_embed_class": no_embed_class and class_token,
+        "no_embed_class": patches_alone and class_token,
     }
-    return BackboneConfig(name=None, image_size=grid * patch, arguments=arguments)
+    return BackboneConfig(name=None, image_size=grid * patch, arguments=arguments), grid**2
+
+
+def _with_resampled_positions(
+    state: Mapping[str, Tensor], config: SlotModelConfig, source: str
+) -> dict[str, Tensor]:
+    """The tensors with the ViT's position embeddings at the size of the decoder's grid.
+
+    SlotContrast's MOVi models and DINOSAUR's run a ViT of 518 pixels at 336 and 224. Their files have the
+    embeddings of 37 x 37 patches, which timm resamples in every pass (`dynamic_img_size`): the same
+    function does it once here.
+    """
+    key = next((k for k in state if re.fullmatch(r"encoder\.(module\.)?backbone\.model\.pos_embed", k)), "")
+    arguments = config.backbone.arguments or {}
+    prefix = 0 if arguments["no_embed_class"] else arguments["class_token"] + arguments["reg_tokens"]
+    stored = state[key].shape[1] - prefix if key and state[key].ndim == 3 else 0
+    side, grid = math.isqrt(max(stored, 0)), config.backbone.image_size // arguments["patch_size"]
+    if not side or side**2 != stored or side == grid:
+        return dict(state)
+    import_timm()
+    from timm.layers import resample_abs_pos_embed
+
+    log(f"{source}: position embeddings resampled from {side} x {side} to {grid} x {grid} patches")
+    resampled = resample_abs_pos_embed(state[key], [grid, grid], [side, side], num_prefix_tokens=prefix)
+    return {**state, key: resampled}

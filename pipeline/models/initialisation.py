@@ -28,7 +28,7 @@ def start_as_soft_kmeans(model: SlotModel, *, sharpness: float = 4.0, position_s
     Not from the paper, whose models train for 100,000 steps and more; within 1,000 steps on small models
     PyTorch's default start learns next to nothing.
     """
-    corrector, predictor, size = model.processor.corrector, model.processor.predictor, model.config.slot_size
+    corrector, size = model.processor.corrector, model.config.slot_size
     rotation = nn.init.orthogonal_(torch.empty(size, size))
     corrector.to_q.weight.copy_(rotation)
     corrector.to_k.weight.copy_(sharpness * rotation)
@@ -41,8 +41,10 @@ def start_as_soft_kmeans(model: SlotModel, *, sharpness: float = 4.0, position_s
     gru.bias_ih.zero_()
     gru.bias_hh.zero_()
     gru.bias_ih[size : 2 * size] = -1
-    block = cast(TransformerBlock, predictor.blocks[0])
-    residual = [block.self_attn.out_proj, block.linear2]
+    residual = []
+    if model.processor.predictor is not None:
+        block = cast(TransformerBlock, model.processor.predictor.blocks[0])
+        residual += [block.self_attn.out_proj, block.linear2]
     if corrector.mlp is not None:
         residual.append(cast(nn.Linear, corrector.mlp.layers[-1]))
     for layer in residual:

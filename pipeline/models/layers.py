@@ -1,4 +1,4 @@
-"""The parts between backbone and decoder: projection, initial slots, slot attention, predictor.
+"""What slot models are made of: projection, initial slots, slot attention, transformer blocks.
 
 Module names follow the public SlotContrast/VideoSAUR checkpoints, so that loading one is a plain
 `load_state_dict`. Shapes: B clips, T frames, N slots, P patches, F feature size, d slot size.
@@ -16,14 +16,19 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them, after an optional LayerNorm, named `layers.i`."""
+    """Linear layers with ReLU between them, after an optional LayerNorm, named `layers.i`.
 
-    def __init__(self, sizes: Sequence[int], *, norm: bool = False, residual: bool = False) -> None:
+    `final_relu` puts one behind the last layer as well.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], *, norm: bool = False, residual: bool = False, final_relu: bool = False
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.LayerNorm(sizes[0])] if norm else []
         for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             layers.append(nn.Linear(fan_in, fan_out))
-            if index < len(sizes) - 2:
+            if final_relu or index < len(sizes) - 2:
                 layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers)
         self.residual = residual
@@ -100,10 +105,11 @@ class SlotAttention(nn.Module):
         return slots_BND, attention_BNP
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention whose logits are *multiplied* by sqrt(head size).
+class Attention(nn.Module):
+    """Multi-head attention whose logits are *multiplied* by sqrt(head size).
 
     That is a quirk of the reference implementation, kept because trained weights depend on it.
+    Keys and values come from `memory_BMD` where there is one, else from the queries' own tokens.
     """
 
     def __init__(self, size: int, num_heads: int) -> None:
@@ -112,38 +118,49 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(size, 3 * size)
         self.out_proj = nn.Linear(size, size)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, memory_BMD: Tensor | None = None) -> Tensor:
         B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if memory_BMD is None:
+            q, k, v = self.qkv(x_BND).chunk(3, -1)
+        else:
+            weights, biases = (p.split([D, 2 * D]) for p in (self.qkv.weight, self.qkv.bias))
+            q = F.linear(x_BND, weights[0], biases[0])
+            k, v = F.linear(memory_BMD, weights[1], biases[1]).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, scale=(D // self.num_heads) ** 0.5)
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm encoder block: attention, then a feed-forward of width 4d with ReLU, no dropout."""
+    """Pre-norm encoder block: attention, then a feed-forward of width 4d with ReLU, no dropout.
+
+    A memory takes the place of the keys and values, as it is: `norm1` is for the queries alone.
+    """
 
     def __init__(self, size: int, num_heads: int = 4) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(size, num_heads)
+        self.self_attn = Attention(size, num_heads)
         self.linear1 = nn.Linear(size, 4 * size)
         self.linear2 = nn.Linear(4 * size, size)
         self.norm1 = nn.LayerNorm(size)
         self.norm2 = nn.LayerNorm(size)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.self_attn(self.norm1(x_BND))
+    def forward(self, x_BND: Tensor, memory_BMD: Tensor | None = None) -> Tensor:
+        x_BND = x_BND + self.self_attn(self.norm1(x_BND), memory_BMD)
         return x_BND + self.linear2(F.relu(self.linear1(self.norm2(x_BND))))
 
 
-class Predictor(nn.Module):
-    """One transformer block over the slots; its output starts the next frame's slot attention."""
+class Transformer(nn.Module):
+    """Transformer blocks, all of which read the same memory where there is one.
 
-    def __init__(self, slot_size: int, num_heads: int = 4) -> None:
+    One block over the slots is the predictor, whose output starts the next frame's slot attention.
+    """
+
+    def __init__(self, size: int, num_blocks: int, num_heads: int = 4) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([TransformerBlock(slot_size, num_heads)])
+        self.blocks = nn.ModuleList([TransformerBlock(size, num_heads) for _ in range(num_blocks)])
 
-    def forward(self, slots_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, memory_BMD: Tensor | None = None) -> Tensor:
         for block in self.blocks:
-            slots_BND = block(slots_BND)
-        return slots_BND
+            x_BND = block(x_BND, memory_BMD)
+        return x_BND

@@ -1,4 +1,8 @@
-"""`SlotModel`: frames -> slots, masks and reconstructed features (SlotContrast's architecture).
+"""`SlotModel`: frames -> slots, masks and reconstructed features.
+
+One architecture in three forms: SlotContrast (Manasyan et al. 2025), whose design SRL, SlotCurri and
+SlotMatch's students share; VideoSAUR (Zadaianchuk et al. 2023) with drawn initial slots and a slot
+mixer; and the image model DINOSAUR (Seitzer et al. 2023), without a predictor.
 
 Shapes: B clips, T frames, N slots, P patches, F backbone feature size, d slot size, S image side.
 """
@@ -15,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.backbone import Backbone, BackboneConfig
-from pipeline.models.decoders import MLPDecoder
-from pipeline.models.layers import MLP, LearnedSlots, Predictor, RandomSlots, SlotAttention
+from pipeline.models.decoders import Decoder, MLPDecoder, SlotMixerDecoder
+from pipeline.models.layers import MLP, LearnedSlots, RandomSlots, SlotAttention, Transformer
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,14 +30,25 @@ NEXT_FRAME_ITERATIONS = 2
 
 @dataclass(frozen=True)
 class SlotModelConfig:
-    """Everything that is needed to build a `SlotModel` before its weights are loaded."""
+    """Everything that is needed to build a `SlotModel` before its weights are loaded.
+
+    predictor: False for image models, which start every frame from the initial slots.
+    decoder_hidden_sizes: of the MLP decoder's hidden layers, or of the slot mixer's renderer.
+    decoder_blocks: transformer blocks of the slot mixer's allocator.
+    decoder_outputs: what a position's numbers are, "features" and "similarity" (temporal, VideoSAUR)
+    in this order; the MLP decoder gives features alone.
+    """
 
     backbone: BackboneConfig
     num_slots: int
     slot_size: int
     initializer: str = "learned"  # or "random"
     corrector_mlp: bool = True
+    predictor: bool = True
+    decoder: str = "mlp"  # or "slot_mixer"
     decoder_hidden_sizes: tuple[int, ...] = (1024, 1024, 1024)
+    decoder_blocks: int = 3
+    decoder_outputs: tuple[str, ...] = ("features",)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -42,7 +57,7 @@ class SlotModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SlotModelConfig:
-        """The inverse of `to_dict`, also after a round trip through JSON."""
+        """The inverse of `to_dict`, also after a round trip through JSON; what is absent is the default."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**{**values, "backbone": BackboneConfig(**values["backbone"])})
 
@@ -53,14 +68,16 @@ class SlotModelOutput:
 
     slots: `(B, T, N, d)`, before the predictor. attention: `(B, T, N, P)`, softmax over N.
     masks: `(B, T, N, P)`, the decoder's, softmax over N. reconstruction and backbone_features:
-    `(B, T, P, F)`.
+    `(B, T, P, F)`. similarity: `(B, T, P, P)`, logits of which positions of the next frame are like
+    this one. What a decoder does not give is None.
     """
 
     slots: Tensor
     attention: Tensor
     masks: Tensor
-    reconstruction: Tensor
+    reconstruction: Tensor | None
     backbone_features: Tensor
+    similarity: Tensor | None = None
 
 
 class Encoder(nn.Module):
@@ -74,12 +91,15 @@ class Encoder(nn.Module):
 
 
 class Processor(nn.Module):
-    """Slot attention within a frame (corrector) and the step to the next one (predictor)."""
+    """Slot attention within a frame (corrector) and the step to the next one (predictor).
+
+    Image models have no predictor: each frame is corrected on its own from the initial slots.
+    """
 
     def __init__(self, config: SlotModelConfig) -> None:
         super().__init__()
         self.corrector = SlotAttention(config.slot_size, mlp=config.corrector_mlp)
-        self.predictor = Predictor(config.slot_size)
+        self.predictor = Transformer(config.slot_size, num_blocks=1) if config.predictor else None
 
 
 class SlotModel(nn.Module):
@@ -97,12 +117,23 @@ class SlotModel(nn.Module):
         self.initializer = initializers[config.initializer](config.num_slots, config.slot_size)
         self.encoder = Encoder(config)
         self.processor = Processor(config)
-        self.decoder = MLPDecoder(
-            self.encoder.backbone.num_patches,
-            config.slot_size,
-            self.encoder.backbone.feature_size,
-            config.decoder_hidden_sizes,
-        )
+        self.decoder = self._build_decoder(config)
+
+    def _build_decoder(self, config: SlotModelConfig) -> Decoder:
+        patches, features = self.encoder.backbone.num_patches, self.encoder.backbone.feature_size
+        sizes = {"features": features, "similarity": patches}
+        outputs = config.decoder_outputs
+        if outputs not in (("features",), ("features", "similarity"), ("similarity",)):
+            raise ValueError(f"decoder_outputs must be of {list(sizes)}, in this order, not {outputs!r}")
+        hidden = config.decoder_hidden_sizes
+        if config.decoder == "mlp":
+            if outputs != ("features",):
+                raise ValueError(f"an MLP decoder has the outputs ('features',), not {outputs!r}")
+            return MLPDecoder(patches, config.slot_size, features, hidden)
+        if config.decoder == "slot_mixer":
+            size = sum(sizes[name] for name in outputs)
+            return SlotMixerDecoder(patches, config.slot_size, size, hidden, config.decoder_blocks)
+        raise ValueError(f"decoder must be 'mlp' or 'slot_mixer', not {config.decoder!r}")
 
     @property
     def image_size(self) -> int:
@@ -116,6 +147,15 @@ class SlotModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.decoder.pos_emb.device
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the decoder gives features, as all do but VideoSAUR's for MOVi."""
+        return "features" in self.config.decoder_outputs
+
+    @property
+    def predicts_similarity(self) -> bool:
+        return "similarity" in self.config.decoder_outputs
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
@@ -164,7 +204,8 @@ class SlotModel(nn.Module):
         """Slots `(B, T, N, d)` and attention `(B, T, N, P)` from features `(B, T, P, F)`.
 
         `rollout="cyclic"` (SlotCurri) goes on from the last frame's prediction back to frame 0 and
-        lets those slots replace the forward ones; the last frame keeps its own.
+        lets those slots replace the forward ones; the last frame keeps its own. Without a predictor
+        both are the same: no frame knows of another.
         """
         if rollout not in ("forward", "cyclic"):
             raise ValueError(f"rollout must be 'forward' or 'cyclic', not {rollout!r}")
@@ -178,7 +219,7 @@ class SlotModel(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Slots and attention of each frame of a whole clip."""
         slots, attention, state_BND = self._advance(features_BTPD, state_BND, first=True)
-        if rollout == "cyclic":
+        if rollout == "cyclic" and self.processor.predictor is not None:
             for t in range(features_BTPD.shape[1] - 2, -1, -1):
                 slots[t], attention[t] = self.processor.corrector(
                     state_BND, features_BTPD[:, t], NEXT_FRAME_ITERATIONS
@@ -191,19 +232,22 @@ class SlotModel(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Slots and attention of each frame, and the state that starts the frame after them."""
         slots, attention = [], []
+        predictor = self.processor.predictor
         for t in range(features_BTPD.shape[1]):
-            iterations = FIRST_FRAME_ITERATIONS if first and t == 0 else NEXT_FRAME_ITERATIONS
+            first_frame = predictor is None or (first and t == 0)
+            iterations = FIRST_FRAME_ITERATIONS if first_frame else NEXT_FRAME_ITERATIONS
             slots_BND, attention_BNP = self.processor.corrector(state_BND, features_BTPD[:, t], iterations)
-            state_BND = self.processor.predictor(slots_BND)
+            if predictor is not None:
+                state_BND = predictor(slots_BND)
             slots.append(slots_BND)
             attention.append(attention_BNP)
         return slots, attention, state_BND
 
     def decode(self, slots_BTND: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction `(B, T, P, F)` and masks `(B, T, N, P)`."""
-        reconstruction, masks = self.decoder(slots_BTND.flatten(0, 1))
+        """The decoder's outputs `(B, T, P, C)`, see `decoder_outputs`, and masks `(B, T, N, P)`."""
+        outputs, masks = self.decoder(slots_BTND.flatten(0, 1))
         shape = slots_BTND.shape[:2]
-        return reconstruction.unflatten(0, shape), masks.unflatten(0, shape)
+        return outputs.unflatten(0, shape), masks.unflatten(0, shape)
 
     def forward(
         self,
@@ -227,8 +271,15 @@ class SlotModel(nn.Module):
                 raise ValueError(f"video has shape {tuple(video.shape)}, expected (B, T, {expected})")
             backbone_features = self.backbone_features(video)
         slots, attention = self.roll_out(backbone_features, initial_slots, rollout)
-        reconstruction, masks = self.decode(slots)
-        return SlotModelOutput(slots, attention, masks, reconstruction, backbone_features)
+        outputs, masks = self.decode(slots)
+        return SlotModelOutput(
+            slots,
+            attention,
+            masks,
+            reconstruction=outputs[..., : backbone_features.shape[-1]] if self.reconstructs else None,
+            backbone_features=backbone_features,
+            similarity=outputs[..., -masks.shape[-1] :] if self.predicts_similarity else None,
+        )
 
     # --- videos of any length -----------------------------------------------------------------
 
@@ -248,7 +299,8 @@ class SlotModel(nn.Module):
         or, with `masks="attention"`, slot attention's, which needs no decoding. The cyclic roll-out
         (see `roll_out`) holds the whole video's frames and projected features, since it goes back.
         """
-        rolled = self._stream_cyclic if rollout == "cyclic" else self._stream_forward
+        back = rollout == "cyclic" and self.processor.predictor is not None
+        rolled = self._stream_cyclic if back else self._stream_forward
         for frames, slots_TND, attention_TNP in rolled(chunks, noise_seed):
             yield (
                 frames,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -262,27 +261,11 @@ def test_public_checkpoint_is_in_the_public_layout(tmp_path):
     torch.testing.assert_close(loaded(random_video()).masks, model(random_video()).masks)
 
 
-def test_image_models_lack_module_in_their_keys(tmp_path):
+def test_keys_may_lack_module(tmp_path):
     model = tiny_model()
     torch.save({"state_dict": model.state_dict()}, tmp_path / "image.ckpt")
     loaded = load_slot_model(tmp_path / "image.ckpt", num_heads=2)
     torch.testing.assert_close(loaded(random_video()).masks, model(random_video()).masks)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_checkpoint_never_runs_code(tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "pwned"),)
-
-    for name, dump in (
-        ("a.ckpt", lambda x, p: torch.save(x, p)),
-        ("b.pt", lambda x, p: p.write_bytes(pickle.dumps(x))),
-    ):
-        dump({"state_dict": {"initializer.slots": torch.ones(1), "x": Malicious()}}, tmp_path / name)
-        with pytest.raises(ValueError, match=f"{name}: can't be read as a PyTorch file without running code"):
-            load_slot_model(tmp_path / name)
-    assert not (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"I am no checkpoint\n" * 10, bytes(1000)])
@@ -359,17 +342,6 @@ def test_heads_that_do_not_divide_the_width(tmp_path):
     with pytest.raises(ValueError, match="num_heads: must be given"):
         load_slot_model(tmp_path / "public.ckpt")
     assert load_slot_model(tmp_path / "model.ckpt").config.backbone.arguments["num_heads"] == 2
-
-
-def test_srl_training_heads_are_ignored(tmp_path):
-    model = tiny_model()
-    save_public_checkpoint(model, tmp_path / "model.ckpt")
-    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
-    content["state_dict"] |= {"projector.0.weight": torch.ones(2), "projector2.0.weight": torch.ones(2)}
-    torch.save(content, tmp_path / "srl.ckpt")
-    loaded = load_slot_model(tmp_path / "srl.ckpt")
-    for a, b in zip(loaded.parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("content", ["{half", "[]", '{"num_slots": 3}', "extra key"])
@@ -524,16 +496,19 @@ def test_streaming_with_random_initial_slots():
     assert not torch.allclose(first, other)
 
 
-def test_golden_checkpoint_survives_our_own_formats(tmp_path):
-    golden = Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"
-    model = load_slot_model(golden, num_heads=3)
+@pytest.mark.parametrize("name", ["slotcontrast_tiny", "videosaur_tiny"])
+def test_golden_checkpoint_survives_our_own_formats(tmp_path, name):
+    golden = Path(__file__).parents[1] / "golden" / f"{name}.ckpt"
+    model = load_slot_model(golden, num_heads=3, num_slots=4)
     save_slot_model(model, tmp_path / "folder")
     save_public_checkpoint(model, tmp_path / "again.ckpt")
     video = random_video(1, 2, 56)
+    start = model.initial_slots(1, [3])
     with torch.no_grad():
-        expected = model(video).reconstruction
+        expected = model(video, initial_slots=start).reconstruction
         for path in ("folder", "again.ckpt"):
-            torch.testing.assert_close(load_slot_model(tmp_path / path)(video).reconstruction, expected)
+            again = load_slot_model(tmp_path / path)(video, initial_slots=start)
+            torch.testing.assert_close(again.reconstruction, expected)
     original = torch.load(golden, weights_only=True)["state_dict"]
     written = torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"]
     assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in original.items()}

@@ -1,0 +1,494 @@
+"""Every kind of public checkpoint: read, told apart, run, written again, and refused where it is bad."""
+
+import argparse
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.distill.step import Batch, DistillationObjective, training_step
+from pipeline.models import (
+    BackboneConfig,
+    SlotModel,
+    SlotModelConfig,
+    load_slot_model,
+    save_public_checkpoint,
+    save_slot_model,
+    start_as_soft_kmeans,
+)
+
+VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DRAWN = {"initializer": "random"}
+MIXER = {"decoder": "slot_mixer", "decoder_blocks": 2, "corrector_mlp": False}
+KINDS = {
+    "slotcontrast": {},
+    "videosaur": {**DRAWN, **MIXER, "decoder_outputs": ("features", "similarity")},
+    "videosaur_movi": {**DRAWN, **MIXER, "decoder_outputs": ("similarity",)},
+    "dinosaur": {**DRAWN, "predictor": False},
+}
+ROOT = Path(__file__).parents[2]
+
+
+def build(kind, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = SlotModel(
+        SlotModelConfig(
+            num_slots=3,
+            slot_size=8,
+            decoder_hidden_sizes=(16, 24),
+            **{"backbone": BackboneConfig(None, 32, VIT), **KINDS[kind], **changes},
+        )
+    ).eval()
+    with torch.no_grad():  # values that no initialisation has, so that a tensor in the wrong place shows
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def video(T=4):
+    return torch.randn(2, T, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def frames(T=7):
+    return np.random.default_rng(0).integers(0, 256, (T, 40, 40, 3), np.uint8)
+
+
+@torch.no_grad()
+def run(model, T=4, rollout="forward"):
+    return model(video(T), initial_slots=model.initial_slots(2, [5, 6]), rollout=rollout)
+
+
+def assert_same_function(one, other):
+    expected, output = run(one), run(other)
+    for name in ("slots", "attention", "masks", "reconstruction", "similarity"):
+        torch.testing.assert_close(getattr(output, name), getattr(expected, name), rtol=0, atol=0, msg=name)
+
+
+def public_file(model, path, change=None):
+    """As others have written it: without our config. `change` may change the tensors."""
+    save_public_checkpoint(model, path)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    if change:
+        change(state)
+    torch.save({"state_dict": state, "epoch": 3, "pytorch-lightning_version": "2.0.0"}, path)
+    return path
+
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+# --- reading and writing ----------------------------------------------------------------------------
+
+
+@each_kind
+def test_kinds_are_told_apart_by_their_keys(kind, tmp_path):
+    model = build(kind)
+    loaded = load_slot_model(public_file(model, tmp_path / "a.ckpt"), num_heads=2, num_slots=3)
+    backbone = loaded.config.backbone
+    assert replace(loaded.config, backbone=model.config.backbone) == model.config
+    assert (backbone.image_size, loaded.grid) == (32, 4)
+    assert_same_function(model, loaded)
+
+
+@each_kind
+def test_our_own_formats(kind, tmp_path):
+    model = build(kind)
+    save_slot_model(model, tmp_path / "folder")
+    save_public_checkpoint(model, tmp_path / "file.ckpt")
+    for path in ("folder", "file.ckpt"):
+        loaded = load_slot_model(tmp_path / path)
+        assert loaded.config == model.config
+        assert_same_function(model, loaded)
+
+
+@each_kind
+def test_a_public_file_survives_our_own_formats(kind, tmp_path):
+    original = public_file(build(kind), tmp_path / "public.ckpt")
+    model = load_slot_model(original, num_heads=2, num_slots=3)
+    save_slot_model(model, tmp_path / "folder")
+    save_public_checkpoint(model, tmp_path / "again.ckpt")
+    for path in ("folder", "again.ckpt"):
+        assert_same_function(model, load_slot_model(tmp_path / path))
+    keys = [
+        torch.load(p, weights_only=True)["state_dict"].keys() for p in (original, tmp_path / "again.ckpt")
+    ]
+    assert keys[0] == keys[1]
+
+
+def test_layouts(tmp_path):
+    keys = {k: set(torch.load(public_file(build(k), tmp_path / k))["state_dict"]) for k in KINDS}
+    assert not any(".module." in key or "predictor" in key for key in keys["dinosaur"])
+    assert {
+        "initializer.log_std",
+        "decoder.module.allocator.blocks.1.self_attn.qkv.weight",
+        "decoder.module.norm_memory.bias",
+        "decoder.module.renderer.layers.2.weight",
+        "decoder.module.output_transform.bias",
+        "processor.module.predictor.blocks.0.norm2.weight",
+    } <= keys["videosaur"]
+    assert not any("corrector.mlp" in key for key in keys["videosaur"])
+
+
+def test_drawn_slots_need_their_number(tmp_path):
+    """It is in no tensor, and any number works."""
+    path = public_file(build("videosaur"), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"num_slots: must be given, as .*a\.ckpt draws its initial slots"):
+        load_slot_model(path, num_heads=2)
+    assert run(load_slot_model(path, num_heads=2, num_slots=5)).slots.shape == (2, 4, 5, 8)
+
+
+def test_learned_slots_are_counted(tmp_path):
+    path = public_file(build("slotcontrast"), tmp_path / "a.ckpt")
+    assert load_slot_model(path, num_heads=2, num_slots=15).config.num_slots == 3
+
+
+def test_normalisation_of_a_public_file_can_be_said(tmp_path):
+    """VideoSAUR's MOVi files have been run on pixels in [-1, 1]."""
+    path = public_file(build("videosaur_movi"), tmp_path / "a.ckpt")
+    half = (0.5, 0.5, 0.5)
+    model = load_slot_model(path, num_heads=2, num_slots=3, mean=half, std=half)
+    white = np.full((1, 32, 32, 3), 255, np.uint8)
+    torch.testing.assert_close(model.prepare([white]), torch.ones(1, 1, 3, 32, 32))
+
+
+def test_srl_training_heads_are_named_in_one_line(tmp_path, capsys):
+    model = build("slotcontrast")
+    path = public_file(
+        model,
+        tmp_path / "srl.ckpt",
+        lambda s: s.update({f"projector{i}.{k}.weight": torch.ones(2) for i in ("", "2") for k in (0, 2)}),
+    )
+    loaded = load_slot_model(path, num_heads=2)
+    assert_same_function(model, loaded)
+    assert capsys.readouterr().err == (
+        f"{path}: ignored 4 tensors of heads that only training uses (projector, projector2)\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["slotcontrast", "dinosaur"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"no_embed_class": True}, {"reg_tokens": 4, "no_embed_class": True}, {"reg_tokens": 4}]
+)
+def test_position_embeddings_of_the_vits_own_size(kind, extra, tmp_path, capsys):
+    """SlotContrast's MOVi files and DINOSAUR's: a ViT of 518 pixels, run at 336 and 224."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = build(kind, backbone=BackboneConfig(None, 32, {**VIT, **extra}))
+    vit = VisionTransformer(
+        **VIT, **extra, img_size=72, num_classes=0, global_pool="", dynamic_img_size=True
+    ).eval()
+    vit.norm = torch.nn.Identity()
+    states = vit.state_dict()
+
+    def native(state):
+        prefix = next(k for k in state if k.endswith("patch_embed.proj.weight")).removesuffix(
+            "patch_embed.proj.weight"
+        )
+        assert state[prefix + "pos_embed"].shape != states["pos_embed"].shape
+        state.update({prefix + k: v for k, v in states.items()})
+
+    path = public_file(model, tmp_path / "a.ckpt", native)
+    loaded = load_slot_model(path, num_heads=2, num_slots=3)
+    assert loaded.image_size == 32
+    assert capsys.readouterr().err == f"{path}: position embeddings resampled from 9 x 9 to 4 x 4 patches\n"
+    with torch.no_grad():
+        expected = vit.forward_features(video().flatten(0, 1))[:, vit.num_prefix_tokens :]
+    torch.testing.assert_close(loaded.backbone_features(video()).flatten(0, 1), expected)
+
+
+def test_configs_from_before_there_were_other_kinds():
+    config = json.loads((ROOT / "demo" / "teacher" / "config.json").read_text())
+    assert not {"predictor", "decoder", "decoder_outputs"} & set(config)
+    model = load_slot_model(ROOT / "demo" / "teacher")
+    assert (model.config.predictor, model.config.decoder) == (True, "mlp")
+    assert model.config.decoder_outputs == ("features",)
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+def without(*keys):
+    return lambda state: [state.pop(key) for key in keys]
+
+
+@each_kind
+def test_all_that_does_not_fit_is_in_one_error(kind, tmp_path):
+    mixer, module = kind.startswith("videosaur"), "" if kind == "dinosaur" else "module."
+    weight = f"decoder.{module}" + ("output_transform.weight" if mixer else "mlp.layers.4.weight")
+
+    def damage(state):
+        for key in ("pos_emb", "renderer.layers.0.weight" if mixer else "mlp.layers.0.weight"):
+            del state[f"decoder.{module}{key}"]
+        del state[f"processor.{module}corrector.gru.bias_hh"]
+        del state[f"encoder.{module}backbone.model.blocks.0.attn.qkv.weight"]
+        state["extra.weight"] = torch.ones(1)
+        state[f"processor.{module}corrector.norm_slots.weight"] = torch.ones(9)
+        state[weight] = torch.ones(7, 24)
+
+    path = public_file(build(kind), tmp_path / "a.ckpt", damage)
+    with pytest.raises(ValueError, match="the weights don't fit the model") as error:
+        load_slot_model(path, num_heads=2, num_slots=3)
+    message = str(error.value)
+    assert message.startswith(str(path))
+    for part in (
+        "missing decoder.pos_emb",
+        f"missing decoder.{'renderer' if mixer else 'mlp'}.layers.0.weight",
+        "missing processor.corrector.gru.bias_hh",
+        "missing encoder.backbone.model.blocks.0.attn.qkv.weight",
+        "unexpected extra.weight",
+        "processor.corrector.norm_slots.weight is (9,), expected (8,)",
+        weight.replace("module.", "") + " is (7, 24), expected",
+    ):
+        assert part in message
+
+
+@each_kind
+def test_every_single_missing_tensor_is_named(kind, tmp_path):
+    model = build(kind, backbone=BackboneConfig(None, 32, {**VIT, "init_values": 1.0}))
+    for key in model.state_dict():
+        state = {k: v for k, v in model.state_dict().items() if k != key}
+        torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match=r"missing|not a slot model") as error:
+            load_slot_model(tmp_path / "a.ckpt", num_heads=2, num_slots=3)
+        assert key in str(error.value), str(error.value)
+
+
+def test_a_video_model_without_its_predictor_is_damaged(tmp_path):
+    """And no image model: those have no `.module` either."""
+    keys = [k for k in build("slotcontrast").state_dict() if "predictor" in k]
+    public = [k.replace("processor.", "processor.module.") for k in keys]
+    path = public_file(build("slotcontrast"), tmp_path / "a.ckpt", without(*public))
+    with pytest.raises(ValueError, match="the weights don't fit the model") as error:
+        load_slot_model(path, num_heads=2)
+    assert all(f"missing {key}" in str(error.value) for key in keys)
+
+
+def test_tensors_of_something_else(tmp_path):
+    torch.save({"conv1.weight": torch.ones(3), "fc.bias": torch.ones(2)}, tmp_path / "resnet.pth")
+    message = (
+        r"resnet\.pth: not a slot model, it has no `initializer\.slots`.*first keys: conv1\.weight, fc\.bias"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_slot_model(tmp_path / "resnet.pth")
+
+
+class Malicious:
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("writer", ["torch", "old torch", "pickle 2", "pickle 5"])
+def test_a_pickle_with_code_in_it_is_refused(writer, tmp_path):
+    content = {"state_dict": {"initializer.slots": torch.ones(1), "x": Malicious(tmp_path / "pwned")}}
+    path = tmp_path / "a.ckpt"
+    if writer.endswith("torch"):
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=int(writer[-1])))
+    with pytest.raises(
+        ValueError, match=r"a\.ckpt: refused, it is a pickle that holds more than tensors"
+    ) as error:
+        load_slot_model(path)
+    named = {"pickle 2": "torch.storage._load_from_bytes", "pickle 5": "a plain pickle"}
+    assert f"({named.get(writer, 'posix.mkdir')})" in str(error.value)
+    assert "Re-running" not in str(error.value)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_objects_besides_tensors_are_refused_by_name(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": argparse.Namespace(lr=1)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"refused, .* more than tensors \(argparse\.Namespace\)"):
+        load_slot_model(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"I am no checkpoint\n" * 9, b"<!DOCTYPE html><html>", bytes(999), b"version https://git-lfs"],
+)
+def test_what_is_no_checkpoint(content, tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"a\.ckpt: can't be read as a PyTorch file: cut off, damaged or"
+    ) as error:
+        load_slot_model(tmp_path / "a.ckpt")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_truncated_files(share, zipped, tmp_path):
+    path = tmp_path / "a.ckpt"
+    state = build("videosaur").state_dict()
+    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"a\.ckpt: (can't be read|refused)"):
+        load_slot_model(path, num_heads=2, num_slots=3)
+
+
+def test_wrong_heads(tmp_path):
+    path = public_file(build("videosaur"), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="num_heads: 5 does not divide the width 32"):
+        load_slot_model(path, num_heads=5, num_slots=3)
+    with pytest.raises(ValueError, match="num_heads: must be given"):
+        load_slot_model(path, num_slots=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": "conv"}, "decoder must be 'mlp' or 'slot_mixer', not 'conv'"),
+        ({"decoder_outputs": ("similarity", "features")}, r"decoder_outputs must be of .* in this order"),
+        ({"decoder": "mlp", "decoder_outputs": ("similarity",)}, r"an MLP decoder has the outputs"),
+        ({"initializer": "fixed"}, "initializer must be one of"),
+    ],
+)
+def test_configs_that_no_model_has(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build("videosaur", **changes)
+
+
+# --- running ----------------------------------------------------------------------------------------
+
+
+@each_kind
+def test_shapes(kind):
+    output = run(build(kind), T=3)
+    outputs = KINDS[kind].get("decoder_outputs", ("features",))
+    assert output.slots.shape == (2, 3, 3, 8)
+    for shares in (output.masks, output.attention):
+        torch.testing.assert_close(shares.sum(2), torch.ones(2, 3, 16))
+    given = {"features": output.reconstruction, "similarity": output.similarity}
+    for name, size in (("features", 32), ("similarity", 16)):
+        assert (given[name] is None) == (name not in outputs)
+        assert given[name] is None or given[name].shape == (2, 3, 16, size)
+
+
+@each_kind
+@pytest.mark.parametrize("rollout", ["forward", "cyclic"])
+@pytest.mark.parametrize("cut", [[7], [1] * 7, [3, 4]])
+@torch.no_grad()
+def test_streaming_in_any_chunks_equals_the_whole(kind, rollout, cut):
+    model = build(kind)
+    whole = model(model.prepare([frames()]), initial_slots=model.initial_slots(1, [9]), rollout=rollout)
+    chunks = iter(np.split(frames(), np.cumsum(cut)[:-1]))
+    parts = list(model.stream(chunks, noise_seed=9, rollout=rollout))
+    slots, masks = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+    torch.testing.assert_close(slots, whole.slots[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(masks, whole.masks[0], rtol=0, atol=1e-5)
+    labels = model.label_maps(masks, (40, 40))
+    assert (labels.shape, labels.dtype) == ((7, 40, 40), torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["videosaur", "dinosaur"])
+@pytest.mark.parametrize("rollout", ["forward", "cyclic"])
+def test_what_streaming_holds(kind, rollout):
+    """Only a roll-out that really goes back waits for the end of the video."""
+    asked = []
+
+    def camera():
+        for index in range(3):
+            asked.append(index)
+            yield frames(2)
+
+    next(build(kind).stream(camera(), rollout=rollout))
+    goes_back = kind == "videosaur" and rollout == "cyclic"
+    assert asked == ([0, 1, 2] if goes_back else [0])
+
+
+@torch.no_grad()
+def test_image_models_see_each_frame_on_its_own():
+    model = build("dinosaur")
+    start, output = model.initial_slots(2, [5, 6]), run(model)
+    shuffled = model(video()[:, [2, 0, 3, 1]], initial_slots=start)
+    torch.testing.assert_close(shuffled.slots, output.slots[:, [2, 0, 3, 1]], rtol=0, atol=1e-6)
+    for t in range(4):
+        alone = model(video()[:, t : t + 1], initial_slots=start)
+        torch.testing.assert_close(alone.masks[:, 0], output.masks[:, t], rtol=0, atol=1e-6)
+    assert torch.equal(run(model, rollout="cyclic").slots, output.slots)
+    features = model.encoder.output_transform(output.backbone_features)
+    thrice, _ = model.processor.corrector(start, features[:, 2], 3)
+    torch.testing.assert_close(output.slots[:, 2], thrice, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_mixer_gives_every_slot_the_same_treatment():
+    """Permuted slots permute the masks, and change nothing of what is rendered."""
+    decoder = build("videosaur").decoder
+    slots = torch.randn(5, 3, 8)
+    (outputs, masks), (same, permuted) = decoder(slots), decoder(slots[:, [2, 0, 1]])
+    torch.testing.assert_close(same, outputs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(permuted, masks[:, [2, 0, 1]], rtol=0, atol=1e-6)
+    assert (masks[0] - masks[1]).abs().max() > 1e-3
+
+
+# --- drawn slots ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_teacher_and_student_draw_the_same_noise():
+    """Of as many slots of the same size: whatever else differs, wherever it runs, in batches of any size."""
+    teacher = build("videosaur")
+    student = build("dinosaur", seed=1, backbone=BackboneConfig(None, 48, {**VIT, "patch_size": 16}))
+    seeds = [7, 2**62, 8]
+
+    def noise(model, seeds):
+        return (
+            model.initial_slots(len(seeds), seeds) - model.initializer.mean
+        ) / model.initializer.log_std.exp()
+
+    torch.testing.assert_close(noise(teacher, seeds), noise(student, seeds), rtol=0, atol=1e-5)
+    torch.testing.assert_close(noise(student, seeds[1:]), noise(teacher, seeds)[1:], rtol=0, atol=1e-5)
+    student.initializer.load_state_dict(teacher.initializer.state_dict())
+    assert torch.equal(teacher.initial_slots(3, seeds), student.initial_slots(3, seeds))
+    many = teacher.initial_slots(400, list(range(400)))
+    torch.testing.assert_close(many.mean((0, 1)), teacher.initializer.mean[0, 0], rtol=0, atol=0.1)
+    expected = teacher.initializer.log_std.exp()[0, 0]
+    torch.testing.assert_close(many.std((0, 1)), expected, rtol=0.1, atol=0)
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "T", "alpha"),
+    [("videosaur", 4, 1.0), ("videosaur", 1, 0.0), ("dinosaur", 4, 0.0), ("dinosaur", 1, 0.0)],
+)
+def test_every_kind_that_reconstructs_can_train(kind, T, alpha):
+    model = build(kind).train()
+    objective = DistillationObjective(model, alpha=alpha, beta=0.2, temperature=0.1)
+    optimizer = torch.optim.Adam(model.trainable_parameters())
+    target = torch.randn(2, T, 3, 8, generator=torch.Generator().manual_seed(2))
+    curve = []
+    for _ in range(40):
+        batch = Batch(video(T), target_slots=target, initial_slots=model.initial_slots(2, [5, 6]))
+        curve.append(
+            training_step(objective, optimizer, batch, learning_rate=3e-3, gradient_clip=1.0)["total"]
+        )
+    assert curve[-1] < 0.9 * curve[0]
+    unused = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert all(name.startswith("processor.predictor.") for name in unused)
+    assert not unused or T == 1
+
+
+def test_what_can_not_train_says_so():
+    with pytest.raises(ValueError, match="reconstructs no features"):
+        DistillationObjective(build("videosaur_movi"), alpha=0, beta=0.2, temperature=0.1)
+    with pytest.raises(ValueError, match=r"alpha = 0\.5 contrasts neighbouring frames.*use alpha = 0"):
+        DistillationObjective(build("dinosaur"), alpha=0.5, beta=0.2, temperature=0.1)
+
+
+@each_kind
+def test_soft_kmeans_start(kind):
+    model = build(kind)
+    start_as_soft_kmeans(model)
+    assert torch.isfinite(run(model).masks).all()
