@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import Comparison, Row, interleaved
-from pipeline.distill.step import Batch, DistillationObjective, training_step
+from pipeline.distill.step import Batch, Objective, Terms, training_step
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss, slot_kd_loss
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 from pipeline.models.slot_model import FIRST_FRAME_ITERATIONS, NEXT_FRAME_ITERATIONS
@@ -75,10 +75,10 @@ class Algorithm1(nn.Module):
         losses = {
             "reconstruction": feature_reconstruction_loss(reconstruction.float(), features.float()),
             "contrast": slot_contrastive_loss(slots.float(), TEMPERATURE),
-            "kd": slot_kd_loss(slots.float(), teacher_slots.float()),
+            "slot_kd": slot_kd_loss(slots.float(), teacher_slots.float()),
         }
         return {
-            "total": losses["reconstruction"] + ALPHA * losses["contrast"] + BETA * losses["kd"],
+            "total": losses["reconstruction"] + ALPHA * losses["contrast"] + BETA * losses["slot_kd"],
             **losses,
         }
 
@@ -146,7 +146,7 @@ def _step(
     """One way's step on its own copy of the student; it returns when the device has finished."""
     student = copy.deepcopy(student).train()
     student.decoder.fast = fast_decoder
-    objective: nn.Module = DistillationObjective(student, alpha=ALPHA, beta=BETA, temperature=TEMPERATURE)
+    objective: nn.Module = Objective(student, Terms(alpha=ALPHA, slot_kd=BETA, temperature=TEMPERATURE))
     if teacher is not None:
         objective = Algorithm1(teacher, student)
     optimizer = torch.optim.Adam(student.trainable_parameters(), lr=LEARNING_RATE)

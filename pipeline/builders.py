@@ -86,8 +86,9 @@ def build_model(section: Model, *, num_slots: int, slot_size: int, seed: int) ->
 def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None, seed: int) -> SlotModel:
     """The student of a config; sizes left open are the teacher's.
 
-    With a `SlotModel` as teacher and `distill.initial_slots_from_teacher`, learned initial slots are
-    copied, so that slot n means slot n on both sides.
+    With a `SlotModel` as teacher, initial slots (or the distribution that they are drawn from) are
+    copied, so that slot n means slot n on both sides: unless `distill.initial_slots_from_teacher` says
+    otherwise, or sizes differ.
 
     Raises:
         ConfigError: slot counts or sizes that differ from the teacher's, or that nobody gave.
@@ -99,14 +100,27 @@ def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None
         other = getattr(teacher_config, key) if teacher_config else getattr(config.teacher, key)
         if own is None and other is None:
             raise ConfigError(f"student.{key}: is not set, and no teacher gives it")
-        if own is not None and teacher_config is not None and own != other:
+        mapped = key == "slot_size" and config.distill.slot_map
+        if own is not None and teacher_config is not None and own != other and not mapped:
             raise ConfigError(
                 f"student.{key}: {own} differs from the teacher's {other}, and slot n is distilled to slot n; "
                 f"nearest valid: {other}"
+                + (
+                    "; or learn a linear map between them: distill.slot_map=true"
+                    if key == "slot_size"
+                    else ""
+                )
             )
         sizes[key] = own if own is not None else other
     student = build_model(config.student, seed=seed, **sizes)
-    if isinstance(teacher, SlotModel) and config.distill.initial_slots_from_teacher:
+    same_size = teacher_config is not None and sizes["slot_size"] == teacher_config.slot_size
+    copies = config.distill.initial_slots_from_teacher
+    if copies and not same_size:
+        raise ConfigError(
+            f"distill.initial_slots_from_teacher: slots of {sizes['slot_size']} numbers can't start as the "
+            "teacher's do, which have another size; leave it out"
+        )
+    if isinstance(teacher, SlotModel) and same_size and copies is not False:
         if student.config.initializer != teacher.config.initializer:
             raise ConfigError(
                 f"student.initial_slots: {student.config.initializer!r} differs from the teacher's "
@@ -207,6 +221,7 @@ RUN_DETAILS = {
     "keep_checkpoints",
     "overlays",
     "max_failures",
+    "measure_bound_every",
 }
 
 

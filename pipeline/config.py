@@ -43,11 +43,15 @@ class Section(BaseModel):
         return value
 
 
+GENERATED_SPLITS = ("train", "validation", "test")
+
+
 class Synthetic(Section):
     """Generated videos (`dataset.kind: synthetic`): real H.264 files with instance masks."""
 
     videos: PositiveInt = 400
     validation_videos: PositiveInt = 60
+    test_videos: PositiveInt = 60
     frames: PositiveInt = 24
     size: Annotated[int, Field(ge=16, multiple_of=2)] = 96  # pixels
     seed: NonNegativeInt = 0
@@ -133,6 +137,14 @@ class Training(Section):
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the job gives up
 
 
+class TeacherTraining(Training):
+    """SlotContrast's objective; with `similarity`, VideoSAUR's."""
+
+    similarity: NonNegativeFloat = 0.0  # weight of the temporal-similarity loss; needs decoder: slot_mixer
+    similarity_temperature: PositiveFloat = 0.075
+    similarity_threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0  # cosines below it don't count
+
+
 class Teacher(Model):
     name: str = "SlotContrast"  # in tables
     checkpoint: str | None = None  # a public file or a model folder; None: `jobs.teacher` trains one
@@ -140,7 +152,7 @@ class Teacher(Model):
     backbone: str | ViT = "vit_base_patch14_dinov2"
     num_slots: Annotated[int, Field(ge=1, le=256)] | None = 15
     slot_size: PositiveInt | None = 128
-    train: Training = Training()
+    train: TeacherTraining = TeacherTraining()
 
 
 class Student(Model):
@@ -154,6 +166,7 @@ class Targets(Section):
     flip: Fraction = 0.5  # probability, of views 1, 2, …
     rollout: Literal["forward", "cyclic"] = "forward"
     student_features: bool = False  # also cache the student's frozen features: no ViT in training
+    teacher_features: bool = False  # also cache the teacher's frozen features, which feature KD needs
     feature_dtype: Literal["float32", "float16"] = "float32"
     batch_size: PositiveInt = 8  # clips in one teacher pass
     verify: Fraction = 0.0  # share of the rows to compute again and compare
@@ -161,10 +174,37 @@ class Targets(Section):
 
 class Distill(Training):
     name: str = ""  # two runs that are equal but for the name are different runs
-    beta: NonNegativeFloat = 0.2  # weight of the slot distillation loss; 0 needs no teacher
-    initial_slots_from_teacher: bool = True
+    method: Literal[
+        "slotmatch",  # cosine, Eq. 2
+        "slotmatch_mse",
+        "slotmatch_hungarian",
+        "slotmatch_reconstruction_kd",
+        "reconstruction_kd",
+        "feature_kd",
+        "no_kd",  # needs no teacher
+    ] = "slotmatch"
+    beta: NonNegativeFloat = 0.2  # weight of the slot distillation loss
+    reconstruction_kd_weight: PositiveFloat = 1.0
+    feature_kd_weight: PositiveFloat = 1.0
+    matching: Literal["clip", "frame"] = "clip"  # Hungarian: on a clip's first frame, or frame by frame
+    slot_map: bool = False  # a learned linear map from the student's slots to the teacher's slot size
+    initial_slots_from_teacher: bool | None = None  # copied at the start; None: with KD, where sizes agree
     live_teacher: bool = False  # run the teacher in every step instead of reading cached targets
+    fresh_views: bool = False  # with a live teacher: a new view of every clip in every epoch
+    measure_bound_every: NonNegativeInt = 0  # steps; logs Theorem 1's two sides; 0: never
     fast_decoder: bool = True
+
+    @property
+    def distils(self) -> bool:
+        return self.method != "no_kd"
+
+    @property
+    def distils_slots(self) -> bool:
+        return self.method.startswith("slotmatch")
+
+    @property
+    def distils_reconstruction(self) -> bool:
+        return self.method.endswith("reconstruction_kd")
 
 
 class Sweep(Section):
@@ -374,9 +414,15 @@ def _check_dataset(config: Config) -> list[str]:
     problems = []
     for key, split in (("dataset.split", config.dataset.split), ("evaluate.split", config.evaluate.split)):
         try:
-            parse_split(split or "")
+            name, _ = parse_split(split or "")
         except ValueError as error:
             problems.append(f"{key}: {error}")
+            continue
+        if config.dataset.kind == "synthetic" and name not in ("", *GENERATED_SPLITS):
+            near = difflib.get_close_matches(name, GENERATED_SPLITS, n=1, cutoff=0.0)[0]
+            problems.append(
+                f"{key}: {name!r} is no generated split ({', '.join(GENERATED_SPLITS)}); nearest: {near}"
+            )
     if config.dataset.kind == "coco" and config.clips.clip_frames != 1:
         problems.append(
             f"clips.clip_frames: {config.clips.clip_frames} frames, but COCO's images are videos of one; "
@@ -406,6 +452,8 @@ def _check_models(config: Config) -> list[str]:
             )
     for key in ("num_slots", "slot_size"):
         teacher, student = getattr(config.teacher, key), getattr(config.student, key)
+        if key == "slot_size" and config.distill.slot_map:
+            continue
         known = config.teacher.checkpoint is None and teacher is not None
         if known and student is not None and student != teacher:
             problems.append(
@@ -421,8 +469,37 @@ def _check_models(config: Config) -> list[str]:
     return problems
 
 
+def _check_distill(config: Config) -> list[str]:
+    problems, settings = [], config.distill
+    if settings.distils_slots and not settings.beta:
+        problems.append(
+            f"distill.beta: 0 leaves nothing of distill.method={settings.method}; without distillation: "
+            "distill.method=no_kd"
+        )
+    if settings.fresh_views and not settings.live_teacher:
+        problems.append(
+            "distill.fresh_views: cached targets hold targets.views views; new ones need distill.live_teacher=true"
+        )
+    if settings.method == "feature_kd" and not (config.targets.teacher_features or settings.live_teacher):
+        problems.append(
+            "distill.method: feature_kd needs the teacher's features: cache them (targets.teacher_features=true) or "
+            "run the teacher live (distill.live_teacher=true)"
+        )
+    if settings.measure_bound_every and not settings.distils:
+        problems.append(
+            "distill.measure_bound_every: compares with the teacher's slots, and distill.method=no_kd reads none"
+        )
+    train = config.teacher.train
+    if train.similarity and config.teacher.decoder != "slot_mixer" and config.teacher.checkpoint is None:
+        problems.append(
+            f"teacher.train.similarity: {train.similarity:g} needs a decoder that predicts similarities; use "
+            "teacher.decoder=slot_mixer"
+        )
+    return problems
+
+
 def _check_combinations(config: Config) -> list[str]:
-    problems = []
+    problems = _check_distill(config)
     for name, train in (("teacher.train", config.teacher.train), ("distill", config.distill)):
         if train.workers and train.batch_size % train.workers:
             nearest = max(1, round(train.batch_size / train.workers)) * train.workers
@@ -430,8 +507,10 @@ def _check_combinations(config: Config) -> list[str]:
                 f"{name}.batch_size: {train.batch_size} can't be shared equally by {train.workers} workers; "
                 f"nearest: {nearest}"
             )
-    trains = config.evaluate.model is None and config.dataset.kind != "synthetic"
-    if trains and config.evaluate.split == config.dataset.split != "":
+    trains, training = config.evaluate.model is None, config.dataset.split
+    if config.dataset.kind == "synthetic":
+        training = training or "train"
+    if trains and config.evaluate.split == training != "":
         problems.append(f"evaluate.split: {config.evaluate.split!r} is the training split (dataset.split)")
     if config.clips.clip_frames < 2 and (config.distill.alpha or config.teacher.train.alpha):
         problems.append(

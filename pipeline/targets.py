@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from pipeline.ray_session import actor_options, ray_session
 
 FORMAT = 1
 SHAPE_KEY = b"shape"
+FEATURES = ("features", "teacher_features")  # optional columns: the student's and the teacher's
 _ROW_GROUP_BYTES = 1 << 20
 # Between two runs on one machine slots differ by about 1e-6; between two kinds of GPU by more.
 VERIFY_TOLERANCE = 1e-3
@@ -54,11 +55,15 @@ class TargetMismatch(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """One row: the view, slots `(T, N, d)`, and the student's features `(T, P, F)` where cached."""
+    """One row: the view, slots `(T, N, d)`, and what else was asked for.
+
+    features: the student's `(T, P, F)`. teacher_features: `(T, P', F')`.
+    """
 
     view: View
     slots: np.ndarray
-    features: np.ndarray | None
+    features: np.ndarray | None = None
+    teacher_features: np.ndarray | None = None
 
 
 class TargetSet:
@@ -80,18 +85,18 @@ class TargetSet:
         return self.manifest["student_features"] is not None
 
     def read(
-        self, shard: str, clip_row: int, view: int, *, features: bool = False
+        self, shard: str, clip_row: int, view: int, *, features: bool = False, teacher_features: bool = False
     ) -> tuple[str, int, Target]:
         """Video id, clip index and target of one (clip, view), found by position."""
-        columns = [f.name for f in fields(View)] + ["video_id", "clip_index", "slots"]
-        columns += ["features"] if features else []
+        extra = [n for n, wanted in zip(FEATURES, (features, teacher_features), strict=True) if wanted]
+        columns = [f.name for f in fields(View)] + ["video_id", "clip_index", "slots", *extra]
         row = self.reader.row(shard, clip_row * self.views + view, columns)
         values = row.select([f.name for f in fields(View)] + ["video_id", "clip_index"]).to_pylist()[0]
         video_id, clip_index = values.pop("video_id"), values.pop("clip_index")
         target = Target(
             view=View(**values),
             slots=_array(row, "slots"),
-            features=_array(row, "features") if features else None,
+            **{name: _array(row, name) for name in extra},
         )
         return video_id, clip_index, target
 
@@ -106,7 +111,9 @@ def _array(row: pa.Table, name: str) -> np.ndarray:
     return np.frombuffer(column[0].as_py(), dtype).reshape(shape)
 
 
-def _schema(slots_shape: tuple[int, ...], features_shape: tuple[int, ...] | None, dtype: str) -> pa.Schema:
+def _schema(
+    slots_shape: tuple[int, ...], features_shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> pa.Schema:
     columns = [
         pa.field("video_id", pa.string(), nullable=False),
         pa.field("clip_index", pa.int32(), nullable=False),
@@ -125,10 +132,10 @@ def _schema(slots_shape: tuple[int, ...], features_shape: tuple[int, ...] | None
             metadata={SHAPE_KEY: json.dumps(slots_shape)},
         ),
     ]
-    if features_shape is not None:
+    for name, shape in features_shapes.items():
         # Bytes: Parquet reads lists of millions of numbers an order of magnitude slower.
-        metadata = {SHAPE_KEY: json.dumps(features_shape), b"dtype": dtype}
-        columns.append(pa.field("features", pa.large_binary(), metadata=metadata))
+        metadata = {SHAPE_KEY: json.dumps(shape), b"dtype": dtype}
+        columns.append(pa.field(name, pa.large_binary(), metadata=metadata))
     return pa.schema(columns)
 
 
@@ -154,23 +161,27 @@ class TargetMaker:
         ]
 
     @torch.no_grad()
-    def compute(self, items: list[tuple[Clip, int, View]]) -> tuple[Tensor, Tensor | None]:
-        """Teacher slots `(M, T, N, d)` and student features `(M, T, P, F)` of M full clips' views."""
+    def compute(self, items: list[tuple[Clip, int, View]]) -> dict[str, Tensor]:
+        """Columns of M full clips' views: `slots` `(M, T, N, d)`, and `FEATURES` where they are cached."""
         pixels = [apply_view(clip.frames, view) for clip, _, view in items]
-        slots = teacher_slots(self.teacher, pixels, [v for _, _, v in items], self.config.targets.rollout)
-        features = None
+        views = [view for _, _, view in items]
+        slots, features = teacher_outputs(self.teacher, pixels, views, self.config.targets.rollout)
+        columns = {"slots": slots.cpu()}
         if self.student is not None:
-            features = self.student.backbone_features(self.student.prepare(pixels)).cpu()
-        return slots.cpu(), features
+            columns["features"] = self.student.backbone_features(self.student.prepare(pixels)).cpu()
+        if self.config.targets.teacher_features:
+            columns["teacher_features"] = features.cpu()
+        return columns
 
     def schema(self) -> pa.Schema:
         T = self.clips.clip_frames
         slots_shape = (T, self.teacher.config.num_slots, self.teacher.config.slot_size)
-        features_shape = None
-        if self.student is not None:
-            backbone = self.student.encoder.backbone
-            features_shape = (T, backbone.num_patches, backbone.feature_size)
-        return _schema(slots_shape, features_shape, self.config.targets.feature_dtype)
+        models = {"features": self.student}
+        if self.config.targets.teacher_features:
+            models["teacher_features"] = self.teacher
+        backbones = {name: m.encoder.backbone for name, m in models.items() if m is not None}
+        shapes = {name: (T, b.num_patches, b.feature_size) for name, b in backbones.items()}
+        return _schema(slots_shape, shapes, self.config.targets.feature_dtype)
 
     def write_shard(self, shard: str, folder: str) -> dict[str, int]:
         """Computes and publishes the targets of one clip shard."""
@@ -183,11 +194,11 @@ class TargetMaker:
             )
             for items in self._batches(shard):
                 full = [item for item in items if item[0].full]
-                slots, features = self.compute(full) if full else (None, None)
-                if slots is not None and not bool(torch.isfinite(slots).all()):
+                computed = self.compute(full) if full else {}
+                if full and not bool(torch.isfinite(computed["slots"]).all()):
                     names = sorted({f"{c.video_id} clip {c.clip_index}" for c, _, _ in full})
                     raise ValueError(f"the teacher's slots are not finite for one of: {', '.join(names)}")
-                table = self._table(items, slots, features, schema)
+                table = self._table(items, computed, schema)
                 limit = max(1, _ROW_GROUP_BYTES * len(table) // max(table.nbytes, 1))
                 writer.write_table(table, row_group_size=limit)
                 rows += len(items)
@@ -209,8 +220,7 @@ class TargetMaker:
     def _table(
         self,
         items: list[tuple[Clip, int, View]],
-        slots: Tensor | None,
-        features: Tensor | None,
+        computed: dict[str, Tensor],  # of the full ones among them
         schema: pa.Schema,
     ) -> pa.Table:
         columns: dict[str, Any] = {
@@ -223,16 +233,14 @@ class TargetMaker:
         short = np.array([not clip.full for clip, _, _ in items])
         width = schema.field("slots").type.list_size
         values = np.zeros((len(items), width), np.float32)
-        if slots is not None:
-            values[~short] = slots.numpy().reshape(-1, width)
+        if computed:
+            values[~short] = computed["slots"].numpy().reshape(-1, width)
         columns["full"] = ~short
         columns["slots"] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width)
-        if "features" in schema.names:
-            dtype = np.dtype(self.config.targets.feature_dtype)
-            encoded = iter(
-                [f.numpy().astype(dtype).tobytes() for f in features] if features is not None else []
-            )
-            columns["features"] = [None if s else next(encoded) for s in short]
+        dtype = np.dtype(self.config.targets.feature_dtype)
+        for name in set(FEATURES) & set(schema.names):
+            encoded = iter([f.numpy().astype(dtype).tobytes() for f in computed.get(name, ())])
+            columns[name] = [None if s else next(encoded) for s in short]
         return pa.Table.from_pydict(columns, schema=schema)
 
     def verify_shard(self, shard: str, targets_uri: str, fraction: float) -> dict[str, Any]:
@@ -253,15 +261,12 @@ class TargetMaker:
 
     def _verify_row(self, targets: TargetSet, shard: str, row: int, item: tuple[Clip, int, View]) -> float:
         clip, k, view = item
-        cached_features = self.student is not None
-        video_id, clip_index, target = targets.read(shard, row, k, features=cached_features)
+        computed = self.compute([item])
+        cached = {name: name in computed for name in FEATURES}
+        video_id, clip_index, target = targets.read(shard, row, k, **cached)
         if (video_id, clip_index, target.view) != (clip.video_id, clip.clip_index, view):
             raise TargetMismatch(f"{targets.uri} {shard}: row {row} is of {video_id} clip {clip_index}")
-        slots, features = self.compute([item])
-        deviation = _deviation(slots[0].numpy(), target.slots)
-        if features is not None and target.features is not None:
-            deviation = max(deviation, _deviation(features[0].numpy(), target.features))
-        return deviation
+        return max(_deviation(value[0].numpy(), getattr(target, name)) for name, value in computed.items())
 
 
 def _deviation(computed: np.ndarray, cached: np.ndarray) -> float:
@@ -270,11 +275,16 @@ def _deviation(computed: np.ndarray, cached: np.ndarray) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def teacher_slots(teacher: SlotModel, pixels: list[np.ndarray], views: list[View], rollout: str) -> Tensor:
-    """The frozen teacher's slots `(M, T, N, d)` of M views; the same code cached and live."""
-    video = teacher.prepare(pixels)
+def teacher_outputs(
+    teacher: SlotModel, pixels: list[np.ndarray], views: list[View], rollout: str
+) -> tuple[Tensor, Tensor]:
+    """The frozen teacher's slots `(M, T, N, d)` and features `(M, T, P, F)` of M views.
+
+    The same code cached and live. Drawn initial slots are those of the views' noise seeds.
+    """
+    features = teacher.backbone_features(teacher.prepare(pixels))
     initial = teacher.initial_slots(len(views), [v.noise_seed for v in views])
-    return teacher.roll_out(teacher.backbone_features(video), initial, rollout)[0]
+    return teacher.roll_out(features, initial, rollout)[0], features
 
 
 class _ShardActor:
@@ -307,6 +317,7 @@ def _describe(config: Config, clips: ClipSet) -> tuple[str, dict[str, Any]]:
         "rollout": config.targets.rollout,
         "views": view_recipe(config),
         "student_features": None,
+        "teacher_features": config.targets.feature_dtype if config.targets.teacher_features else None,
     }
     if config.targets.student_features:
         content["student_features"] = {

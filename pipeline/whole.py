@@ -58,7 +58,7 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     targets = cache(config, clips.uri)
     _title(4, "train a student without distillation, then one with SlotMatch")
     configs = {
-        NO_KD: with_distill(config, beta=0.0, name=NO_KD),
+        NO_KD: with_distill(config, method="no_kd", name=NO_KD),
         SLOTMATCH: with_distill(config, name=config.distill.name or SLOTMATCH),
     }
     runs = {name: distill(c, clips.uri) for name, c in configs.items()}

@@ -49,13 +49,17 @@ def find_videos(config: Config, split: str) -> list[VideoRef]:
 
 def _generate(config: Config, split: str) -> str:
     settings = config.dataset.synthetic
-    validation = split == config.evaluate.split
-    # Another seed, so that no validation video is a training video.
+    kind = parse_split(split)[0] or "train"
+    counts = {
+        "train": settings.videos,
+        "validation": settings.validation_videos,
+        "test": settings.test_videos,
+    }
     synthetic = SyntheticSettings(
-        videos=settings.validation_videos if validation else settings.videos,
+        videos=counts[kind],
         frames=settings.frames,
         size=settings.size,
-        seed=2 * settings.seed + validation,
+        seed=len(counts) * settings.seed + list(counts).index(kind),  # no split shares a video with another
     )
     name = storage.fingerprint({**asdict(synthetic), "format": FORMAT, "av": av.__version__})
     if storage.is_remote(config.storage.root):

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: complete or absent, and enough to go on to the identical curve.
 
-A checkpoint is a model folder (`load_slot_model` opens it) with the optimizer's state and the history
-of losses beside it. The training loop draws no random numbers, so there is no random state to save:
-step s uses what follows from (seed, s).
+A checkpoint is a model folder (`load_slot_model` opens it) with the state of the optimizer and of what
+only training uses (the objective's heads), and the history of losses, beside it. The training loop
+draws no random numbers, so there is no random state to save: step s uses what follows from (seed, s).
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline import storage
-from pipeline.models import SlotModel, save_slot_model
+from pipeline.distill.step import Objective
+from pipeline.models import save_slot_model
 from pipeline.models.checkpoints import WEIGHTS_FILE
 
 CHECKPOINT_FOLDER = "checkpoints"
+HEADS_FILE = "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,14 @@ class TrainingState:
 
 
 def save_checkpoint(
-    run_uri: str, model: SlotModel, optimizer: torch.optim.Optimizer, state: TrainingState, *, keep: int
+    run_uri: str, objective: Objective, optimizer: torch.optim.Optimizer, state: TrainingState, *, keep: int
 ) -> str:
     """Publishes a checkpoint of `run_uri` and deletes the oldest beyond `keep`; returns its URI."""
     uri = storage.join(run_uri, CHECKPOINT_FOLDER, f"step_{state.step:08d}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        save_slot_model(model, folder)
+        save_slot_model(objective.model, folder)
+        save_file(objective.heads.state_dict(), folder / HEADS_FILE)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         (folder / "history.json").write_text(json.dumps(state.history))
         (folder / storage.MANIFEST).write_text(json.dumps({"kind": "checkpoint", "step": state.step}))
@@ -56,17 +60,16 @@ def _complete(run_uri: str) -> list[str]:
     return [n for n in storage.list_names(folder) if storage.is_complete(storage.join(folder, n))]
 
 
-def load_checkpoint(uri: str, model: SlotModel, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Fills `model` and `optimizer` from a checkpoint.
+def load_checkpoint(uri: str, objective: Objective, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Fills the objective's model and heads, and the optimizer, from a checkpoint.
 
     Raises:
         ValueError: a file of it is damaged or of another model.
     """
-    from safetensors.torch import load_file
-
     with storage.local_copy(uri) as folder:
         try:
-            model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
+            objective.model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
+            objective.heads.load_state_dict(load_file(Path(folder) / HEADS_FILE))
             optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", weights_only=True))
             manifest: dict[str, Any] = json.loads((Path(folder) / storage.MANIFEST).read_text())
             history = json.loads((Path(folder) / "history.json").read_text())

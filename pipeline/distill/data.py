@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ import torch
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.config import Targets
-from pipeline.targets import TargetMismatch, TargetSet
+from pipeline.targets import Target, TargetMismatch, TargetSet
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,13 @@ class Sample:
 class Sampler:
     """Every epoch visits each video once, in an order, with a clip and a view of its own.
 
+    With `views=None` every epoch has a view that no other has had.
+
     Raises:
         ValueError: no video has a full clip.
     """
 
-    def __init__(self, videos: list[VideoEntry], *, seed: int, batch_size: int, views: int) -> None:
+    def __init__(self, videos: list[VideoEntry], *, seed: int, batch_size: int, views: int | None) -> None:
         self.videos = [v for v in videos if v.full_clips]
         if not self.videos:
             raise ValueError("no video is long enough for one full clip: lower clips.clip_frames")
@@ -64,7 +65,8 @@ class Sampler:
             epoch, position = divmod(index, len(self.videos))
             video = self.videos[self._order(epoch)[position]]
             clip = stable_hash(self.seed, "clip", epoch, video.video_id) % video.full_clips
-            view = stable_hash(self.seed, "view", epoch, video.video_id) % self.views
+            draw = stable_hash(self.seed, "view", epoch, video.video_id)
+            view = draw % self.views if self.views else epoch
             samples.append(Sample(video, clip, view))
         return samples
 
@@ -77,6 +79,7 @@ class RawBatch:
     pixels: list[np.ndarray] | None
     features: torch.Tensor | None
     target_slots: torch.Tensor | None
+    teacher_features: torch.Tensor | None
     samples: list[Sample]
 
 
@@ -95,6 +98,7 @@ class Loader:
         recipe: Targets,
         dataset_seed: int,
         pixels: bool,
+        teacher_features: bool = False,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
@@ -103,7 +107,7 @@ class Loader:
     ) -> None:
         self.clips_uri, self.targets_uri = clips_uri, targets_uri
         self.sampler, self.recipe, self.dataset_seed = sampler, recipe, dataset_seed
-        self.pixels = pixels
+        self.pixels, self.teacher_features = pixels, teacher_features
         self.rank, self.world_size = rank, world_size
         self.start, self.stop = start, stop
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -138,12 +142,12 @@ class Loader:
         clips, targets = self._sets()
         views: list[View] = []
         pixels: list[np.ndarray] = []
-        features: list[np.ndarray] = []
-        slots: list[np.ndarray] = []
+        cached: list[Target] = []
         for sample in samples:
             video = sample.video
             if targets is not None:
-                view = self._read_target(targets, sample, features, slots)
+                cached.append(self._read_target(targets, sample))
+                view = cached[-1].view
             else:
                 view = make_view(
                     self.recipe,
@@ -163,26 +167,28 @@ class Loader:
         return RawBatch(
             views=views,
             pixels=pixels if self.pixels else None,
-            features=_stack(features),
-            target_slots=_stack(slots),
+            features=_stack([t.features for t in cached]),
+            target_slots=_stack([t.slots for t in cached]),
+            teacher_features=_stack([t.teacher_features for t in cached]),
             samples=samples,
         )
 
-    def _read_target(self, targets: TargetSet, sample: Sample, features: list[Any], slots: list[Any]) -> View:
-        wanted = not self.pixels
+    def _read_target(self, targets: TargetSet, sample: Sample) -> Target:
         video_id, clip_index, target = targets.read(
-            sample.video.shard, sample.row, sample.view, features=wanted
+            sample.video.shard,
+            sample.row,
+            sample.view,
+            features=not self.pixels,
+            teacher_features=self.teacher_features,
         )
         if (video_id, clip_index) != (sample.video.video_id, sample.clip_index):
             raise TargetMismatch(
                 f"{targets.uri} {sample.video.shard}: expected {sample.video.video_id} clip {sample.clip_index}, "
                 f"found {video_id} clip {clip_index}; the targets are of other clips"
             )
-        slots.append(target.slots)
-        if target.features is not None:
-            features.append(target.features)
-        return target.view
+        return target
 
 
-def _stack(arrays: list[np.ndarray]) -> torch.Tensor | None:
-    return torch.from_numpy(np.stack(arrays)).float() if arrays else None
+def _stack(arrays: list[np.ndarray | None]) -> torch.Tensor | None:
+    found = [array for array in arrays if array is not None]
+    return torch.from_numpy(np.stack(found)).float() if found else None

@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.builders import MODEL_FOLDER, build_student, build_teacher, load_model
+from pipeline.builders import MODEL_FOLDER, build_student, build_teacher, load_model, seeded
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
-from pipeline.config import Config, Distill, Training
+from pipeline.config import Config, Distill, TeacherTraining, Training
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
-from pipeline.distill.step import Batch, DistillationObjective, learning_rate_factor, training_step
+from pipeline.distill.step import Batch, Objective, Terms, learning_rate_factor, training_step
 from pipeline.distill.validation import Validation
 from pipeline.figures import Panel, comparison
 from pipeline.models import SlotModel, SlotModelConfig, save_public_checkpoint, save_slot_model
 from pipeline.progress import Progress, log
-from pipeline.targets import TargetSet, teacher_slots
+from pipeline.targets import TargetSet, teacher_outputs
 from pipeline.tracking import RunLogger
 
 HISTORY_FILE = "history.json"
@@ -76,8 +76,29 @@ def build(spec: TrainingSpec) -> tuple[SlotModel, SlotModel | None]:
     if spec.teacher_uri is None:
         return build_student(config, teacher=spec.teacher_config, seed=config.distill.seed), None
     teacher = load_model(spec.teacher_uri, num_heads=config.teacher.num_heads).requires_grad_(False)
-    student = build_student(config, teacher=teacher, seed=config.distill.seed)
-    return student, teacher if config.distill.live_teacher else None
+    return build_student(config, teacher=teacher, seed=config.distill.seed), teacher
+
+
+def terms(settings: Training) -> Terms:
+    """What a training section asks to be trained for."""
+    common: dict[str, Any] = {"alpha": settings.alpha, "temperature": settings.temperature}
+    if isinstance(settings, TeacherTraining):
+        return Terms(
+            **common,
+            similarity=settings.similarity,
+            similarity_temperature=settings.similarity_temperature,
+            similarity_threshold=settings.similarity_threshold,
+        )
+    assert isinstance(settings, Distill)
+    slot_losses = {"slotmatch_mse": "mse", "slotmatch_hungarian": f"hungarian_{settings.matching}"}
+    return Terms(
+        **common,
+        slot_kd=settings.beta if settings.distils_slots else 0.0,
+        slot_loss=slot_losses.get(settings.method, "cosine"),
+        reconstruction_kd=settings.reconstruction_kd_weight if settings.distils_reconstruction else 0.0,
+        feature_kd=settings.feature_kd_weight if settings.method == "feature_kd" else 0.0,
+        slot_map=settings.slot_map and settings.distils and settings.method != "feature_kd",
+    )
 
 
 class _Run:
@@ -87,29 +108,31 @@ class _Run:
         self.spec, self.device = spec, device
         self.clips = ClipSet(spec.clips_uri)
         self.targets = TargetSet(spec.targets_uri) if spec.targets_uri else None
+        settings = spec.settings
         model, teacher = build(spec)
-        self.model = model.to(device)
-        self.teacher = teacher.to(device) if teacher is not None else None
+        distils = isinstance(settings, Distill) and settings.distils
+        with seeded(settings.seed):
+            self.objective = Objective(model, terms(settings), teacher=teacher if distils else None).to(
+                device
+            )
+        self.model = model
+        live = isinstance(settings, Distill) and settings.live_teacher and distils
+        self.teacher = teacher.to(device) if teacher is not None and live else None
+        if isinstance(settings, Distill):
+            self.model.decoder.fast = settings.fast_decoder
         # Features are worth reading only if they replace the frames altogether.
         self.cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
         self.validation = (
             Validation(spec.validation_uri, spec.config.evaluate) if spec.validation_uri is not None else None
         )
 
-    def objective(self, world_size: int) -> torch.nn.Module:
+    def shared_objective(self, world_size: int) -> torch.nn.Module:
         """The loss as a module, its gradients averaged over the workers."""
-        settings, beta = self.spec.settings, 0.0
-        if isinstance(settings, Distill):
-            beta = settings.beta
-            self.model.decoder.fast = settings.fast_decoder
-        objective = DistillationObjective(
-            self.model, alpha=settings.alpha, beta=beta, temperature=settings.temperature
-        )
         if world_size == 1:
-            return objective
+            return self.objective
         # With one frame a clip nothing uses the predictor.
         alone = self.clips.clip_frames == 1
-        return DistributedDataParallel(objective, find_unused_parameters=alone)
+        return DistributedDataParallel(self.objective, find_unused_parameters=alone)
 
     def loader(self, start: int, rank: int, world_size: int) -> Loader:
         """This worker's batches from step `start` on."""
@@ -118,7 +141,7 @@ class _Run:
             self.clips.videos,
             seed=settings.seed,
             batch_size=settings.batch_size,
-            views=config.targets.views,
+            views=None if isinstance(settings, Distill) and settings.fresh_views else config.targets.views,
         )
         return Loader(
             self.spec.clips_uri,
@@ -127,6 +150,7 @@ class _Run:
             recipe=config.targets,
             dataset_seed=config.dataset.seed,
             pixels=not self.cached_features,
+            teacher_features=self.objective.terms.feature_kd > 0 and self.targets is not None,
             rank=rank,
             world_size=world_size,
             start=start,
@@ -135,17 +159,17 @@ class _Run:
         )
 
     def batch(self, raw: RawBatch) -> Batch:
-        targets = raw.target_slots
+        targets, teacher_features = raw.target_slots, raw.teacher_features
         if self.teacher is not None:
             assert raw.pixels is not None
             rollout = self.spec.config.targets.rollout
             with torch.no_grad():
-                targets = teacher_slots(self.teacher, raw.pixels, raw.views, rollout)
+                targets, teacher_features = teacher_outputs(self.teacher, raw.pixels, raw.views, rollout)
         initial = None
         if self.model.config.initializer == "random":
             initial = self.model.initial_slots(len(raw.views), [v.noise_seed for v in raw.views])
         video = self.model.prepare(raw.pixels) if raw.pixels is not None else None
-        return Batch(video, raw.features, targets, initial).to(self.device)
+        return Batch(video, raw.features, targets, teacher_features, initial).to(self.device)
 
     def picture(self, folder: str, step: int) -> Path:
         """An overlay strip of the first video's first clip."""
@@ -180,14 +204,14 @@ def train_loop(
     run = _Run(spec, device)
     model = run.model
     model.train()
-    optimizer = torch.optim.Adam(model.trainable_parameters(), lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(run.objective.trainable_parameters(), lr=settings.learning_rate)
     state = TrainingState(0, [])
     resumed = latest_checkpoint(spec.run_uri)
     if resumed:
-        state = load_checkpoint(resumed, model, optimizer)
+        state = load_checkpoint(resumed, run.objective, optimizer)
         if rank == 0:
             log(f"{spec.label}: going on from step {state.step} ({resumed})")
-    objective = run.objective(world_size)
+    objective = run.shared_objective(world_size)
     logger = RunLogger(spec.config, spec.mlflow_run if rank == 0 else None)
     history = list(state.history)
     step, status = state.step, "ok"
@@ -208,10 +232,11 @@ def train_loop(
                 step, warmup_steps=settings.warmup_steps, total_steps=settings.steps
             )
             rate = settings.learning_rate * factor
+            batch = run.batch(raw)
             values = training_step(
                 objective,
                 optimizer,
-                run.batch(raw),
+                batch,
                 learning_rate=rate,
                 gradient_clip=settings.gradient_clip,
                 autocast=autocast,
@@ -221,7 +246,12 @@ def train_loop(
                 break
             step += 1
             validate = run.validation if _due(step, settings.validate_every, settings.steps) else None
-            if validate or _due(step, settings.log_every, settings.steps):
+            measure = isinstance(settings, Distill) and _due(
+                step, settings.measure_bound_every, settings.steps
+            )
+            if measure:
+                values |= run.objective.measure_bound(batch)
+            if validate or measure or _due(step, settings.log_every, settings.steps):
                 values = _mean_over_workers(values, world_size, device)
                 elapsed = max(time.monotonic() - since, 1e-9)
                 speed = {
@@ -241,7 +271,9 @@ def train_loop(
             if _due(step, settings.checkpoint_every, settings.steps):
                 if rank == 0:
                     saved = TrainingState(step, history)
-                    save_checkpoint(spec.run_uri, model, optimizer, saved, keep=settings.keep_checkpoints)
+                    save_checkpoint(
+                        spec.run_uri, run.objective, optimizer, saved, keep=settings.keep_checkpoints
+                    )
                 after_checkpoint(step)
     logger.flush(last=True)
     if status == "ok" and rank == 0:

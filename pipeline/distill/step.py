@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss, slot_kd_loss
+from pipeline.bound import reconstruction_bound
+from pipeline.losses import (
+    feature_kd_loss,
+    feature_reconstruction_loss,
+    hungarian_slot_kd_loss,
+    reconstruction_kd_loss,
+    slot_contrastive_loss,
+    slot_kd_loss,
+    slot_mse_loss,
+    temporal_similarity_loss,
+)
 from pipeline.models import SlotModel, SlotModelOutput
+from pipeline.models.layers import MLP
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from: a video or its cached features, and the teacher's slots if any.
+    """What a step learns from: a video or its cached features, and what the teacher gives, if anything.
 
     video: normalised `(B, T, 3, S, S)`. backbone_features: `(B, T, P, F)`.
-    target_slots: `(B, T, N, d)`. initial_slots: `(B, N, d)` where they are drawn, not learned.
+    target_slots: `(B, T, N, d)`. teacher_features: `(B, T, P', F')`, with the teacher's own patches.
+    initial_slots: `(B, N, d)` where they are drawn, not learned.
     """
 
     video: Tensor | None = None
     backbone_features: Tensor | None = None
     target_slots: Tensor | None = None
+    teacher_features: Tensor | None = None
     initial_slots: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -31,57 +45,179 @@ class Batch:
         )
 
 
-class DistillationObjective(nn.Module):
-    """Eq. 3: rec + alpha * contrast + beta * KD. The one place that composes the loss.
+@dataclass(frozen=True)
+class Terms:
+    """The terms of a training objective and their weights; a weight of 0 leaves its term out.
 
-    With beta = 0 it is SlotContrast's own objective, which trains teachers and "no KD" students.
-
-    Raises:
-        ValueError: a model whose decoder reconstructs no features, or alpha > 0 for an image model.
+    alpha: slot-slot contrast. similarity: VideoSAUR's temporal similarity. slot_kd: beta, of the
+    distance named by `slot_loss`. reconstruction_kd and feature_kd: of the distances from what the
+    teacher reconstructs and from its features. slot_map: whether a learned linear map takes the
+    student's slots to the teacher's slot size before they are compared.
     """
 
-    def __init__(self, model: SlotModel, *, alpha: float, beta: float, temperature: float) -> None:
+    alpha: float = 1.0
+    temperature: float = 0.1
+    similarity: float = 0.0
+    similarity_temperature: float = 0.075
+    similarity_threshold: float = 0.0
+    slot_kd: float = 0.0
+    slot_loss: str = "cosine"  # a key of SLOT_LOSSES
+    reconstruction_kd: float = 0.0
+    feature_kd: float = 0.0
+    slot_map: bool = False
+
+
+SLOT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": slot_kd_loss,
+    "mse": slot_mse_loss,
+    "hungarian_clip": lambda student, teacher: hungarian_slot_kd_loss(student, teacher, per="clip"),
+    "hungarian_frame": lambda student, teacher: hungarian_slot_kd_loss(student, teacher, per="frame"),
+}
+
+
+class Objective(nn.Module):
+    """What a model is trained for: the one place that composes the loss, whatever the method.
+
+    Eq. 3 is rec + alpha * contrast + beta * slot KD; without the last term it is SlotContrast's own
+    objective, and with `similarity` in place of the contrast VideoSAUR's. The other ways to distil of
+    Table 1 replace or follow the slot term:
+
+    - reconstruction KD is Eq. 5: the *teacher's* frozen decoder decodes the slots of both, and what it
+      makes of the student's is drawn to what it makes of the teacher's. One decoder for both gives
+      reconstructions of one size, whatever the two backbones' feature sizes are.
+    - feature KD: the student's projected features (the only ones that train, as its backbone is frozen)
+      go through a two-layer MLP and are drawn to the teacher's backbone features.
+
+    Modules that only training uses are in `heads`; a published student does without them.
+
+    Raises:
+        ValueError: a model whose decoder does not give what a term needs, alpha > 0 for an image model,
+            or a term that needs a teacher without one.
+    """
+
+    def __init__(self, model: SlotModel, terms: Terms, *, teacher: SlotModel | None = None) -> None:
         super().__init__()
         if not model.reconstructs:
             raise ValueError("the model's decoder reconstructs no features, which is what training needs")
-        if alpha and model.processor.predictor is None:
+        if terms.alpha and model.processor.predictor is None:
             raise ValueError(
-                f"alpha = {alpha:g} contrasts neighbouring frames, but the model has no predictor and sees each "
-                "frame on its own; use alpha = 0"
+                f"alpha = {terms.alpha:g} contrasts neighbouring frames, but the model has no predictor and sees "
+                "each frame on its own; use alpha = 0"
             )
-        self.model = model
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        if terms.similarity and not model.predicts_similarity:
+            raise ValueError("the model's decoder predicts no similarities, which `similarity` > 0 trains")
+        if terms.slot_loss not in SLOT_LOSSES:
+            raise ValueError(f"slot_loss must be one of {list(SLOT_LOSSES)}, not {terms.slot_loss!r}")
+        if teacher is None and (terms.slot_map or terms.reconstruction_kd or terms.feature_kd):
+            raise ValueError("slot_map, reconstruction KD and feature KD need the teacher itself")
+        self.model, self.terms = model, terms
+        self.teacher_decoder: nn.Module | None = None
+        self.heads = nn.ModuleDict()
+        if teacher is not None:
+            self._add_teacher(teacher)
+
+    def _add_teacher(self, teacher: SlotModel) -> None:
+        own, other = self.model.config.slot_size, teacher.config.slot_size
+        if self.terms.slot_map:
+            self.heads["slot_map"] = nn.Linear(own, other, bias=False)
+        if self.terms.feature_kd:
+            size = teacher.encoder.backbone.feature_size
+            self.heads["features"] = MLP([own, size, size])
+        if teacher.reconstructs:
+            self.teacher_decoder = teacher.decoder.requires_grad_(False)
+        elif self.terms.reconstruction_kd:
+            raise ValueError("the teacher's decoder reconstructs no features, so that none can be distilled")
+        self._teacher_feature_size = teacher.encoder.backbone.feature_size
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [*self.model.trainable_parameters(), *self.heads.parameters()]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars `total`, `reconstruction`, and `contrast` and `kd` where they are part of it.
+        """Scalars `total`, `reconstruction`, and each other term that is part of it, without its weight.
 
         Raises:
-            ValueError: beta > 0 and a batch without target slots.
+            ValueError: a term whose targets the batch does not have.
         """
-        output = self.model(
-            batch.video, backbone_features=batch.backbone_features, initial_slots=batch.initial_slots
-        )
+        output = self._output(batch)
         with torch.autocast(output.slots.device.type, enabled=False):
             return self._losses(output, batch)
 
+    def _output(self, batch: Batch) -> SlotModelOutput:
+        return self.model(
+            batch.video, backbone_features=batch.backbone_features, initial_slots=batch.initial_slots
+        )
+
     def _losses(self, output: SlotModelOutput, batch: Batch) -> dict[str, Tensor]:
         assert output.reconstruction is not None
-        losses = {
-            "reconstruction": feature_reconstruction_loss(
-                output.reconstruction.float(), output.backbone_features.float()
-            )
-        }
-        total = losses["reconstruction"]
-        slots = output.slots.float()
-        if self.alpha:
-            losses["contrast"] = slot_contrastive_loss(slots, self.temperature)
-            total = total + self.alpha * losses["contrast"]
-        if self.beta:
-            if batch.target_slots is None:
-                raise ValueError("beta > 0 needs the teacher's slots")
-            losses["kd"] = slot_kd_loss(slots, batch.target_slots)
-            total = total + self.beta * losses["kd"]
+        terms, slots, features = self.terms, output.slots.float(), output.backbone_features.float()
+        losses = {"reconstruction": feature_reconstruction_loss(output.reconstruction.float(), features)}
+        weights = {"reconstruction": 1.0}
+
+        def add(name: str, weight: float, loss: Callable[[], Tensor]) -> None:
+            if weight:
+                losses[name], weights[name] = loss(), weight
+
+        add("contrast", terms.alpha, lambda: slot_contrastive_loss(slots, terms.temperature))
+        add("similarity", terms.similarity, lambda: self._similarity(output, features))
+        add("slot_kd", terms.slot_kd, lambda: self._slot_kd(slots, batch))
+        add("reconstruction_kd", terms.reconstruction_kd, lambda: self._reconstruction_kd(slots, batch))
+        add("feature_kd", terms.feature_kd, lambda: self._feature_kd(output.backbone_features, batch))
+        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"total": total, **losses}
+
+    def _similarity(self, output: SlotModelOutput, features: Tensor) -> Tensor:
+        assert output.similarity is not None
+        return temporal_similarity_loss(
+            output.similarity.float(),
+            features,
+            temperature=self.terms.similarity_temperature,
+            threshold=self.terms.similarity_threshold,
+        )
+
+    def slots_to_compare(self, slots: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's slots `(B, T, N, d')`, in the teacher's slot size, and the teacher's.
+
+        Raises:
+            ValueError: the batch has no target slots.
+        """
+        if batch.target_slots is None:
+            raise ValueError("distillation needs the teacher's slots")
+        mapped = self.heads["slot_map"](slots) if "slot_map" in self.heads else slots
+        return mapped, batch.target_slots
+
+    def _slot_kd(self, slots: Tensor, batch: Batch) -> Tensor:
+        return SLOT_LOSSES[self.terms.slot_loss](*self.slots_to_compare(slots, batch))
+
+    def _reconstruction_kd(self, slots: Tensor, batch: Batch) -> Tensor:
+        student, teacher = self.slots_to_compare(slots, batch)
+        with torch.no_grad():
+            anchor = self._decode(teacher)
+        return reconstruction_kd_loss(self._decode(student), anchor)
+
+    def _decode(self, slots: Tensor) -> Tensor:
+        """The teacher's reconstruction `(B * T, P', F')` of slots `(B, T, N, d')`."""
+        assert self.teacher_decoder is not None
+        return self.teacher_decoder(slots.flatten(0, 1))[0][..., : self._teacher_feature_size]
+
+    def _feature_kd(self, backbone_features: Tensor, batch: Batch) -> Tensor:
+        if batch.teacher_features is None:
+            raise ValueError("feature KD needs the teacher's features")
+        projected = self.model.encoder.output_transform(backbone_features.float())
+        return feature_kd_loss(self.heads["features"](projected), batch.teacher_features)
+
+    @torch.no_grad()
+    def measure_bound(self, batch: Batch) -> dict[str, float]:
+        """Both sides of Theorem 1 on a batch, as `theorem1_*`; see `pipeline.bound.ReconstructionBound`.
+
+        Raises:
+            ValueError: no teacher whose decoder reconstructs features, or no target slots.
+        """
+        if self.teacher_decoder is None:
+            raise ValueError("Theorem 1 needs a teacher whose decoder reconstructs features")
+        student, teacher = self.slots_to_compare(self._output(batch).slots.float(), batch)
+        size = self._teacher_feature_size
+        measured = reconstruction_bound(self.teacher_decoder, teacher, student, feature_size=size)
+        return {f"theorem1_{name}": value for name, value in asdict(measured).items()}
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:

@@ -22,7 +22,7 @@ from pipeline.builders import (
 )
 from pipeline.clips.shard import find_clips
 from pipeline.clips.table import ClipSet
-from pipeline.config import Config, ConfigError, Training
+from pipeline.config import Config, ConfigError, Distill, Training
 from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, build, train_loop
 from pipeline.distill.validation import Validation
 from pipeline.progress import log
@@ -35,7 +35,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 def distill(config: Config, clips_uri: str) -> dict[str, Any]:
-    """Distils a student from cached targets (or a live teacher; or, with beta = 0, from none).
+    """Distils a student from cached targets (or a live teacher; or, with `method: no_kd`, from none).
 
     Finished runs of the same config, clips and targets are found and reused; an unfinished one goes on
     from its last checkpoint. Returns the job's summary.
@@ -57,9 +57,9 @@ def find_student(config: Config, clips_uri: str) -> str:
 def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[str, str]]:
     clips = ClipSet(clips_uri)
     settings = config.distill
-    with_teacher = settings.beta > 0
+    with_teacher = settings.distils
     location: str | None = None
-    if with_teacher or config.teacher.checkpoint is not None:
+    if with_teacher or settings.initial_slots_from_teacher or config.teacher.checkpoint is not None:
         location = require_teacher(config, clips.fingerprint)
     elif config.targets.student_features:
         trained = teacher_location(config, clips.fingerprint)
@@ -83,7 +83,7 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
         ],
         "backbone": backbone_identity(config.student),
         "features": config.targets.feature_dtype if config.targets.student_features else None,
-        "distill": settings.model_dump(exclude=RUN_DETAILS),
+        "distill": _what_decides(settings),
         "views": view_recipe(config),
     }
     if with_teacher and settings.live_teacher:
@@ -92,6 +92,9 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
     elif with_teacher:
         assert targets_uri is not None
         content["targets"] = storage.name(targets_uri)
+    elif settings.initial_slots_from_teacher:
+        assert location is not None
+        content["teacher"] = [model_hash(location), config.teacher.num_heads]
     uri = storage.join(storage.absolute(config.storage.root), "students", storage.fingerprint(content))
     spec = TrainingSpec(
         config,
@@ -99,17 +102,37 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
         uri,
         clips_uri,
         targets_uri,
-        location if with_teacher else None,
+        location if with_teacher or settings.initial_slots_from_teacher else None,
         teacher_config,
     )
     return spec, {
         "clips": clips.fingerprint,
         "targets": str(content.get("targets")),
-        "method": "slotmatch" if with_teacher else "no_kd",
-        "beta": f"{settings.beta:g}",
+        "method": settings.method,
+        **({"beta": f"{settings.beta:g}"} if settings.distils_slots else {}),
         "settings": storage.fingerprint({**content, "distill": _but_seed_and_name(content["distill"])}),
         "teacher": config.teacher.name,  # also of a student without KD: it has that teacher's design
         "trained_on": config.dataset.title,
+    }
+
+
+def _what_decides(settings: Distill) -> dict[str, Any]:
+    """The settings that decide what is learned: of a method that does not use them, no weights."""
+    unused = set(RUN_DETAILS)
+    if not settings.distils_slots:
+        unused.add("beta")
+    if not settings.distils_reconstruction:
+        unused.add("reconstruction_kd_weight")
+    if settings.method != "feature_kd":
+        unused.add("feature_kd_weight")
+    if settings.method != "slotmatch_hungarian":
+        unused.add("matching")
+    if not settings.distils:
+        unused |= {"live_teacher", "slot_map"}
+    copies = settings.initial_slots_from_teacher
+    return {
+        **settings.model_dump(exclude=unused),
+        "initial_slots_from_teacher": settings.distils if copies is None else copies,
     }
 
 

@@ -7,7 +7,7 @@ import torch
 
 from pipeline import storage
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
-from pipeline.distill.step import Batch, DistillationObjective, training_step
+from pipeline.distill.step import Batch, Objective, Terms, training_step
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model
 
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -18,15 +18,20 @@ def make(seed=0, num_slots=3):
     model = SlotModel(
         SlotModelConfig(BackboneConfig(None, 32, VIT), num_slots, 8, decoder_hidden_sizes=(16,))
     )
-    return model, torch.optim.Adam(model.trainable_parameters())
+    teacher = SlotModel(
+        SlotModelConfig(BackboneConfig(None, 32, VIT), num_slots, 16, decoder_hidden_sizes=(8,))
+    )
+    objective = Objective(model, Terms(slot_kd=0.2, slot_map=True), teacher=teacher)
+    return objective, torch.optim.Adam(objective.trainable_parameters())
 
 
-def train(model, optimizer, start, stop):
-    objective = DistillationObjective(model, alpha=1, beta=0, temperature=0.1)
+def train(objective, optimizer, start, stop):
     losses = []
     for step in range(start, stop):
-        video = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(step))
-        values = training_step(objective, optimizer, Batch(video), learning_rate=1e-2, gradient_clip=1.0)
+        generator = torch.Generator().manual_seed(step)
+        video = torch.randn(2, 3, 3, 32, 32, generator=generator)
+        batch = Batch(video, target_slots=torch.randn(2, 3, 3, 16, generator=generator))
+        values = training_step(objective, optimizer, batch, learning_rate=1e-2, gradient_clip=1.0)
         losses.append(values["total"])
     return losses
 
@@ -42,48 +47,48 @@ def run_uri(request, tmp_path):
 
 
 def test_a_resumed_run_has_the_identical_curve(run_uri):
-    model, optimizer = make()
-    unbroken = train(model, optimizer, 0, 4)
-    uri = save_checkpoint(run_uri, model, optimizer, TrainingState(4, [{"total": 1.5}]), keep=2)
-    unbroken += train(model, optimizer, 4, 8)
-    model, optimizer = make(seed=1)
+    objective, optimizer = make()
+    unbroken = train(objective, optimizer, 0, 4)
+    uri = save_checkpoint(run_uri, objective, optimizer, TrainingState(4, [{"total": 1.5}]), keep=2)
+    unbroken += train(objective, optimizer, 4, 8)
+    objective, optimizer = make(seed=1)
     assert latest_checkpoint(run_uri) == uri
-    state = load_checkpoint(uri, model, optimizer)
+    state = load_checkpoint(uri, objective, optimizer)
     assert state == TrainingState(4, [{"total": 1.5}])
-    assert train(model, optimizer, 4, 8) == unbroken[4:]
+    assert train(objective, optimizer, 4, 8) == unbroken[4:]
 
 
 def test_only_the_newest_are_kept(run_uri):
-    model, optimizer = make()
+    objective, optimizer = make()
     assert latest_checkpoint(run_uri) is None
     for step in (5, 10, 100, 20):
-        save_checkpoint(run_uri, model, optimizer, TrainingState(step, []), keep=2)
+        save_checkpoint(run_uri, objective, optimizer, TrainingState(step, []), keep=2)
     names = storage.list_names(storage.join(run_uri, "checkpoints"))
     assert names == ["step_00000020", "step_00000100"]
     assert latest_checkpoint(run_uri).endswith("step_00000100")
 
 
 def test_a_half_written_checkpoint_is_not_there(run_uri):
-    model, optimizer = make()
-    good = save_checkpoint(run_uri, model, optimizer, TrainingState(5, []), keep=2)
-    newer = save_checkpoint(run_uri, model, optimizer, TrainingState(10, []), keep=2)
+    objective, optimizer = make()
+    good = save_checkpoint(run_uri, objective, optimizer, TrainingState(5, []), keep=2)
+    newer = save_checkpoint(run_uri, objective, optimizer, TrainingState(10, []), keep=2)
     storage.delete(storage.join(newer, storage.MANIFEST))
     assert latest_checkpoint(run_uri) == good
 
 
 def test_a_checkpoint_is_a_model_folder(tmp_path):
-    model, optimizer = make()
-    uri = save_checkpoint(str(tmp_path), model, optimizer, TrainingState(5, []), keep=1)
+    objective, optimizer = make()
+    uri = save_checkpoint(str(tmp_path), objective, optimizer, TrainingState(5, []), keep=1)
     video = torch.randn(1, 2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(load_slot_model(uri)(video).slots, model.eval()(video).slots)
+        torch.testing.assert_close(load_slot_model(uri)(video).slots, objective.model.eval()(video).slots)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "history.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "heads.safetensors", "optimizer.pt", "history.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path, name):
-    model, optimizer = make()
-    train(model, optimizer, 0, 1)
-    uri = save_checkpoint(str(tmp_path), model, optimizer, TrainingState(5, [{"total": 1.0}]), keep=1)
+    objective, optimizer = make()
+    train(objective, optimizer, 0, 1)
+    uri = save_checkpoint(str(tmp_path), objective, optimizer, TrainingState(5, [{"total": 1.0}]), keep=1)
     path = Path(uri) / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"step_00000005 can't be resumed from .* delete it"):

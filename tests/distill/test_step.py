@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.distill.step import Batch, DistillationObjective, learning_rate_factor, training_step
+from pipeline.distill.step import Batch, Objective, Terms, learning_rate_factor, training_step
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss, slot_kd_loss
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 
@@ -29,7 +29,7 @@ def batch():
 
 
 def make_objective(model, alpha=1.0, beta=0.2, temperature=0.1):
-    objective = DistillationObjective(model, alpha=alpha, beta=beta, temperature=temperature)
+    objective = Objective(model, Terms(alpha=alpha, slot_kd=beta, temperature=temperature))
     return objective, torch.optim.Adam(model.trainable_parameters(), lr=1.0)
 
 
@@ -61,7 +61,7 @@ def test_total_is_the_weighted_sum(model, batch, alpha, beta, temperature):
     expected = {
         "reconstruction": reconstruction,
         "contrast": contrast,
-        "kd": kd,
+        "slot_kd": kd,
         "total": reconstruction + alpha * contrast + beta * kd,
     }
     assert set(losses) == set(expected)
@@ -79,7 +79,7 @@ def test_terms_without_weight_are_left_out(model, batch):
 
 
 def test_distillation_without_targets_is_an_error(model, batch):
-    with pytest.raises(ValueError, match="beta > 0 needs the teacher's slots"):
+    with pytest.raises(ValueError, match="distillation needs the teacher's slots"):
         make_objective(model)[0](Batch(video=batch.video))
 
 
@@ -94,7 +94,7 @@ def test_step_changes_what_trains_and_nothing_else(model, batch):
     objective, optimizer = make_objective(model)
     before = weights(model)
     values = training_step(objective, optimizer, batch, learning_rate=1e-3, gradient_clip=0.05)
-    assert set(values) == {"total", "reconstruction", "contrast", "kd", "gradient_norm"}
+    assert set(values) == {"total", "reconstruction", "contrast", "slot_kd", "gradient_norm"}
     assert all(type(value) is float for value in values.values())
     for name, value in model.state_dict().items():
         unchanged = torch.equal(value, before[name])
@@ -139,7 +139,7 @@ def test_training_learns(model, batch):
     curve = [
         training_step(objective, optimizer, batch, learning_rate=3e-3, gradient_clip=1.0) for _ in range(60)
     ]
-    for name, share in (("total", 0.8), ("reconstruction", 0.95), ("kd", 0.8)):
+    for name, share in (("total", 0.8), ("reconstruction", 0.95), ("slot_kd", 0.8)):
         assert curve[-1][name] < share * curve[0][name], name
 
 

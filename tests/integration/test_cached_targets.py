@@ -42,7 +42,7 @@ def test_cached_and_live_teacher_give_the_same_curve(prepared, shared_tiny):
     live = losses(shared_tiny(*VIEWS, *STEPS, "distill.live_teacher=true"), clips)
     assert len(cached) == len(live) == 20
     for a, b in zip(cached, live, strict=True):
-        for name in ("total", "reconstruction", "contrast", "kd"):
+        for name in ("total", "reconstruction", "contrast", "slot_kd"):
             assert a[name] == pytest.approx(b[name], rel=1e-6), (a["step"], name)
     assert cached[-1]["total"] < cached[0]["total"]
 
@@ -138,7 +138,7 @@ def test_a_live_teachers_roll_out_makes_another_student(prepared, shared_tiny):
 
 
 def test_a_student_without_kd_is_the_same_before_and_after_caching(shared_tiny, local_ray):
-    config = shared_tiny("distill.beta=0", "targets.student_features=true", "dataset.seed=9")
+    config = shared_tiny("distill.method=no_kd", "targets.student_features=true", "dataset.seed=9")
     clips = stages.shard_stage(config)["uri"]
     before = find_student(config, clips)
     train_teacher(config, clips)

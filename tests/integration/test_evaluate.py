@@ -147,7 +147,7 @@ def test_videos_without_masks_are_refused(tiny, local_ray, tmp_path, model_uri):
 
 def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, capsys, tmp_path):
     """`jobs.evaluate` for a config's own student, then for the champion of the registry."""
-    config = shared_tiny("distill.beta=0", "dataset.name=tiny videos", "distill.seed=5")
+    config = shared_tiny("distill.method=no_kd", "dataset.name=tiny videos", "distill.seed=5")
     shard_stage(config)
     distill_stage(config)
     own = evaluate_stage(config)
@@ -167,7 +167,7 @@ def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, ca
     assert (record.seed, record.trained_on, record.steps) == (5, "tiny videos", 8)
 
     def settings(*overrides):
-        changed = shared_tiny("distill.beta=0", *overrides)
+        changed = shared_tiny("distill.method=no_kd", *overrides)
         return _student_spec(changed, find_clips(changed, changed.dataset.split))[1]["settings"]
 
     assert record.settings == settings() == settings("distill.seed=7", "distill.name=other")
@@ -176,7 +176,7 @@ def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, ca
 
 def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):
     """The score in the last step's history is that of the published model; training is not changed by it."""
-    settings = ["distill.beta=0", "distill.seed=6", "evaluate.validation_videos=2"]
+    settings = ["distill.method=no_kd", "distill.seed=6", "evaluate.validation_videos=2"]
     shard_stage(shared_tiny(*settings))
     plain = distill_stage(shared_tiny(*settings))
     losses = storage.read_json(plain["history"])
@@ -208,7 +208,7 @@ def test_validation_on_videos_without_masks_is_refused_before_training(shared_ti
     clips = make_clip_set(tmp_path, {"v": (random_video(np.random.default_rng(0))[0], None)})
     with pytest.raises(ConfigError, match="no video with masks"):
         Validation(clips.uri, shared_tiny().evaluate)
-    settings = ["distill.beta=0", "distill.validate_every=2", "distill.seed=9", "evaluate.split=null"]
+    settings = ["distill.method=no_kd", "distill.validate_every=2", "distill.seed=9", "evaluate.split=null"]
     with pytest.raises(ConfigError, match=r"needs evaluate\.split"):
         distill_stage(shared_tiny(*settings))
 

@@ -64,7 +64,7 @@ def test_mlflow_holds_curves_config_and_pictures(tiny, local_ray):
     assert {run.info.status for run in runs} == {"FINISHED"}
     student = next(run for run in runs if run.info.run_name == SLOTMATCH)
     assert student.data.params["distill.beta"] == "0.2"
-    assert len(client.get_metric_history(student.info.run_id, "kd")) == 8
+    assert len(client.get_metric_history(student.info.run_id, "slot_kd")) == 8
     for name in ("learning_rate", "gradient_norm", "frames_per_second", "data_wait_share"):
         assert name in student.data.metrics
     assert client.list_artifacts(student.info.run_id, "overlays")

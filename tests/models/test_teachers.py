@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.distill.step import Batch, DistillationObjective, training_step
+from pipeline.distill.step import Batch, Objective, Terms, training_step
 from pipeline.models import (
     BackboneConfig,
     SlotModel,
@@ -465,7 +465,7 @@ def test_teacher_and_student_draw_the_same_noise():
 )
 def test_every_kind_that_reconstructs_can_train(kind, T, alpha):
     model = build(kind).train()
-    objective = DistillationObjective(model, alpha=alpha, beta=0.2, temperature=0.1)
+    objective = Objective(model, Terms(alpha=alpha, slot_kd=0.2))
     optimizer = torch.optim.Adam(model.trainable_parameters())
     target = torch.randn(2, T, 3, 8, generator=torch.Generator().manual_seed(2))
     curve = []
@@ -482,9 +482,9 @@ def test_every_kind_that_reconstructs_can_train(kind, T, alpha):
 
 def test_what_can_not_train_says_so():
     with pytest.raises(ValueError, match="reconstructs no features"):
-        DistillationObjective(build("videosaur_movi"), alpha=0, beta=0.2, temperature=0.1)
+        Objective(build("videosaur_movi"), Terms(alpha=0, slot_kd=0.2))
     with pytest.raises(ValueError, match=r"alpha = 0\.5 contrasts neighbouring frames.*use alpha = 0"):
-        DistillationObjective(build("dinosaur"), alpha=0.5, beta=0.2, temperature=0.1)
+        Objective(build("dinosaur"), Terms(alpha=0.5, slot_kd=0.2))
 
 
 @each_kind
