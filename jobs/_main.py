@@ -25,12 +25,17 @@ def run_stage(job: str, description: str, stage: Callable[[Config], dict[str, An
     parser = argparse.ArgumentParser(f"python -m jobs.{job}", description=description)
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that differ from it"
+        "changes",
+        nargs="*",
+        metavar="PRESET.yaml or section.key=value",
+        help="what differs from it: files of a few settings, as in configs/methods/, and settings",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     arguments = parser.parse_intermixed_args()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        presets = [word for word in arguments.changes if re.fullmatch(r"[^=]+\.ya?ml", word)]
+        overrides = [word for word in arguments.changes if word not in presets]
+        config = load_config(arguments.config, overrides, presets=presets)
     except ConfigError as error:
         return refuse(job, error)
     if arguments.dry_run:

@@ -138,10 +138,11 @@ class Training(Section):
 
 
 class TeacherTraining(Training):
-    """SlotContrast's objective; with `similarity`, VideoSAUR's."""
+    """SlotContrast's objective; with `similarity: 0.1` and `alpha: 0` VideoSAUR's."""
 
+    reconstruction: NonNegativeFloat = 1.0  # weight of feature reconstruction; VideoSAUR for MOVi: 0
     similarity: NonNegativeFloat = 0.0  # weight of the temporal-similarity loss; needs decoder: slot_mixer
-    similarity_temperature: PositiveFloat = 0.075
+    similarity_temperature: PositiveFloat = 0.075  # VideoSAUR: MOVi; 0.25 YTVIS, 0.15 with DINOv2
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0  # cosines below it don't count
 
 
@@ -283,12 +284,23 @@ class Config(Section):
         return f"sqlite:///{Path(self.storage.root).absolute() / 'mlflow.db'}"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML config and applies overrides of the form `section.key=value`.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, presets: Sequence[str | Path] = ()
+) -> Config:
+    """Reads a YAML config, lays presets over it, and applies overrides of the form `section.key=value`.
+
+    A preset is a YAML file that holds a few keys only, as those in configs/methods/; the last one wins.
 
     Raises:
         ConfigError: no such file, not YAML, or any key or value that can't be used.
     """
+    values: dict[str, Any] = {}
+    for file in (path, *presets):
+        _lay_over(values, _read_yaml(file))
+    return _with_absolute_paths(resolve_config(values, overrides))
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -298,7 +310,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"config file {str(path)!r} must hold sections, not {type(values).__name__}")
-    return _with_absolute_paths(resolve_config(values, overrides))
+    return values
+
+
+def _lay_over(values: dict[str, Any], others: dict[str, Any]) -> None:
+    """Changes `values` where `others` have something to say."""
+    for key, other in others.items():
+        if isinstance(other, dict) and isinstance(values.get(key), dict):
+            _lay_over(values[key], other)
+        else:
+            values[key] = other
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -490,6 +511,10 @@ def _check_distill(config: Config) -> list[str]:
             "distill.measure_bound_every: compares with the teacher's slots, and distill.method=no_kd reads none"
         )
     train = config.teacher.train
+    if not (train.reconstruction or train.similarity):
+        problems.append(
+            "teacher.train.reconstruction: 0 leaves nothing to train for; set it, or teacher.train.similarity"
+        )
     if train.similarity and config.teacher.decoder != "slot_mixer" and config.teacher.checkpoint is None:
         problems.append(
             f"teacher.train.similarity: {train.similarity:g} needs a decoder that predicts similarities; use "

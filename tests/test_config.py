@@ -260,3 +260,56 @@ def test_tracking_uri(tmp_path, monkeypatch):
     assert resolve_config({}, [root]).tracking_uri == "http://from-environment"
     given = resolve_config({}, [root, "mlflow.tracking_uri=http://from-config"])
     assert given.tracking_uri == "http://from-config"
+
+
+METHOD_PRESETS = sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", METHOD_PRESETS, ids=lambda path: path.stem)
+def test_a_methods_preset_goes_over_any_config(preset):
+    base = preset.parents[1] / "movi_e.yaml"
+    config = load_config(base, ["distill.beta=0.7"], presets=[preset])
+    assert config.distill.method == preset.stem
+    assert config.distill.beta == 0.7  # what is said last
+    assert config.distill.steps == load_config(base).distill.steps
+
+
+def test_there_is_a_preset_for_every_method():
+    methods = Config.model_fields["distill"].annotation.model_fields["method"].annotation.__args__
+    assert {path.stem for path in METHOD_PRESETS} == set(methods)
+
+
+def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
+    for name, steps in (("base", 5), ("one", 6), ("two", 7)):
+        (tmp_path / f"{name}.yaml").write_text(f"distill: {{steps: {steps}, warmup_steps: 1}}")
+    presets = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    assert load_config(tmp_path / "base.yaml", presets=presets).distill.steps == 7
+    with pytest.raises(ConfigError, match=r"three\.yaml' can't be read"):
+        load_config(tmp_path / "base.yaml", presets=[tmp_path / "three.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill.beta=0"], "distill.beta: 0 leaves nothing of distill.method=slotmatch; without distillation"),
+        (["distill.fresh_views=true"], "distill.fresh_views: cached targets hold"),
+        (["distill.method=feature_kd"], "feature_kd needs the teacher's features: cache them"),
+        (["distill.method=no_kd", "distill.measure_bound_every=5"], "distill.measure_bound_every: compares"),
+        (["distill.method=slotmach"], "nearest: slotmatch"),
+        (["teacher.train.similarity=0.1"], "use teacher.decoder=slot_mixer"),
+        (["teacher.train.reconstruction=0"], "leaves nothing to train for"),
+        (["dataset.kind=synthetic", "evaluate.split=tests"], "'tests' is no generated split"),
+        (["dataset.kind=synthetic", "evaluate.split=train"], "'train' is the training split"),
+    ],
+)
+def test_what_can_not_be_combined_says_what_to_do(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        resolve_config({}, overrides)
+    assert message in str(error.value)
+
+
+def test_slots_of_two_sizes_need_a_map():
+    sizes = ["teacher.slot_size=128", "student.slot_size=64"]
+    with pytest.raises(ConfigError, match="slot_size: 64 differs"):
+        resolve_config({}, sizes)
+    assert resolve_config({}, [*sizes, "distill.slot_map=true"]).student.slot_size == 64

@@ -85,6 +85,7 @@ def terms(settings: Training) -> Terms:
     if isinstance(settings, TeacherTraining):
         return Terms(
             **common,
+            reconstruction=settings.reconstruction,
             similarity=settings.similarity,
             similarity_temperature=settings.similarity_temperature,
             similarity_threshold=settings.similarity_threshold,

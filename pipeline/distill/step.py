@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,14 @@ class Batch:
 class Terms:
     """The terms of a training objective and their weights; a weight of 0 leaves its term out.
 
+    reconstruction: of the features; without it a model must predict similarities.
     alpha: slot-slot contrast. similarity: VideoSAUR's temporal similarity. slot_kd: beta, of the
     distance named by `slot_loss`. reconstruction_kd and feature_kd: of the distances from what the
     teacher reconstructs and from its features. slot_map: whether a learned linear map takes the
     student's slots to the teacher's slot size before they are compared.
     """
 
+    reconstruction: float = 1.0
     alpha: float = 1.0
     temperature: float = 0.1
     similarity: float = 0.0
@@ -79,7 +81,8 @@ class Objective(nn.Module):
     """What a model is trained for: the one place that composes the loss, whatever the method.
 
     Eq. 3 is rec + alpha * contrast + beta * slot KD; without the last term it is SlotContrast's own
-    objective, and with `similarity` in place of the contrast VideoSAUR's. The other ways to distil of
+    objective, and with `similarity` in place of the contrast VideoSAUR's, whose targets are the frozen
+    backbone's attention keys. The other ways to distil of
     Table 1 replace or follow the slot term:
 
     - reconstruction KD is Eq. 5: the *teacher's* frozen decoder decodes the slots of both, and what it
@@ -97,8 +100,12 @@ class Objective(nn.Module):
 
     def __init__(self, model: SlotModel, terms: Terms, *, teacher: SlotModel | None = None) -> None:
         super().__init__()
-        if not model.reconstructs:
-            raise ValueError("the model's decoder reconstructs no features, which is what training needs")
+        if not (terms.reconstruction or terms.similarity):
+            raise ValueError("nothing to train for: reconstruction and similarity both weigh 0")
+        if terms.reconstruction and not model.reconstructs:
+            raise ValueError(
+                "the model's decoder reconstructs no features, which `reconstruction` > 0 trains"
+            )
         if terms.alpha and model.processor.predictor is None:
             raise ValueError(
                 f"alpha = {terms.alpha:g} contrasts neighbouring frames, but the model has no predictor and sees "
@@ -133,43 +140,54 @@ class Objective(nn.Module):
         return [*self.model.trainable_parameters(), *self.heads.parameters()]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars `total`, `reconstruction`, and each other term that is part of it, without its weight.
+        """Scalars `total` and each term that is part of it, without its weight.
 
         Raises:
             ValueError: a term whose targets the batch does not have.
         """
+        keys = None
+        if self.terms.similarity:
+            if batch.video is None:
+                raise ValueError("temporal similarity needs the video: its targets are the backbone's keys")
+            features, keys = self.model.features_and_keys(batch.video)
+            batch = replace(batch, video=None, backbone_features=features)
         output = self._output(batch)
         with torch.autocast(output.slots.device.type, enabled=False):
-            return self._losses(output, batch)
+            return self._losses(output, keys, batch)
 
     def _output(self, batch: Batch) -> SlotModelOutput:
         return self.model(
             batch.video, backbone_features=batch.backbone_features, initial_slots=batch.initial_slots
         )
 
-    def _losses(self, output: SlotModelOutput, batch: Batch) -> dict[str, Tensor]:
-        assert output.reconstruction is not None
-        terms, slots, features = self.terms, output.slots.float(), output.backbone_features.float()
-        losses = {"reconstruction": feature_reconstruction_loss(output.reconstruction.float(), features)}
-        weights = {"reconstruction": 1.0}
+    def _losses(self, output: SlotModelOutput, keys: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+        terms, slots = self.terms, output.slots.float()
+        losses: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
 
         def add(name: str, weight: float, loss: Callable[[], Tensor]) -> None:
             if weight:
                 losses[name], weights[name] = loss(), weight
 
+        add("reconstruction", terms.reconstruction, lambda: self._reconstruction(output))
         add("contrast", terms.alpha, lambda: slot_contrastive_loss(slots, terms.temperature))
-        add("similarity", terms.similarity, lambda: self._similarity(output, features))
+        add("similarity", terms.similarity, lambda: self._similarity(output, keys))
         add("slot_kd", terms.slot_kd, lambda: self._slot_kd(slots, batch))
         add("reconstruction_kd", terms.reconstruction_kd, lambda: self._reconstruction_kd(slots, batch))
         add("feature_kd", terms.feature_kd, lambda: self._feature_kd(output.backbone_features, batch))
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"total": total, **losses}
 
-    def _similarity(self, output: SlotModelOutput, features: Tensor) -> Tensor:
+    def _reconstruction(self, output: SlotModelOutput) -> Tensor:
+        assert output.reconstruction is not None
+        return feature_reconstruction_loss(output.reconstruction.float(), output.backbone_features.float())
+
+    def _similarity(self, output: SlotModelOutput, keys: Tensor | None) -> Tensor:
         assert output.similarity is not None
+        assert keys is not None
         return temporal_similarity_loss(
             output.similarity.float(),
-            features,
+            keys.float(),
             temperature=self.terms.similarity_temperature,
             threshold=self.terms.similarity_threshold,
         )

@@ -98,6 +98,18 @@ class Backbone(nn.Module):
         tokens = self.model.forward_features(images_MCHW)
         return tokens[:, self.model.num_prefix_tokens :]
 
+    @torch.no_grad()
+    def features_and_keys(self, images_MCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The features, and the attention keys of the last block, all heads side by side: both `(M, P, F)`."""
+        seen: list[Tensor] = []
+        attention = self.model.blocks[-1].attn
+        hook = attention.qkv.register_forward_hook(lambda _, __, qkv: seen.append(qkv.chunk(3, dim=-1)[1]))
+        try:
+            features = self(images_MCHW)
+        finally:
+            hook.remove()
+        return features, seen[0][:, self.model.num_prefix_tokens :]
+
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or a PyTorch file, without running any pickled code.

@@ -188,6 +188,12 @@ class SlotModel(nn.Module):
         """Frozen features `(B, T, P, F)` of a normalised video."""
         return self.encoder.backbone(video_BTCHW.flatten(0, 1)).unflatten(0, video_BTCHW.shape[:2])
 
+    def features_and_keys(self, video_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Frozen features, and the last block's attention keys, both `(B, T, P, F)`, of a normalised video."""
+        features, keys = self.encoder.backbone.features_and_keys(video_BTCHW.flatten(0, 1))
+        shape = video_BTCHW.shape[:2]
+        return features.unflatten(0, shape), keys.unflatten(0, shape)
+
     def initial_slots(self, batch_size: int, noise_seeds: Sequence[int] | None = None) -> Tensor:
         """Slots `(B, N, d)` that frame 0 starts from; `noise_seeds` (one a clip) where drawn."""
         noise = None
