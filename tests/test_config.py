@@ -119,7 +119,8 @@ def test_a_public_teacher_decides_its_own_sizes():
     config = resolve_config(
         {}, ["teacher.checkpoint=movi_e.ckpt", "student.num_slots=7", "teacher.image_size=335"]
     )
-    assert config.num_slots == 7
+    assert config.student.num_slots == 7
+    assert config.teacher.num_slots is None
 
 
 def test_all_problems_are_reported_at_once():
