@@ -1,7 +1,9 @@
 """Segment videos: python -m jobs.segment VIDEO … model=models:/slotmatch@champion out=DIR
 
 `model` is a registered model, a model folder or a checkpoint file. Other settings: max_side=1280 (pixels),
-num_heads=N (of a public checkpoint's ViT), mlflow.tracking_uri=URI, or storage.root=DIR for its SQLite file.
+mlflow.tracking_uri=URI, or storage.root=DIR for its SQLite file; and what a public file does not tell:
+num_slots=N where it draws its initial slots, mean=[R,G,B] std=[R,G,B] where they are not ImageNet's, and
+num_heads=N where its ViT has not width / 64 heads.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs._main import REGISTRY_SETTINGS, check_settings, registry_uri, report, split_settings
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError, resolve_config
 
-SETTINGS = ("model", "out", "max_side", "num_heads", *REGISTRY_SETTINGS)
+HINTS = ("num_heads", "num_slots", "mean", "std")  # as in a config's `teacher` section
+SETTINGS = ("model", "out", "max_side", *HINTS, *REGISTRY_SETTINGS)
 
 
 def main() -> int:
@@ -40,13 +43,13 @@ def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
             raise ConfigError(
                 f"two videos are named {stem!r}, so one would overwrite the other; give each its own out="
             )
-    for key in ("max_side", "num_heads"):
-        if key in settings and not (settings[key].isdigit() and int(settings[key]) > 0):
-            raise ConfigError(f"{key}: {settings[key]!r} is not a whole number above 0")
-    numbers = {key: int(settings[key]) for key in ("max_side", "num_heads") if key in settings}
+    side = settings.get("max_side")
+    if side is not None and not (side.isdigit() and int(side) > 0):
+        raise ConfigError(f"max_side: {side!r} is not a whole number above 0")
+    config = _hints_config(settings)
 
-    from pipeline.builders import best_device
-    from pipeline.models import load_slot_model
+    from pipeline.builders import best_device, checkpoint_hints
+    from pipeline.models import HintError, load_slot_model
     from pipeline.registry import downloaded
     from pipeline.segment import segment
 
@@ -54,10 +57,25 @@ def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
         path: Any = settings["model"]
         if path.startswith("models:/"):
             path = stack.enter_context(downloaded(path, registry_uri(settings)))
-        model = load_slot_model(path, num_heads=numbers.get("num_heads")).to(best_device())
-    limit = {"max_side": numbers["max_side"]} if "max_side" in numbers else {}
+        try:
+            model = load_slot_model(path, **checkpoint_hints(config).to_dict()).to(best_device())
+        except HintError as error:
+            raise ConfigError(str(error)) from None
+    limit = {"max_side": int(side)} if side is not None else {}
     done = [segment(model, video, settings["out"], **limit) for video in videos]
     return {"uri": settings["out"], "videos": done, "frames": sum(d["frames"] for d in done)}
+
+
+def _hints_config(settings: dict[str, str]) -> Config:
+    """The hints as a config has them, which checks them.
+
+    Raises:
+        ConfigError: values that can't be used, named as the settings are.
+    """
+    try:
+        return resolve_config({}, [f"teacher.{key}={settings[key]}" for key in HINTS if key in settings])
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("teacher.", "")) from None
 
 
 if __name__ == "__main__":

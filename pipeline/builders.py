@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.config import Config, ConfigError, Model, Teacher, ViT
+from pipeline.config import Config, ConfigError, Model, ViT
 from pipeline.models import (
     Backbone,
     BackboneConfig,
+    CheckpointHints,
+    HintError,
     SlotModel,
     SlotModelConfig,
     load_backbone_weights,
@@ -57,21 +59,31 @@ def build_backbone(section: Model) -> Backbone:
     return backbone
 
 
+def model_config(section: Model, *, num_slots: int, slot_size: int) -> SlotModelConfig:
+    """The architecture of a config's section."""
+    return SlotModelConfig(
+        backbone=backbone_config(section),
+        num_slots=num_slots,
+        slot_size=slot_size,
+        initializer=section.initial_slots,
+        corrector_mlp=section.corrector_mlp,
+        predictor=section.predictor,
+        decoder=section.decoder,
+        decoder_hidden_sizes=section.decoder_hidden_sizes,
+        decoder_blocks=section.decoder_blocks,
+        decoder_outputs=section.decoder_outputs,
+        mean=section.mean,
+        std=section.std,
+    )
+
+
 def build_model(section: Model, *, num_slots: int, slot_size: int, seed: int) -> SlotModel:
     """A new model, its frozen backbone filled; what trains starts from `seed`.
 
     Raises:
         ConfigError: sizes that can't be built, or backbone weights that can't be had.
     """
-    config = SlotModelConfig(
-        backbone=backbone_config(section),
-        num_slots=num_slots,
-        slot_size=slot_size,
-        initializer=section.initial_slots,
-        decoder_hidden_sizes=section.decoder_hidden_sizes,
-        mean=section.mean,
-        std=section.std,
-    )
+    config = model_config(section, num_slots=num_slots, slot_size=slot_size, decoder_outputs=decoder_outputs)
     try:
         with seeded(seed):
             model = SlotModel(config)
@@ -83,6 +95,27 @@ def build_model(section: Model, *, num_slots: int, slot_size: int, seed: int) ->
     return model
 
 
+def student_sizes(config: Config, teacher: SlotModelConfig | None) -> dict[str, int]:
+    """`num_slots` and `slot_size` of a config's student; those left open are the teacher's.
+
+    Raises:
+        ConfigError: they differ from the teacher's.
+    """
+    sizes = {}
+    for key, default in config.teacher.sizes.items():
+        own = getattr(config.student, key)
+        other = getattr(teacher, key) if teacher else default
+        mapped = key == "slot_size" and config.distill.slot_map
+        if own is not None and teacher is not None and own != other and not mapped:
+            way_out = "; or map one to the other: distill.slot_map=true" if key == "slot_size" else ""
+            raise ConfigError(
+                f"student.{key}: {own} differs from the teacher's {other}, and slot n is distilled to slot n; "
+                f"nearest valid: {other}{way_out}"
+            )
+        sizes[key] = own if own is not None else other
+    return sizes
+
+
 def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None, seed: int) -> SlotModel:
     """The student of a config; sizes left open are the teacher's.
 
@@ -91,27 +124,10 @@ def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None
     otherwise, or sizes differ.
 
     Raises:
-        ConfigError: slot counts or sizes that differ from the teacher's, or that nobody gave.
+        ConfigError: slot counts, sizes or kinds of initial slots that differ from the teacher's.
     """
     teacher_config = teacher.config if isinstance(teacher, SlotModel) else teacher
-    sizes = {}
-    for key in ("num_slots", "slot_size"):
-        own = getattr(config.student, key)
-        other = getattr(teacher_config, key) if teacher_config else getattr(config.teacher, key)
-        if own is None and other is None:
-            raise ConfigError(f"student.{key}: is not set, and no teacher gives it")
-        mapped = key == "slot_size" and config.distill.slot_map
-        if own is not None and teacher_config is not None and own != other and not mapped:
-            raise ConfigError(
-                f"student.{key}: {own} differs from the teacher's {other}, and slot n is distilled to slot n; "
-                f"nearest valid: {other}"
-                + (
-                    "; or learn a linear map between them: distill.slot_map=true"
-                    if key == "slot_size"
-                    else ""
-                )
-            )
-        sizes[key] = own if own is not None else other
+    sizes = student_sizes(config, teacher_config)
     student = build_model(config.student, seed=seed, **sizes)
     same_size = teacher_config is not None and sizes["slot_size"] == teacher_config.slot_size
     copies = config.distill.initial_slots_from_teacher
@@ -132,43 +148,63 @@ def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None
 
 def build_teacher(config: Config) -> SlotModel:
     """A new teacher to be trained on the clips."""
-    section = config.teacher
-    if section.num_slots is None or section.slot_size is None:
-        raise ConfigError("teacher.num_slots and teacher.slot_size: must be set to train a teacher")
-    return build_model(
-        section, num_slots=section.num_slots, slot_size=section.slot_size, seed=section.train.seed
-    )
+    return build_model(config.teacher, seed=config.teacher.train.seed, **config.teacher.sizes)
 
 
 def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(uri: str, **untold: Any) -> SlotModel:
-    """`load_slot_model` for a local path or an `s3://` one; `untold` are its keyword arguments."""
+def checkpoint_hints(config: Config) -> CheckpointHints:
+    """What a config's `teacher` section says of a public file."""
+    section = config.teacher
+    return CheckpointHints(section.num_heads, section.num_slots, section.mean, section.std)
+
+
+def load_model(uri: str, hints: CheckpointHints) -> SlotModel:
+    """`load_slot_model` for a local path or an `s3://` one.
+
+    Raises:
+        ConfigError: a hint is missing or can't be; they are the config's `teacher` section's.
+    """
     with storage.local_copy(uri) as path:
-        return load_slot_model(path, **untold)
+        try:
+            return load_slot_model(path, **hints.to_dict())
+        except HintError as error:
+            raise ConfigError(f"teacher.{error}") from None
 
 
-def untold_by_file(section: Teacher) -> dict[str, Any]:
-    """What a config says of a public checkpoint that the file itself does not: for `load_model`."""
-    return {
-        "num_heads": section.num_heads,
-        "num_slots": section.num_slots,
-        "mean": section.mean,
-        "std": section.std,
-    }
+def load_teacher(config: Config, uri: str) -> SlotModel:
+    """The config's teacher, which is at `uri`.
+
+    Raises:
+        ConfigError: as in `load_model`, or the config says another number of slots than the checkpoint has.
+    """
+    model = load_model(uri, checkpoint_hints(config))
+    said, found = config.teacher.num_slots, model.config.num_slots
+    if config.teacher.checkpoint and said not in (None, found):
+        raise ConfigError(
+            f"teacher.num_slots: {said}, but {config.teacher.checkpoint} has {found} slots; nearest valid: {found}, "
+            "or leave it empty"
+        )
+    return model
 
 
-def model_hash(uri: str) -> str:
-    """A hash of a model's files: changes whenever its weights or its config do."""
+def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
+    """What decides what a loaded model computes, for fingerprints: its files, and what they don't tell.
+
+    Raises:
+        ConfigError: nothing there.
+    """
     fs, path = storage.filesystem(uri)
-    if storage.retry(lambda: bool(fs.isdir(path)), uri):
-        files = [storage.join(uri, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    else:
-        files = [uri]
+    folder = storage.retry(lambda: bool(fs.isdir(path)), uri)
+    files = [storage.join(uri, name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if folder else [uri]
     try:
-        return storage.fingerprint([storage.hash_file(file) for file in files])
+        # Folders have a config, and hints are ignored there.
+        return {
+            "files": [storage.hash_file(file) for file in files],
+            "hints": None if folder else hints.to_dict(),
+        }
     except FileNotFoundError:
         raise ConfigError(f"teacher.checkpoint: there is no model at {uri!r}") from None
 
@@ -203,7 +239,10 @@ def teacher_run_uri(config: Config, clips_fingerprint: str) -> str:
     section = config.teacher
     content = {
         "clips": clips_fingerprint,
-        "model": section.model_dump(exclude={"name", "checkpoint", "num_heads", "train", "backbone_weights"}),
+        "model": {
+            **section.model_dump(exclude={"name", "checkpoint", "num_heads", "train", "backbone_weights"}),
+            **section.sizes,
+        },
         "backbone": backbone_identity(section),
         "train": section.train.model_dump(exclude=RUN_DETAILS),
         "views": view_recipe(config),

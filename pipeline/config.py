@@ -102,9 +102,18 @@ class Model(Section):
     slot_size: PositiveInt | None = None
     initial_slots: Literal["learned", "random"] = "learned"
     initialisation: Literal["default", "soft_kmeans"] = "default"  # of what trains; the paper's: default
+    corrector_mlp: bool = True  # in slot attention; VideoSAUR has none
+    predictor: bool = True  # False: an image model such as DINOSAUR, which sees each frame on its own
+    decoder: Literal["mlp", "slot_mixer"] = "mlp"  # the slot mixer is VideoSAUR's
     decoder_hidden_sizes: tuple[PositiveInt, ...] = (1024, 1024, 1024)
+    decoder_blocks: PositiveInt = 3  # transformer blocks of the slot mixer
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+
+    @property
+    def decoder_outputs(self) -> tuple[str, ...]:
+        """What the decoder gives, as in `SlotModelConfig`."""
+        return ("features",)
 
     @property
     def patch_size(self) -> int | None:
@@ -147,13 +156,30 @@ class TeacherTraining(Training):
 
 
 class Teacher(Model):
+    """`num_slots` and `slot_size` left empty are the checkpoint's; of a teacher that is trained here see `sizes`.
+
+    A public file does not tell its ViT's heads, its normalisation and, where initial slots are drawn, their
+    number: `num_heads`, `mean`, `std` and `num_slots` do.
+    """
+
     name: str = "SlotContrast"  # in tables
     checkpoint: str | None = None  # a public file or a model folder; None: `jobs.teacher` trains one
     num_heads: PositiveInt | None = None  # of a public file's ViT; None: width / 64
     backbone: str | ViT = "vit_base_patch14_dinov2"
-    num_slots: Annotated[int, Field(ge=1, le=256)] | None = 15
-    slot_size: PositiveInt | None = 128
     train: TeacherTraining = TeacherTraining()
+
+    @property
+    def decoder_outputs(self) -> tuple[str, ...]:
+        weights = {"features": self.train.reconstruction, "similarity": self.train.similarity}
+        return tuple(name for name, weight in weights.items() if weight)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """`num_slots` and `slot_size` of a teacher that is trained here; the paper's for MOVi-E by default.
+
+        Not defaults of the keys themselves, which would count as said of every public file.
+        """
+        return {"num_slots": self.num_slots or 15, "slot_size": self.slot_size or 128}
 
 
 class Student(Model):
@@ -265,10 +291,6 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-    @property
-    def num_slots(self) -> int | None:
-        return self.student.num_slots or self.teacher.num_slots
 
     @property
     def tracking_uri(self) -> str:
@@ -471,18 +493,17 @@ def _check_models(config: Config) -> list[str]:
                 f"{name}.backbone.num_heads: {model.backbone.num_heads} does not divide embed_dim "
                 f"{model.backbone.embed_dim}"
             )
-    for key in ("num_slots", "slot_size"):
-        teacher, student = getattr(config.teacher, key), getattr(config.student, key)
+    for key, teacher in config.teacher.sizes.items():
+        student = getattr(config.student, key)
         if key == "slot_size" and config.distill.slot_map:
             continue
-        known = config.teacher.checkpoint is None and teacher is not None
-        if known and student is not None and student != teacher:
+        if config.teacher.checkpoint is None and student is not None and student != teacher:
             problems.append(
                 f"student.{key}: {student} differs from the teacher's {teacher} (teacher.{key}), and slot "
                 f"n is distilled to slot n; nearest valid: {teacher}"
             )
-    slot_size = config.student.slot_size or config.teacher.slot_size
-    if slot_size is not None and slot_size % 4:
+    slot_size = config.student.slot_size or config.teacher.sizes["slot_size"]
+    if slot_size % 4:
         problems.append(
             f"student.slot_size: {slot_size} must be a multiple of 4, the predictor's heads; nearest: "
             f"{max(4, slot_size // 4 * 4)}"
@@ -525,12 +546,21 @@ def _check_distill(config: Config) -> list[str]:
 
 def _check_combinations(config: Config) -> list[str]:
     problems = _check_distill(config)
-    for name, train in (("teacher.train", config.teacher.train), ("distill", config.distill)):
+    runs: list[tuple[str, Training, Model]] = [
+        ("teacher.train", config.teacher.train, config.teacher),
+        ("distill", config.distill, config.student),
+    ]
+    for name, train, model in runs:
         if train.workers and train.batch_size % train.workers:
             nearest = max(1, round(train.batch_size / train.workers)) * train.workers
             problems.append(
                 f"{name}.batch_size: {train.batch_size} can't be shared equally by {train.workers} workers; "
                 f"nearest: {nearest}"
+            )
+        if train.alpha and not model.predictor:
+            problems.append(
+                f"{name}.alpha: {train.alpha:g} contrasts neighbouring frames, but a model without predictor sees "
+                "each on its own; nearest valid: 0"
             )
     trains, training = config.evaluate.model is None, config.dataset.split
     if config.dataset.kind == "synthetic":

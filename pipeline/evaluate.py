@@ -7,6 +7,7 @@ means with their protocol in the manifest. Each is recorded as an MLflow run for
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,10 +17,10 @@ import pyarrow.parquet as pq
 
 from pipeline import records, storage
 from pipeline.baselines import BASELINES, Predictor
-from pipeline.builders import best_device, load_model, model_hash
+from pipeline.builders import best_device, load_model, model_identity
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.config import Config
-from pipeline.models import SlotModel
+from pipeline.models import CheckpointHints, SlotModel
 from pipeline.progress import Progress, log
 from pipeline.protocols import Protocol, choose_protocol, describe_protocol
 from pipeline.ray_session import actor_options, ray_session
@@ -34,22 +35,22 @@ class Subject:
     """What is scored: a model, or one of the trivial baselines with as many slots."""
 
     model_uri: str | None = None
-    num_heads: int | None = None  # of a public checkpoint's ViT
+    hints: CheckpointHints = field(default_factory=CheckpointHints)  # what a public file does not tell
     baseline: str | None = None
     num_slots: int = 1  # of the baseline
     tags: dict[str, str] = field(default_factory=dict)  # how it came about, for its record
 
     def identity(self) -> dict[str, Any]:
-        model = model_hash(self.model_uri) if self.model_uri else None
-        return {"model": model, "heads": self.num_heads, "baseline": self.baseline, "slots": self.num_slots}
+        model = model_identity(self.model_uri, self.hints) if self.model_uri else None
+        return {"model": model, "baseline": self.baseline, "slots": self.num_slots}
 
     def record(self) -> dict[str, str]:
         """Its tags in MLflow."""
         if self.baseline is not None:
             name = self.baseline if self.num_slots == 1 else f"{self.baseline} (N = {self.num_slots})"
             return {"method": "baseline", "name": name}
-        heads = {"num_heads": str(self.num_heads)} if self.num_heads else {}
-        return {"method": "other", **self.tags, "model_uri": str(self.model_uri), **heads}
+        loading = {"model_uri": str(self.model_uri), "hints": json.dumps(self.hints.to_dict())}
+        return {"method": "other", **self.tags, **loading}
 
 
 class _ScoreActor:
@@ -70,8 +71,7 @@ class _ScoreActor:
             return BASELINES[subject.baseline](subject.num_slots)
         if index not in self.models:
             assert subject.model_uri is not None
-            model = load_model(subject.model_uri, num_heads=subject.num_heads)
-            self.models[index] = model.to(self.device)
+            self.models[index] = load_model(subject.model_uri, subject.hints).to(self.device)
         return model_predictor(self.models[index], video.video_id, self.protocol)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

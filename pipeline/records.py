@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage, tracking
 from pipeline.config import Config
+from pipeline.models import CheckpointHints
 from pipeline.progress import log
 from pipeline.scoring import SCORES
 
@@ -52,7 +53,7 @@ class Record:
     steps: int | None
     settings: str  # a fingerprint of all that decided the training but the seed; "" where that is not known
     model_uri: str | None  # None for a baseline
-    num_heads: int | None  # of a public checkpoint's ViT
+    hints: CheckpointHints  # for loading the model again; a folder needs none
     protocol: dict[str, Any]  # with "name" and "fingerprint"
     scores: dict[str, float]
     videos: int
@@ -85,7 +86,7 @@ def find_records(config: Config) -> list[Record]:
         for run in page:
             try:
                 records.append(_record(run))
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 log(f"mlflow: run {run.info.run_id} is no whole evaluation and is left out ({error!r})")
         token = page.token
         if not token:
@@ -159,7 +160,7 @@ def _record(run: Any) -> Record:
         steps=number("steps", int),
         settings=tags.get("settings", ""),
         model_uri=tags.get("model_uri") or None,
-        num_heads=number("num_heads", int),
+        hints=CheckpointHints.from_dict(json.loads(tags.get("hints", "{}"))),
         protocol=json.loads(tags["protocol"]),
         scores={key: run.data.metrics[key] for key in (*SCORES, "slots_in_use")},
         videos=int(tags["videos"]),

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.baselines import BASELINES
-from pipeline.builders import MODEL_FOLDER, load_model, teacher_location
+from pipeline.builders import MODEL_FOLDER, checkpoint_hints, load_model, teacher_location
 from pipeline.clips.shard import find_clips, find_videos, shard
 from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError, parse_split
@@ -103,7 +103,7 @@ def teacher_subject(config: Config, teacher_uri: str) -> Subject:
     tags = {"method": "teacher", "teacher": config.teacher.name}
     if config.teacher.checkpoint is None:
         tags["trained_on"] = config.dataset.title
-    return Subject(model_uri=teacher_uri, num_heads=config.teacher.num_heads, tags=tags)
+    return Subject(model_uri=teacher_uri, hints=checkpoint_hints(config), tags=tags)
 
 
 def baseline_subjects(num_slots: int) -> dict[str, Subject]:
@@ -131,11 +131,10 @@ def evaluate_stage(config: Config) -> dict[str, Any]:
     """
     models = _named_model(config) if config.evaluate.model else _own_models(config)
     name, subject = next(iter(models.items()))
-    baselines = {}
-    if config.evaluate.baselines:
-        assert subject.model_uri is not None
-        slots = load_model(subject.model_uri, num_heads=subject.num_heads).config.num_slots
-        baselines = baseline_subjects(slots)
+    assert subject.model_uri is not None
+    # Also without baselines: a file of which the config says too little is refused before Ray starts.
+    slots = load_model(subject.model_uri, subject.hints).config.num_slots
+    baselines = baseline_subjects(slots) if config.evaluate.baselines else {}
     results = evaluate_subjects(config, {**baselines, **models})
     print(score_table([(n, r["scores"]) for n, r in results.items()]))
     print(f"protocol {results[name]['protocol']['name']}: {results[name]['protocol']['in_words']}")
@@ -173,7 +172,7 @@ def _named_model(config: Config) -> dict[str, Subject]:
             own = storage.join(place, MODEL_FOLDER)
             uri = own if storage.exists(own) else place
             return {storage.name(place): Subject(model_uri=uri, tags=tags)}
-    return {storage.name(model): Subject(model_uri=model, num_heads=config.teacher.num_heads)}
+    return {storage.name(model): Subject(model_uri=model, hints=checkpoint_hints(config))}
 
 
 def register_stage(config: Config) -> dict[str, Any]:

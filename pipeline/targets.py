@@ -27,8 +27,9 @@ from pipeline.builders import (
     best_device,
     build_backbone,
     build_student,
-    load_model,
-    model_hash,
+    checkpoint_hints,
+    load_teacher,
+    model_identity,
     require_teacher,
     teacher_location,
     view_recipe,
@@ -146,7 +147,7 @@ class TargetMaker:
         self.config = config
         self.clips = ClipSet(clips_uri)
         self.device = best_device()
-        self.teacher = load_model(teacher_uri, num_heads=config.teacher.num_heads).to(self.device)
+        self.teacher = load_teacher(config, teacher_uri).to(self.device)
         self.student: SlotModel | None = None
         if config.targets.student_features:
             # The frozen backbone is all that is used of it.
@@ -312,8 +313,7 @@ def _describe(config: Config, clips: ClipSet) -> tuple[str, dict[str, Any]]:
     content = {
         "format": FORMAT,
         "clips": clips.fingerprint,
-        "teacher": model_hash(teacher_uri),
-        "num_heads": config.teacher.num_heads,
+        "teacher": model_identity(teacher_uri, checkpoint_hints(config)),
         "rollout": config.targets.rollout,
         "views": view_recipe(config),
         "student_features": None,
@@ -347,7 +347,7 @@ def cache(config: Config, clips_uri: str) -> dict[str, Any]:
         manifest = storage.read_manifest(uri)
         computed = 0
     else:
-        teacher_config = load_model(teacher_uri, num_heads=config.teacher.num_heads).config
+        teacher_config = load_teacher(config, teacher_uri).config
         if config.targets.student_features:
             build_backbone(config.student)  # fails here and now if its weights can't be had
         folder = storage.join(uri, SHARD_FOLDER)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import stages, storage
-from pipeline.builders import best_device, load_model, require_teacher
+from pipeline.builders import best_device, checkpoint_hints, load_model, load_teacher, require_teacher
 from pipeline.clips.shard import find_videos, shard
 from pipeline.clips.table import ClipSet
 from pipeline.config import Config, resolve_config
@@ -66,7 +66,7 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     if held_out is not None:
         _title(5, f"score them on {held_out['videos']} videos that nobody trained on")
         teacher = stages.teacher_subject(config, teacher_uri)
-        slots = load_model(teacher_uri, num_heads=config.teacher.num_heads).config.num_slots
+        slots = load_teacher(config, teacher_uri).config.num_slots
         subjects = {
             **(stages.baseline_subjects(slots) if config.evaluate.baselines else {}),
             "teacher": teacher,
@@ -113,10 +113,10 @@ def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], pat
     """A picture of one video: frames over each model's slots, in the colours of the last one's, and its objects."""
     clips = ClipSet(clips_uri)
     video = clips.videos[0]
-    rows: dict[str, SlotModel | None] = {}
-    for name, uri in models.items():
-        model = load_model(uri, num_heads=config.teacher.num_heads if name == "teacher" else None)
-        rows[name] = model.to(best_device())
+    hints = checkpoint_hints(config)  # of the teacher; students are folders, which need none
+    rows: dict[str, SlotModel | None] = {
+        name: load_model(uri, hints).to(best_device()) for name, uri in models.items()
+    }
     if video.annotated:
         rows[GROUND_TRUTH] = None
     panel = video_panel(clips, video, rows, video.video_id)

@@ -104,6 +104,9 @@ def test_values_that_are_impossible_together():
     (line,) = problems({"clips": {"clip_frames": 1}})
     assert "clips.clip_frames: 1" in line
     assert "alpha=0" in line
+    (line,) = problems({}, "student.predictor=false")
+    assert line.startswith("distill.alpha: 1 contrasts neighbouring frames")
+    resolve_config({}, ["student.predictor=false", "distill.alpha=0"])
     (line,) = problems({"dataset": {"split": "val"}, "evaluate": {"split": "val"}})
     assert line == "evaluate.split: 'val' is the training split (dataset.split)"
     # A model that is named was not trained on it; without a split there is nothing to compare.
@@ -119,7 +122,9 @@ def test_a_public_teacher_decides_its_own_sizes():
     config = resolve_config(
         {}, ["teacher.checkpoint=movi_e.ckpt", "student.num_slots=7", "teacher.image_size=335"]
     )
-    assert config.num_slots == 7
+    assert config.student.num_slots == 7
+    assert config.teacher.num_slots is None, "a default would count as said of a file that needs to be told"
+    assert config.teacher.sizes == {"num_slots": 15, "slot_size": 128}
 
 
 def test_all_problems_are_reported_at_once():
@@ -291,7 +296,10 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["distill.beta=0"], "distill.beta: 0 leaves nothing of distill.method=slotmatch; without distillation"),
+        (
+            ["distill.beta=0"],
+            "distill.beta: 0 leaves nothing of distill.method=slotmatch; without distillation",
+        ),
         (["distill.fresh_views=true"], "distill.fresh_views: cached targets hold"),
         (["distill.method=feature_kd"], "feature_kd needs the teacher's features: cache them"),
         (["distill.method=no_kd", "distill.measure_bound_every=5"], "distill.measure_bound_every: compares"),

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+DRAWN = ROOT / "tests" / "golden" / "videosaur_tiny.ckpt"
 STAGES = ("shard", "teacher", "cache", "distill", "evaluate", "register", "report", "pipeline")
 
 
@@ -63,10 +64,14 @@ def test_a_later_stage_says_which_one_comes_before(tmp_path, real_videos):
         (["model=m", "out=x"], "video"),
         (["a.mp4", "model=nowhere", "out=x"], "nowhere"),
         (["a.mp4", "model=m", "out=x", "max_side=big"], "max_side"),
+        (["a.mp4", "model=m", "out=x", "num_heads=0"], "num_heads: 0 must be at least 1"),
+        (["a.mp4", "model=m", "out=x", "std=[1, 1, 0]"], "std.2: 0 must be more than 0"),
+        (["a.mp4", f"model={DRAWN}", "out=x", "num_heads=3"], "num_slots: must be given"),
     ],
 )
 def test_segment_names_what_is_wrong(tmp_path, arguments, message):
     done = run("jobs.segment", *arguments, cwd=tmp_path)
     assert done.returncode in (1, 2)
+    assert "teacher." not in done.stderr, "there is no such section here"
     assert message in json.loads(done.stdout.splitlines()[-1])["error"]
     assert "Traceback" not in done.stderr

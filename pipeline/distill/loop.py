@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.builders import MODEL_FOLDER, build_student, build_teacher, load_model, seeded
+from pipeline.builders import MODEL_FOLDER, build_student, build_teacher, load_teacher, seeded
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
 from pipeline.config import Config, Distill, TeacherTraining, Training
@@ -75,7 +75,7 @@ def build(spec: TrainingSpec) -> tuple[SlotModel, SlotModel | None]:
         return build_teacher(config), None
     if spec.teacher_uri is None:
         return build_student(config, teacher=spec.teacher_config, seed=config.distill.seed), None
-    teacher = load_model(spec.teacher_uri, num_heads=config.teacher.num_heads).requires_grad_(False)
+    teacher = load_teacher(config, spec.teacher_uri).requires_grad_(False)
     return build_student(config, teacher=teacher, seed=config.distill.seed), teacher
 
 

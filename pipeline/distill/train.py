@@ -13,9 +13,11 @@ from pipeline.builders import (
     MODEL_FOLDER,
     RUN_DETAILS,
     backbone_identity,
-    load_model,
-    model_hash,
+    checkpoint_hints,
+    load_teacher,
+    model_identity,
     require_teacher,
+    student_sizes,
     teacher_location,
     teacher_run_uri,
     view_recipe,
@@ -73,14 +75,11 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
         if targets_uri is not None:
             teacher_config = TargetSet(targets_uri).teacher_config
         else:
-            teacher_config = load_model(location, num_heads=config.teacher.num_heads).config
+            teacher_config = load_teacher(config, location).config
     content: dict[str, Any] = {
         "clips": clips.fingerprint,
         "student": config.student.model_dump(exclude={"backbone_weights", "num_slots", "slot_size"}),
-        "sizes": [
-            getattr(config.student, key) or getattr(teacher_config or config.teacher, key)
-            for key in ("num_slots", "slot_size")
-        ],
+        "sizes": student_sizes(config, teacher_config),
         "backbone": backbone_identity(config.student),
         "features": config.targets.feature_dtype if config.targets.student_features else None,
         "distill": _what_decides(settings),
@@ -88,13 +87,14 @@ def _student_spec(config: Config, clips_uri: str) -> tuple[TrainingSpec, dict[st
     }
     if with_teacher and settings.live_teacher:
         assert location is not None
-        content["teacher"] = [model_hash(location), config.teacher.num_heads, config.targets.rollout]
+        identity = model_identity(location, checkpoint_hints(config))
+        content["teacher"] = [identity, config.targets.rollout]
     elif with_teacher:
         assert targets_uri is not None
         content["targets"] = storage.name(targets_uri)
     elif settings.initial_slots_from_teacher:
         assert location is not None
-        content["teacher"] = [model_hash(location), config.teacher.num_heads]
+        content["teacher"] = model_identity(location, checkpoint_hints(config))
     uri = storage.join(storage.absolute(config.storage.root), "students", storage.fingerprint(content))
     spec = TrainingSpec(
         config,

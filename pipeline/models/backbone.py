@@ -102,8 +102,8 @@ class Backbone(nn.Module):
     def features_and_keys(self, images_MCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The features, and the attention keys of the last block, all heads side by side: both `(M, P, F)`."""
         seen: list[Tensor] = []
-        attention = self.model.blocks[-1].attn
-        hook = attention.qkv.register_forward_hook(lambda _, __, qkv: seen.append(qkv.chunk(3, dim=-1)[1]))
+        projection = self.model.get_submodule(f"blocks.{len(self.model.blocks) - 1}.attn.qkv")
+        hook = projection.register_forward_hook(lambda _, __, qkv: seen.append(qkv.chunk(3, dim=-1)[1]))
         try:
             features = self(images_MCHW)
         finally:

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,41 @@ _TRAINING_HEADS = ("projector.", "projector2.")
 _EMBEDDED_CONFIG = "slotmatch_config"  # an extra entry of the `.ckpt` files that we write
 
 
+class HintError(ValueError):
+    """A hint that a file needs and that is missing or can't be; the message starts with its name."""
+
+
+@dataclass(frozen=True)
+class CheckpointHints:
+    """What a public checkpoint file does not tell, so that whoever loads it has to.
+
+    num_heads: attention heads of the ViT. By default width / 64, as in every public ViT.
+    num_slots: of models that draw their initial slots, and so can have any number of them; learned
+    slots are counted in the file.
+    mean, std: the normalisation of RGB values in [0, 1] that the model was trained with, by default
+    ImageNet's.
+    """
+
+    num_heads: int | None = None
+    num_slots: int | None = None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name: the keyword arguments of `load_slot_model`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CheckpointHints:
+        """The inverse of `to_dict`, also after a round trip through JSON; what is absent is the default.
+
+        Raises:
+            TypeError: names that are no hints.
+        """
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
+
+
 def load_slot_model(
     path: str | Path,
     *,
@@ -41,19 +77,16 @@ def load_slot_model(
 ) -> SlotModel:
     """Builds a model from a checkpoint and loads its weights; in eval mode, on the CPU.
 
-    The keyword arguments are what a public file does not tell. They are ignored where the file or folder
-    has a config of ours.
+    The keyword arguments are what a public file does not tell, see `CheckpointHints`. They are ignored where
+    the file or folder has a config of ours.
 
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
             `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share.
-        num_heads: attention heads of the ViT. By default width / 64, as in every public ViT.
-        num_slots: of models that draw their initial slots, and so can have any number of them; learned
-            slots are counted in the file.
-        mean, std: the normalisation that the model was trained with, ImageNet's by default.
 
     Raises:
         FileNotFoundError: nothing at `path`.
+        HintError: a public file needs another `num_heads`, or a `num_slots`.
         ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
             missing, unexpected or of another shape, all of which the message lists.
     """
@@ -73,9 +106,7 @@ def load_slot_model(
         if _EMBEDDED_CONFIG in content:
             config = _parse_config(content[_EMBEDDED_CONFIG], source=str(path))
         else:
-            config = infer_config(
-                state, source=str(path), num_heads=num_heads, num_slots=num_slots, mean=mean, std=std
-            )
+            config = infer_config(state, CheckpointHints(num_heads, num_slots, mean, std), source=str(path))
             state = _with_resampled_positions(state, config, str(path))
     state = {k: v.float() for k, v in _plain_names(state).items()}
     model = SlotModel(config)
@@ -176,40 +207,33 @@ class _Shapes:
         return sizes
 
 
-def infer_config(
-    state: Mapping[str, Tensor],
-    *,
-    source: str,
-    num_heads: int | None = None,
-    num_slots: int | None = None,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-) -> SlotModelConfig:
+def infer_config(state: Mapping[str, Tensor], hints: CheckpointHints, *, source: str) -> SlotModelConfig:
     """The architecture that tensors of the public layout belong to, from their names and shapes.
 
     Raises:
-        ValueError: nothing of a slot model there, or what shapes don't tell was not given.
+        ValueError: nothing of a slot model there.
+        HintError: what shapes don't tell was not given.
     """
     shapes = _Shapes(_plain_names(state), source)
     corrector = "processor.corrector.to_q.weight"
     slot_size = shapes.size(("initializer.slots", 2), ("initializer.mean", 2), (corrector, 0))
     drawn = not shapes.has("initializer.slots") and shapes.has("initializer.")
-    if drawn and num_slots is None:
-        raise ValueError(
+    if drawn and hints.num_slots is None:
+        raise HintError(
             f"num_slots: must be given, as {source} draws its initial slots and works with any number of them "
             "(public VideoSAUR: 11 for MOVi-C, 15 for MOVi-E, 7 for YTVIS; DINOSAUR on COCO: 7)"
         )
-    backbone, num_patches = _infer_backbone(shapes, num_heads)
+    backbone, num_patches = _infer_backbone(shapes, hints.num_heads)
     video = shapes.has("processor.predictor.") or any(".module." in k for k in state)
     return SlotModelConfig(
         backbone=backbone,
-        num_slots=(num_slots or 1) if drawn else shapes.size(("initializer.slots", 1), default=1),
+        num_slots=(hints.num_slots or 1) if drawn else shapes.size(("initializer.slots", 1), default=1),
         slot_size=slot_size,
         initializer="random" if drawn else "learned",
         corrector_mlp=shapes.has("processor.corrector.mlp."),
         predictor=video,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=tuple(hints.mean),
+        std=tuple(hints.std),
         **_infer_decoder(shapes, num_patches),
     )
 
@@ -240,9 +264,9 @@ def _infer_backbone(shapes: _Shapes, num_heads: int | None) -> tuple[BackboneCon
     width = shapes.size((patch_embedding, 0), (positions, 2))
     patch = shapes.size((patch_embedding, 2), default=16)
     if num_heads and width % num_heads:
-        raise ValueError(f"num_heads: {num_heads} does not divide the width {width} of the checkpoint's ViT")
+        raise HintError(f"num_heads: {num_heads} does not divide the width {width} of the checkpoint's ViT")
     if num_heads is None and width % 64:
-        raise ValueError(
+        raise HintError(
             f"num_heads: must be given, as the ViT's width {width} is not a multiple of 64 and the checkpoint's "
             "shapes don't tell its heads"
         )

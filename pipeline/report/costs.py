@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.builders import backbone_config, best_device, load_model
-from pipeline.config import Config, Model
+from pipeline.builders import best_device, load_teacher, model_config, student_sizes
+from pipeline.config import Config
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.progress import log
 from pipeline.report.efficiency import (
@@ -33,29 +33,15 @@ def config_models(config: Config) -> tuple[SlotModelConfig, SlotModelConfig]:
     """The architectures of a config's teacher and student; weights don't matter.
 
     Raises:
-        ValueError: the teacher's checkpoint can't be read, or nobody gives the sizes.
+        ValueError: the teacher's checkpoint can't be read, or the student's sizes differ from it.
         FileNotFoundError: it is not there.
     """
     section = config.teacher
     if section.checkpoint:
-        uri = storage.absolute(section.checkpoint)
-        teacher = load_model(uri, num_heads=section.num_heads).config
+        teacher = load_teacher(config, storage.absolute(section.checkpoint)).config
     else:
-        teacher = _architecture(section, section.num_slots, section.slot_size)
-    slots = config.student.num_slots or teacher.num_slots
-    return teacher, _architecture(config.student, slots, config.student.slot_size or teacher.slot_size)
-
-
-def _architecture(section: Model, num_slots: int | None, slot_size: int | None) -> SlotModelConfig:
-    if num_slots is None or slot_size is None:
-        raise ValueError("num_slots and slot_size are not set")
-    return SlotModelConfig(
-        backbone_config(section),
-        num_slots,
-        slot_size,
-        initializer=section.initial_slots,
-        decoder_hidden_sizes=section.decoder_hidden_sizes,
-    )
+        teacher = model_config(section, **section.sizes)
+    return teacher, model_config(config.student, **student_sizes(config, teacher))
 
 
 def measure_costs(config: Config, runs: int) -> tuple[list[Pair], list[str]]:

@@ -141,6 +141,6 @@ class Gallery:
         if name not in self._models:
             if record.model_uri is None:
                 raise NothingToShow(f"it is not recorded where the model of {name} is")
-            model = load_model(record.model_uri, num_heads=record.num_heads)
+            model = load_model(record.model_uri, record.hints)
             self._models[name] = model.to(best_device())
         return self._models[name]

@@ -109,7 +109,7 @@ def model_speeds(records: Sequence[Record], runs: int) -> dict[str, tuple[float,
         if record.model_uri is None or record.model_uri in kinds:
             continue
         try:
-            model = load_model(record.model_uri, num_heads=record.num_heads)
+            model = load_model(record.model_uri, record.hints)
         except (ValueError, OSError) as error:  # it was deleted or damaged; the report has more to show
             log(f"report: no speed of {record.name}: {error}")
             continue

@@ -73,7 +73,7 @@ def _settings(record: Record) -> tuple[Any, ...]:
         record.teacher,
         record.beta,
         record.steps,
-        record.num_heads,
+        record.hints,
         record.settings,
     )
 

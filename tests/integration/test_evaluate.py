@@ -1,6 +1,7 @@
 """Evaluation over shards on Ray, its records in MLflow, and validation while training."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,20 +10,32 @@ import torch
 from clip_sets import make_clip_set, random_video
 from layouts import write_davis
 
-from pipeline import storage
+from pipeline import stages, storage
 from pipeline.clips.shard import find_clips
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, resolve_config
 from pipeline.distill.train import _student_spec
 from pipeline.distill.validation import Validation
 from pipeline.evaluate import ROWS_FOLDER, Subject, _write_rows, evaluate
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
+from pipeline.models import (
+    BackboneConfig,
+    CheckpointHints,
+    SlotModel,
+    SlotModelConfig,
+    load_slot_model,
+    save_slot_model,
+)
 from pipeline.protocols import PRESETS, choose_protocol
 from pipeline.records import VIDEOS_FILE, find_records
 from pipeline.registry import pull
+from pipeline.report.gallery import GROUND_TRUTH, Gallery
+from pipeline.report.pictures import model_speeds
+from pipeline.report.shown import choose_shown
 from pipeline.scoring import SCORES, mean_scores, model_predictor, score_video
 from pipeline.stages import distill_stage, evaluate_stage, register_stage, shard_stage
 from pipeline.whole import run_pipeline
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +150,39 @@ def test_a_record_that_broke_half_way_is_made_anew(tiny, local_ray, clips, model
     assert [record.method for record in find_records(config)] == ["slotmatch"]
     evaluate(config, clips.uri, {"who knows": Subject(model_uri)})
     assert [record.method for record in find_records(config)] == ["slotmatch"], "what is known is kept"
+
+
+def test_a_record_holds_what_a_public_file_does_not_tell(tiny, local_ray, clips):
+    """So that the report can load the model again: its speed, and its slots in pictures."""
+    half = "[0.5, 0.5, 0.5]"
+    settings = ["teacher.num_heads=3", f"teacher.mean={half}", f"teacher.std={half}"]
+    settings += [f"evaluate.model={GOLDEN / 'videosaur_tiny.ckpt'}", "evaluate.baselines=false"]
+    with pytest.raises(ConfigError, match=r"teacher\.num_slots: must be given"):
+        _evaluate_named(tiny(*settings, "teacher.num_slots=null"), clips)
+    result = _evaluate_named(tiny(*settings), clips)  # 4 slots
+    (record,) = find_records(tiny())
+    assert record.uri == result["uri"]
+    assert record.hints == CheckpointHints(3, 4, (0.5,) * 3, (0.5,) * 3)
+    assert len(model_speeds([record], runs=1)) == 1
+    shown = choose_shown([record], None)
+    (name,) = shown.models
+    panel = Gallery(shown).panel("video 1", [name, GROUND_TRUTH])
+    model = load_slot_model(record.model_uri, **record.hints.to_dict())
+    assert model.config.num_slots == 4
+    video = next(v for v in clips.videos if v.video_id == "video 1")
+    score = score_video(
+        clips, video, model_predictor(model, "video 1", PRESETS["slotcontrast"]), PRESETS["slotcontrast"]
+    )
+    (row,) = [r for r in record.per_video() if r["video_id"] == "video 1"]
+    assert row["video_mbo"] == pytest.approx(score.video_mbo)
+    assert panel.rows[name].max() < 4
+
+
+def _evaluate_named(config, clips):
+    """`evaluate_stage` on clips that were made by hand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_published_clips", lambda config, split: clips.uri)
+        return evaluate_stage(config)
 
 
 def test_videos_without_masks_are_refused(tiny, local_ray, tmp_path, model_uri):

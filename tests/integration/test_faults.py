@@ -98,6 +98,7 @@ def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
         "targets.views=4",
         "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
         "teacher.num_heads=3",
+        "teacher.num_slots=null",  # it counts its own
         "targets.batch_size=2",
     )
     clips = ClipSet(shard(config, "")["uri"])

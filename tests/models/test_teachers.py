@@ -1,6 +1,7 @@
 """Every kind of public checkpoint: read, told apart, run, written again, and refused where it is bad."""
 
 import argparse
+import inspect
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import torch
 from pipeline.distill.step import Batch, Objective, Terms, training_step
 from pipeline.models import (
     BackboneConfig,
+    CheckpointHints,
     SlotModel,
     SlotModelConfig,
     load_slot_model,
@@ -154,6 +156,22 @@ def test_normalisation_of_a_public_file_can_be_said(tmp_path):
     model = load_slot_model(path, num_heads=2, num_slots=3, mean=half, std=half)
     white = np.full((1, 32, 32, 3), 255, np.uint8)
     torch.testing.assert_close(model.prepare([white]), torch.ones(1, 1, 3, 32, 32))
+
+
+def test_hints_survive_json():
+    half = (0.5, 0.5, 0.5)
+    for hints in (CheckpointHints(), CheckpointHints(2, 3, half, (0.1, 0.2, 1 / 3))):
+        again = CheckpointHints.from_dict(json.loads(json.dumps(hints.to_dict())))
+        assert again == hints
+        assert hash(again) == hash(hints)
+    assert CheckpointHints.from_dict({"num_slots": 7}) == CheckpointHints(num_slots=7)
+    with pytest.raises(TypeError, match="heads"):
+        CheckpointHints.from_dict({"heads": 7})
+
+
+def test_hints_have_the_loaders_names_and_defaults():
+    parameters = inspect.signature(load_slot_model).parameters
+    assert {k: p.default for k, p in parameters.items() if k != "path"} == CheckpointHints().to_dict()
 
 
 def test_srl_training_heads_are_named_in_one_line(tmp_path, capsys):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
+from pipeline.models import CheckpointHints
 from pipeline.protocols import PRESETS
 from pipeline.records import Record
 from pipeline.report import costs
@@ -43,7 +44,7 @@ def record():
             "steps": 1000 if model else None,
             "settings": "s" if model else "",
             "model_uri": None,
-            "num_heads": None,
+            "hints": CheckpointHints(),
             "videos": 60,
         }
         levels = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")

@@ -88,8 +88,8 @@ def tiny_config(*overrides):
 def test_the_configs_own_models_are_built_from_a_section_or_a_checkpoint(tmp_path):
     assert config_models(tiny_config())[1] == TINY
     save_slot_model(SlotModel(TINY), tmp_path / "teacher")
-    config = tiny_config(f"teacher.checkpoint={tmp_path / 'teacher'}", "teacher.num_slots=5")
-    assert [model.num_slots for model in config_models(config)] == [3, 3]
+    config = tiny_config(f"teacher.checkpoint={tmp_path / 'teacher'}", "teacher.slot_size=12")
+    assert [model.slot_size for model in config_models(config)] == [8, 8]
 
 
 def test_table_2_without_measuring_and_without_a_teacher(counted_once, tmp_path):

@@ -1,0 +1,187 @@
+"""Every kind of teacher: its cached slots are what it computes live, and students of its kind learn.
+
+All in this process; that Ray's actors write the same is for test_cached_targets.py.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_sets import make_clip_set, random_video
+
+from pipeline import targets
+from pipeline.builders import load_teacher
+from pipeline.clips.views import apply_view
+from pipeline.config import resolve_config
+from pipeline.distill.loop import _Run, train_loop
+from pipeline.distill.train import _student_spec
+from pipeline.models import (
+    BackboneConfig,
+    SlotModel,
+    SlotModelConfig,
+    load_slot_model,
+    save_public_checkpoint,
+)
+from pipeline.targets import TargetSet, teacher_slots
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+STUDENT = {
+    "backbone": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    "backbone_weights": "random",
+    "image_size": 40,
+    "decoder_hidden_sizes": [32],
+}
+DRAWN = {"initial_slots": "random"}
+# Of each teacher: what the config says of its file, and a student of its kind.
+TEACHERS = {
+    "slotcontrast": ({"num_heads": 3}, {}),
+    "videosaur": (
+        {"num_heads": 3, "num_slots": 4, "mean": [0.5] * 3, "std": [0.5] * 3},
+        {**DRAWN, "decoder": "slot_mixer", "decoder_blocks": 1, "corrector_mlp": False},
+    ),
+    "dinosaur": ({"num_heads": 2, "num_slots": 3}, {**DRAWN, "predictor": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    videos = {f"video {i}": random_video(rng, frames=9, size=(40, 48)) for i in range(4)}
+    return make_clip_set(tmp_path_factory.mktemp("clips"), videos)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Public files; DINOSAUR's is made here: no predictor, and no `.module` in its names."""
+    torch.manual_seed(0)
+    config = SlotModelConfig(
+        BackboneConfig(None, 32, VIT),
+        3,
+        8,
+        initializer="random",
+        predictor=False,
+        decoder_hidden_sizes=(16,),
+    )
+    path = tmp_path_factory.mktemp("dinosaur") / "dinosaur.ckpt"
+    save_public_checkpoint(SlotModel(config), path)
+    torch.save({"state_dict": torch.load(path, weights_only=True)["state_dict"]}, path)
+    return {"dinosaur": path, **{k: GOLDEN / f"{k}_tiny.ckpt" for k in ("slotcontrast", "videosaur")}}
+
+
+def in_this_process(config, shards, maker, uri, *, verify):
+    actor = targets._ShardActor(maker, uri, verify)
+    for shard in shards:
+        yield actor({"shard": shard})
+
+
+@pytest.fixture(scope="module")
+def cached(clips, checkpoints, tmp_path_factory):
+    """`cached(kind, rollout)`: the config, and the targets of 4 views with crops and flips."""
+    made = {}
+    root = tmp_path_factory.mktemp("root")
+
+    def make(kind, rollout="forward"):
+        if (kind, rollout) not in made:
+            hints, student = TEACHERS[kind]
+            values = {
+                "teacher": {"checkpoint": str(checkpoints[kind]), **hints},
+                "student": {**STUDENT, **student},
+                "targets": {
+                    "views": 4,
+                    "crop": "random",
+                    "min_scale": 0.6,
+                    "rollout": rollout,
+                    "batch_size": 5,
+                },
+                "distill": {
+                    "steps": 6,
+                    "batch_size": 4,
+                    "warmup_steps": 1,
+                    "learning_rate": 0.002,
+                    "log_every": 1,
+                },
+                "storage": {"root": str(root)},
+            }
+            values["distill"] |= {"workers": 0, "alpha": float(kind != "dinosaur")}
+            config = resolve_config(values)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(targets, "_run", in_this_process)
+                made[kind, rollout] = config, TargetSet(targets.cache(config, clips.uri)["uri"])
+        return made[kind, rollout]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "rollout"),
+    [
+        ("videosaur", "forward"),
+        ("videosaur", "cyclic"),
+        ("dinosaur", "forward"),
+        ("slotcontrast", "cyclic"),
+    ],
+)
+def test_cached_slots_are_the_live_teachers(cached, clips, checkpoints, kind, rollout):
+    _, target_set = cached(kind, rollout)
+    teacher = load_slot_model(checkpoints[kind], **TEACHERS[kind][0])
+    seen = []
+    for video in clips.videos:
+        for index in range(video.full_clips):
+            clip = clips.read_clip(video.shard, video.first_row + index)
+            rows = [target_set.read(video.shard, video.first_row + index, k)[2] for k in range(4)]
+            with torch.no_grad():
+                slots = teacher_slots(
+                    teacher, [apply_view(clip.frames, r.view) for r in rows], [r.view for r in rows], rollout
+                )
+            np.testing.assert_allclose(np.stack([r.slots for r in rows]), slots.numpy(), rtol=1e-5, atol=1e-5)
+            seen += rows
+    assert len(seen) == 4 * 2 * 4
+    assert {r.view.flip for r in seen} == {False, True}
+    assert len({(r.view.top, r.view.left, r.view.height) for r in seen}) > 10
+    assert len({r.slots.tobytes() for r in seen}) == len(seen)
+
+
+def test_the_two_roll_outs_differ(cached, clips):
+    """But for the last frame, which keeps its slots."""
+    video = clips.videos[0]
+    one, other = (
+        cached("videosaur", rollout)[1].read(video.shard, video.first_row, 1)[2].slots
+        for rollout in ("forward", "cyclic")
+    )
+    np.testing.assert_allclose(one[-1], other[-1], rtol=1e-5, atol=1e-5)
+    assert all(np.abs(one[t] - other[t]).max() > 1e-3 for t in range(3))
+
+
+@pytest.mark.parametrize("kind", ["videosaur", "dinosaur"])
+def test_drawn_initial_slots_are_the_same_on_both_sides_cached_and_live(cached, clips, kind):
+    """The view's noise seed draws them, and the student starts with the teacher's mean and deviation."""
+    config, _ = cached(kind)
+    live = resolve_config(config.model_dump(mode="json"), ["distill.live_teacher=true"])
+    runs = [_Run(_student_spec(c, clips.uri)[0], torch.device("cpu")) for c in (config, live)]
+    assert [run.targets is not None for run in runs] == [True, False]
+    assert [run.teacher is not None for run in runs] == [False, True]
+    teacher = load_teacher(config, config.teacher.checkpoint)
+    with runs[0].loader(0, 0, 1) as first, runs[1].loader(0, 0, 1) as second:
+        for (raw, _), (raw_live, _) in zip(first, second, strict=True):
+            assert raw.views == raw_live.views
+            batch, batch_live = runs[0].batch(raw), runs[1].batch(raw_live)
+            drawn = teacher.initial_slots(len(raw.views), [view.noise_seed for view in raw.views])
+            assert torch.equal(batch.initial_slots, drawn)
+            assert torch.equal(batch_live.initial_slots, drawn)
+            assert len({row.numpy().tobytes() for row in drawn.detach()}) == len(set(raw.views))
+            torch.testing.assert_close(batch.target_slots, batch_live.target_slots, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_students_of_every_kind_learn(cached, clips, kind):
+    config, _ = cached(kind, "cyclic" if kind == "slotcontrast" else "forward")
+    spec, _ = _student_spec(config, clips.uri)
+    result = train_loop(spec)
+    assert result["status"] == "ok"
+    assert result["history"][-1]["total"] < result["history"][0]["total"]
+    design = load_slot_model(f"{spec.run_uri}/model").config
+    teacher = load_teacher(config, config.teacher.checkpoint).config
+    for name in ("num_slots", "slot_size", "initializer", "predictor", "corrector_mlp", "decoder"):
+        assert getattr(design, name) == getattr(teacher, name), name
