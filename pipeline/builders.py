@@ -83,7 +83,7 @@ def build_model(section: Model, *, num_slots: int, slot_size: int, seed: int) ->
     Raises:
         ConfigError: sizes that can't be built, or backbone weights that can't be had.
     """
-    config = model_config(section, num_slots=num_slots, slot_size=slot_size, decoder_outputs=decoder_outputs)
+    config = model_config(section, num_slots=num_slots, slot_size=slot_size)
     try:
         with seeded(seed):
             model = SlotModel(config)
