@@ -218,7 +218,7 @@ class Distill(Training):
     initial_slots_from_teacher: bool | None = None  # copied at the start; None: with KD, where sizes agree
     live_teacher: bool = False  # run the teacher in every step instead of reading cached targets
     fresh_views: bool = False  # with a live teacher: a new view of every clip in every epoch
-    measure_bound_every: NonNegativeInt = 0  # steps; logs Theorem 1's two sides; 0: never
+    measure_bound_every: NonNegativeInt = 0  # steps; with KD, logs Theorem 1's two sides; 0: never
     fast_decoder: bool = True
 
     @property
@@ -526,10 +526,6 @@ def _check_distill(config: Config) -> list[str]:
         problems.append(
             "distill.method: feature_kd needs the teacher's features: cache them (targets.teacher_features=true) or "
             "run the teacher live (distill.live_teacher=true)"
-        )
-    if settings.measure_bound_every and not settings.distils:
-        problems.append(
-            "distill.measure_bound_every: compares with the teacher's slots, and distill.method=no_kd reads none"
         )
     train = config.teacher.train
     if not (train.reconstruction or train.similarity):

@@ -302,7 +302,6 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
         ),
         (["distill.fresh_views=true"], "distill.fresh_views: cached targets hold"),
         (["distill.method=feature_kd"], "feature_kd needs the teacher's features: cache them"),
-        (["distill.method=no_kd", "distill.measure_bound_every=5"], "distill.measure_bound_every: compares"),
         (["distill.method=slotmach"], "nearest: slotmatch"),
         (["teacher.train.similarity=0.1"], "use teacher.decoder=slot_mixer"),
         (["teacher.train.reconstruction=0"], "leaves nothing to train for"),

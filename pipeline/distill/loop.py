@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.builders import MODEL_FOLDER, build_student, build_teacher, load_teacher, seeded
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
-from pipeline.config import Config, Distill, TeacherTraining, Training
+from pipeline.config import Config, ConfigError, Distill, TeacherTraining, Training
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
 from pipeline.distill.step import Batch, Objective, Terms, learning_rate_factor, training_step
@@ -64,19 +64,40 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
-def build(spec: TrainingSpec) -> tuple[SlotModel, SlotModel | None]:
-    """The model to train, and the teacher where it runs live.
+def build(spec: TrainingSpec) -> tuple[Objective, SlotModel | None]:
+    """What is trained for, with the model to train, and the teacher where it runs live.
 
     Raises:
-        ConfigError: sizes that don't fit, or weights that can't be had.
+        ConfigError: sizes that don't fit, weights that can't be had, or a teacher that does not give what
+            the method needs.
     """
+    config, settings = spec.config, spec.settings
+    if isinstance(settings, Distill):
+        return _build_distillation(spec, settings)
+    try:
+        return Objective(build_teacher(config), terms(settings)), None
+    except ValueError as error:
+        raise ConfigError(f"teacher: {error}") from error
+
+
+def _build_distillation(spec: TrainingSpec, settings: Distill) -> tuple[Objective, SlotModel | None]:
     config = spec.config
-    if spec.role == "teacher":
-        return build_teacher(config), None
-    if spec.teacher_uri is None:
-        return build_student(config, teacher=spec.teacher_config, seed=config.distill.seed), None
-    teacher = load_teacher(config, spec.teacher_uri).requires_grad_(False)
-    return build_student(config, teacher=teacher, seed=config.distill.seed), teacher
+    teacher = None
+    if spec.teacher_uri is not None:
+        teacher = load_teacher(config, spec.teacher_uri).requires_grad_(False)
+    student = build_student(config, teacher=teacher or spec.teacher_config, seed=settings.seed)
+    student.decoder.fast = settings.fast_decoder
+    try:
+        with seeded(settings.seed):
+            objective = Objective(student, terms(settings), teacher=teacher if settings.distils else None)
+    except ValueError as error:
+        raise ConfigError(f"distill.method={settings.method}: {error}") from error
+    if settings.distils and settings.measure_bound_every and objective.teacher_decoder is None:
+        raise ConfigError(
+            "distill.measure_bound_every: the teacher's decoder reconstructs no features, which Theorem 1 compares; "
+            "nearest valid: 0"
+        )
+    return objective, teacher if settings.distils and settings.live_teacher else None
 
 
 def terms(settings: Training) -> Terms:
@@ -110,17 +131,13 @@ class _Run:
         self.clips = ClipSet(spec.clips_uri)
         self.targets = TargetSet(spec.targets_uri) if spec.targets_uri else None
         settings = spec.settings
-        model, teacher = build(spec)
-        distils = isinstance(settings, Distill) and settings.distils
-        with seeded(settings.seed):
-            self.objective = Objective(model, terms(settings), teacher=teacher if distils else None).to(
-                device
-            )
-        self.model = model
-        live = isinstance(settings, Distill) and settings.live_teacher and distils
-        self.teacher = teacher.to(device) if teacher is not None and live else None
-        if isinstance(settings, Distill):
-            self.model.decoder.fast = settings.fast_decoder
+        objective, teacher = build(spec)
+        self.objective = objective.to(device)
+        self.model = objective.model
+        self.teacher = teacher.to(device) if teacher is not None else None
+        self.bound_every = 0
+        if isinstance(settings, Distill) and settings.distils:
+            self.bound_every = settings.measure_bound_every
         # Features are worth reading only if they replace the frames altogether.
         self.cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
         self.validation = (
@@ -247,9 +264,7 @@ def train_loop(
                 break
             step += 1
             validate = run.validation if _due(step, settings.validate_every, settings.steps) else None
-            measure = isinstance(settings, Distill) and _due(
-                step, settings.measure_bound_every, settings.steps
-            )
+            measure = _due(step, run.bound_every, settings.steps)
             if measure:
                 values |= run.objective.measure_bound(batch)
             if validate or measure or _due(step, settings.log_every, settings.steps):
