@@ -49,6 +49,12 @@ def test_clips_and_views_vary_over_the_epochs_and_are_all_used():
     assert take(sampler, 1)[0].row == take(sampler, 1)[0].clip_index
 
 
+def test_fresh_views_are_new_in_every_epoch():
+    sampler = Sampler([entry(i) for i in range(3)], seed=0, batch_size=3, views=None)
+    for epoch in range(20):
+        assert [s.view for s in sampler.batch(epoch)] == [epoch] * 3
+
+
 def test_steps_do_not_depend_on_what_was_asked_before():
     """A resumed run asks for step 37 first; another worker asks in another order."""
     videos = [entry(i) for i in range(5)]

@@ -240,3 +240,72 @@ def test_every_method_of_the_config_has_its_terms():
     assert both == Terms(slot_kd=0.4, reconstruction_kd=0.5)
     assert of("feature_kd", feature_kd_weight=2) == Terms(feature_kd=2.0)
     assert of("slotmatch", slot_map=True) == Terms(slot_kd=0.4, slot_map=True)
+
+
+# --- VideoSAUR's objective ----------------------------------------------------------------------------
+
+
+def videosaur(outputs=("features", "similarity")):
+    torch.manual_seed(4)
+    config = SlotModelConfig(
+        BackboneConfig(None, 32, STUDENT_VIT),
+        N,
+        8,
+        initializer="random",
+        corrector_mlp=False,
+        decoder="slot_mixer",
+        decoder_hidden_sizes=(16, 16),
+        decoder_blocks=1,
+        decoder_outputs=outputs,
+    )
+    return SlotModel(config).train()
+
+
+def last_keys(model, video_BTCHW):
+    """The keys of the last block, from its own layers."""
+    vit = model.encoder.backbone.model
+    x = vit.patch_embed(video_BTCHW.flatten(0, 1))
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    last = vit.blocks[-1]
+    size = x.shape[-1]
+    keys = last.norm1(x) @ last.attn.qkv.weight[size : 2 * size].T + last.attn.qkv.bias[size : 2 * size]
+    return keys[:, 1:].unflatten(0, video_BTCHW.shape[:2])
+
+
+def test_similarity_is_that_of_the_backbones_keys(batch):
+    model = videosaur()
+    terms_ = Terms(alpha=0, similarity=0.1, similarity_temperature=0.25)
+    initial = model.initial_slots(B, [1, 2]).detach()
+    losses = Objective(model, terms_)(Batch(video=batch.video, initial_slots=initial))
+    assert set(losses) == {"total", "reconstruction", "similarity"}
+    with torch.no_grad():
+        keys = torch.nn.functional.normalize(last_keys(model, batch.video), dim=-1)
+        logits = model(batch.video, initial_slots=initial).similarity
+        values = []
+        for b, t, p in itertools.product(range(B), range(T - 1), range(16)):
+            cosines = keys[b, t + 1] @ keys[b, t, p]
+            target = torch.where(cosines < 0, -torch.inf, cosines / 0.25).softmax(0)
+            values.append(float(-(target * logits[b, t, p].log_softmax(0)).sum()))
+    assert losses["similarity"].item() == pytest.approx(sum(values) / len(values), rel=1e-4)
+    expected = losses["reconstruction"] + 0.1 * losses["similarity"]
+    assert losses["total"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_model_for_similarity_alone_learns_it(batch):
+    model = videosaur(outputs=("similarity",))
+    objective = Objective(model, Terms(reconstruction=0, alpha=0, similarity=1.0))
+    optimizer = torch.optim.Adam(objective.trainable_parameters())
+    curve = []
+    for _ in range(40):
+        one = Batch(video=batch.video, initial_slots=model.initial_slots(B, [1, 2]))
+        curve.append(training_step(objective, optimizer, one, learning_rate=3e-3, gradient_clip=1.0))
+    assert set(curve[0]) == {"total", "similarity", "gradient_norm"}
+    assert curve[-1]["similarity"] < 0.9 * curve[0]["similarity"]
+    with pytest.raises(ValueError, match="reconstructs no features"):
+        Objective(model, Terms(alpha=0, similarity=1.0))
+    with pytest.raises(ValueError, match="nothing to train for"):
+        Objective(model, Terms(reconstruction=0, alpha=0))
+    with pytest.raises(ValueError, match="needs the video"):
+        objective(Batch(backbone_features=torch.zeros(B, T, 16, 32)))
