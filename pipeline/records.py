@@ -53,7 +53,7 @@ class Record:
     steps: int | None
     settings: str  # a fingerprint of all that decided the training but the seed; "" where that is not known
     model_uri: str | None  # None for a baseline
-    hints: CheckpointHints  # what the model's file does not tell; of a folder nothing
+    hints: CheckpointHints  # for loading the model again; a folder needs none
     protocol: dict[str, Any]  # with "name" and "fingerprint"
     scores: dict[str, float]
     videos: int
