@@ -138,7 +138,9 @@ def _score(
     teacher_uri = teacher_location(config, ClipSet(manifest["clips_uri"]).fingerprint)
     baselines = stages.baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
     subjects = {**baselines, TEACHER: stages.teacher_subject(config, teacher_uri)}
-    titles = {(trial["setting"], trial["seed"]): f"{trial['setting']}, seed {trial['seed']}" for trial in finished}
+    titles = {
+        (trial["setting"], trial["seed"]): f"{trial['setting']}, seed {trial['seed']}" for trial in finished
+    }
     subjects |= {
         titles[trial["setting"], trial["seed"]]: stages.student_subject(trial["run"]) for trial in finished
     }
@@ -181,7 +183,9 @@ def compare(
 
 
 def score_rows(
-    results: Sequence[Result], others: Mapping[str, Mapping[str, float]], details: Mapping[str, tuple[int, float]]
+    results: Sequence[Result],
+    others: Mapping[str, Mapping[str, float]],
+    details: Mapping[str, tuple[int, float]],
 ) -> Table:
     """Mean ± std over seeds of every setting; `details` has its steps and minutes a run."""
     rows = []
@@ -195,7 +199,9 @@ def score_rows(
         kind = "method" if name == TEACHER else "baseline"
         rows.append(Row((Cell(name), *[Cell(DASH)] * 3, *map(Cell, numbers)), kind))
     columns = (Column("setting", numeric=False), Column("seeds"), Column("steps"), Column("min. a run"))
-    return Table("Scores", "Every way to distil", "", (*columns, *score_columns(SCORES, paper=False)), tuple(rows))
+    return Table(
+        "Scores", "Every way to distil", "", (*columns, *score_columns(SCORES, paper=False)), tuple(rows)
+    )
 
 
 def claim_rows(comparisons: Sequence[Comparison]) -> Table:
@@ -235,7 +241,9 @@ def _details(manifest: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
         if trial["status"] == "finished":
             of_setting.append(storage.read_manifest(trial["run"]))
     return {
-        name: (found[0]["steps"], statistics.fmean(run["seconds"] for run in found) / 60) if found else (0, 0.0)
+        name: (found[0]["steps"], statistics.fmean(run["seconds"] for run in found) / 60)
+        if found
+        else (0, 0.0)
         for name, found in runs.items()
     }
 
@@ -265,7 +273,9 @@ def _write(
         f"that minutes are of a machine that does something else too. {SAMPLE_STD} "
         f"The pooled standard deviation over seeds is {noise:.1f} points of {TITLES[config.evaluate.score]}."
     ]
-    plot = _Plot(Path("/") / PLOT, "Scores on the test split", "Error bars: sample standard deviation over seeds.")
+    plot = _Plot(
+        Path("/") / PLOT, "Scores on the test split", "Error bars: sample standard deviation over seeds."
+    )
     page = markdown(Page("Evidence", intro, tables, [plot], []), Path("/"))
     picture = chart_png(sweep_chart(results, {TEACHER: others[TEACHER]}))
     folder = storage.join(storage.absolute(config.storage.root), "evidence", manifest["fingerprint"])

@@ -23,7 +23,7 @@ from pipeline.models import (
     load_slot_model,
     save_public_checkpoint,
 )
-from pipeline.targets import TargetSet, teacher_slots
+from pipeline.targets import TargetSet, teacher_outputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -132,7 +132,7 @@ def test_cached_slots_are_the_live_teachers(cached, clips, checkpoints, kind, ro
             clip = clips.read_clip(video.shard, video.first_row + index)
             rows = [target_set.read(video.shard, video.first_row + index, k)[2] for k in range(4)]
             with torch.no_grad():
-                slots = teacher_slots(
+                slots, _ = teacher_outputs(
                     teacher, [apply_view(clip.frames, r.view) for r in rows], [r.view for r in rows], rollout
                 )
             np.testing.assert_allclose(np.stack([r.slots for r in rows]), slots.numpy(), rtol=1e-5, atol=1e-5)
