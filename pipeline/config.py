@@ -10,7 +10,7 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -167,11 +167,34 @@ class Distill(Training):
     fast_decoder: bool = True
 
 
-class Sweep(Section):
-    """What the sweep over beta will read; no stage does yet."""
+PAPER_BETAS = (0.1, 0.2, 0.3, 0.5, 0.8)
 
-    beta: tuple[NonNegativeFloat, ...] = (0.1, 0.2, 0.3, 0.5, 0.8)
-    seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)
+
+class Sweep(Section):
+    """Which students `jobs.sweep` trains and compares; as it is, those of the paper's Table 4.
+
+    Every setting is trained from every seed on the same clips. Settings are the crossed values of the grid,
+    `grid: {distill.beta: [0.1, 0.2], targets.views: [1, 4]}`, or random draws from it; or `variants`, which have
+    names of their own and are used instead of the grid:
+    `variants: {no KD: {distill.beta: 0}, K = 4: {targets.views: 4}}`.
+    """
+
+    # Key -> values; for `search: random` also ranges {low: 1e-4, high: 1e-2, log: true}.
+    grid: dict[str, Any] = {"distill.beta": list(PAPER_BETAS)}
+    variants: dict[str, dict[str, Any]] = {}
+    seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)  # of distill.seed
+    search: Literal["grid", "random"] = "grid"
+    samples: PositiveInt = 10  # settings that a random search draws
+    seed: NonNegativeInt = 0  # of these draws
+    asha: bool = False  # stops what scores badly (`evaluate.score`) early; needs distill.validate_every
+    grace_steps: PositiveInt | None = (
+        None  # that ASHA leaves to every trial; None: a quarter of distill.steps
+    )
+    reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # of 3 trials ASHA lets one go on
+    max_concurrent: PositiveInt | None = None  # trials at a time; None: as many as fit the cluster
+    register_students: bool = (
+        True  # each finished one as a version, the chosen one as a contender for champion
+    )
 
 
 class Evaluate(Section):
@@ -305,6 +328,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or "." not in key:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    _assign(values, key, value, override)
+
+
+def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None:
     *sections, last = key.split(".")
     node = values
     for section in sections:
@@ -313,10 +344,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node = node[section]
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        node[last] = text
+    node[last] = value
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """The same config with other values under some keys (`distill.beta`); errors as in `load_config`."""
+    values = config.model_dump(mode="json")
+    for key, value in overrides.items():
+        if "." not in key:
+            raise ConfigError(f"{key}: is not of the form section.key")
+        _assign(values, key, copy.deepcopy(value), key)
+    return _with_absolute_paths(resolve_config(values))
 
 
 def _explain(error: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("shard", "teacher", "cache", "distill", "evaluate", "register", "report", "pipeline")
+STAGES = ("shard", "teacher", "cache", "distill", "evaluate", "register", "report", "sweep", "pipeline")
 
 
 def run(*arguments, cwd=None):
