@@ -83,11 +83,16 @@ def run_sweep(config: Config) -> dict[str, Any]:
     trials = plan_trials(config)
     stages.check_disjoint(config)
     plan = _find_plan(config, trials)
-    if plan is not None and storage.is_complete(plan.uri):
+    if plan is not None and storage.is_complete(plan.uri) and not _left(plan):
         log(f"sweep: this sweep is finished, reusing {plan.uri}")
         return _conclude(config, plan)
     with ray_session(config):
         return _conclude(config, plan or _prepare(config, trials))
+
+
+def _left(plan: Plan) -> int:
+    """Trials that have not ended."""
+    return len(plan.trials) - len(find_ended(plan.uri, plan.trials))
 
 
 def _find_plan(config: Config, trials: Sequence[Trial]) -> Plan | None:

@@ -29,6 +29,18 @@ def runs_of(config):
     return {t.title: find_student(t.config, clips) for t in plan_trials(config)}
 
 
+def run_folders(config):
+    """The run folder of a setting by its name, found once the targets are there."""
+    found = {}
+
+    def run(name):
+        if not found:
+            found.update({title.rpartition(", seed")[0]: uri for title, uri in runs_of(config).items()})
+        return found[name]
+
+    return run
+
+
 def mlflow_runs(config, query):
     client = tracking.client(config)
     return client.search_runs([tracking.experiment_id(config)], query)
@@ -91,63 +103,38 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
 
 @pytest.mark.timeout(600)  # two starts of Ray, on machines that may be busy
 def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
-    config = tiny(
-        *BASE,
-        "sweep.grid={distill.steps: [10, 400]}",
-        "sweep.seeds=[0, 1]",
-        "distill.checkpoint_every=20",
-        "ray.num_cpus=2",
-    )
-    runs = runs_of_new(config)
+    variants = {"short": {"distill.steps": 10}, "long": {"distill.steps": 400}, "last": {"distill.steps": 9}}
+    settings = [*BASE, "sweep.seeds=[0]", "distill.checkpoint_every=20", "ray.num_cpus=2"]
+    config = with_overrides(tiny(*settings), {"sweep.variants": variants})
+    run = run_folders(config)
     process = job("sweep", config)
-    short = [f"steps = 10, seed {seed}" for seed in (0, 1)]
-    long = "steps = 400, seed 0"
 
     def half_way():
-        assert process.popen.poll() is None, process.error_output()
         text = process.error_output()
-        return f"{short[0]} finished" in text and checkpoints_of(config, long) >= 1
-
-    def checkpoints_of(config, title):
-        found = runs(title)
-        return len(list(Path(found, "checkpoints").glob(f"*/{storage.MANIFEST}"))) if found else 0
+        assert process.popen.poll() is None, text
+        checkpoints = Path(run("long"), "checkpoints") if "begins" in text else Path("nowhere")
+        return "short, seed 0 finished" in text and list(checkpoints.glob(f"*/{storage.MANIFEST}"))
 
     wait_for(half_way, 240)
     kill_with_family(process)
-    done = {title for title in (*short, long) if storage.is_complete(runs(title))}
-    assert short[0] in done
-    assert long not in done, "too little work to be killed half-way"
-    times = file_times([runs(title) for title in done])
-    checkpoint = Path(runs(short[0]), "checkpoints")
-    written = {p: p.stat().st_mtime_ns for p in checkpoint.rglob("*")}
+    done = {name for name in variants if storage.is_complete(run(name))}
+    assert "short" in done
+    assert "long" not in done, "too little work to be killed half-way"
+    written = {p: p.stat().st_mtime_ns for name in done for p in Path(run(name)).rglob("*")}
 
     last = job("sweep", config)
     summary = last.finish()
     text = last.error_output()
-    assert summary["trials"]["finished"] == 4
-    assert summary["trials"]["reused"] == len(done)
-    for title in done:
-        assert f"{title} begins" not in text
-    (line,) = [x for x in text.splitlines() if "are not run again" in x]
-    assert all(title in line for title in done)
-    assert file_times(times) == times
-    assert {p: p.stat().st_mtime_ns for p in checkpoint.rglob("*")} == written
+    assert summary["trials"] == {"finished": 3, "failed": 0, "stopped": 0, "reused": len(done)}
+    (line,) = [line for line in text.splitlines() if "are not run again" in line]
+    for name in done:
+        assert f"{name}, seed 0" in line
+        assert f"{name}, seed 0 begins" not in text
+    assert {p: p.stat().st_mtime_ns for p in written} == written
     assert max(resumed_from(text)) >= 20, "the one that was interrupted goes on from its checkpoint"
     assert not mlflow_runs(config, "attributes.status = 'RUNNING'")
     (parent,) = mlflow_runs(config, "tags.role = 'sweep'")
-    assert len(mlflow_runs(config, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")) == 4
-
-
-def runs_of_new(config):
-    """A trial's run folder by its title, once its targets are there."""
-
-    def run(title):
-        try:
-            return runs_of(config)[title]
-        except storage.IncompleteError:
-            return None
-
-    return run
+    assert len(mlflow_runs(config, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")) == 3
 
 
 def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):

@@ -210,7 +210,7 @@ def test_trials_at_a_time_never_wait_for_each_others_halves(nodes, distill, coun
 def test_a_trial_that_never_fits_is_refused_with_what_would():
     with pytest.raises(ConfigError, match=r"nearest valid: distill\.cpus_per_worker=0\.95"):
         together([{"CPU": 2}], workers=2, cpus_per_worker=1)
-    with pytest.raises(ConfigError, match="2 workers of 0.8 CPUs.* and 1 GPUs"):
+    with pytest.raises(ConfigError, match=r"2 workers of 0\.8 CPUs.* and 1 GPUs"):
         together([{"CPU": 16, "GPU": 1}], workers=2)
     with pytest.raises(ConfigError, match="needs 1 CPU"):
         together([{"CPU": 0.5}], workers=0)
