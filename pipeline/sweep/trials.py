@@ -65,6 +65,7 @@ def trial(options: Mapping[str, Any], jobs: Mapping[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
         settings["train_callbacks"] = [TuneReportCallback()]
+        _name_this_cluster()
     try:
         distill(one.config, jobs["clips"], title=one.title, run_tags=jobs["tags"], **settings)
         ended = finished(one, round(time.monotonic() - started, 1))
@@ -72,6 +73,19 @@ def trial(options: Mapping[str, Any], jobs: Mapping[str, Any]) -> None:
         ended = failed(one, _root_cause(error), round(time.monotonic() - started, 1))
     write_ended(jobs["sweep"], one, ended)
     tune.report({"ended": ended.status})
+
+
+def _name_this_cluster() -> None:
+    """Lets Ray Train give back what a stopped trial held where several local Rays run on one machine.
+
+    Its cleaner, an actor that outlives the trial, asks the dashboard of the one cluster that it finds or that
+    `RAY_ADDRESS` names; with several and no name it dies, and the workers' placement group is never freed.
+    """
+    import ray
+    from ray.train.v2._internal import constants
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -144,6 +158,7 @@ def _run_on_tune(
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # not every report is of a validation
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the sweep, not only this part of it
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "30")  # which a busy machine is soon over
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints tables at any verbosity
     import ray
     from ray import tune
