@@ -20,8 +20,16 @@ from pipeline.config import Config, ConfigError, load_config, resolve_config
 from pipeline.progress import log
 
 
-def run_stage(job: str, description: str, stage: Callable[[Config], dict[str, Any]]) -> int:
-    """The command line of a stage that takes a config."""
+def run_stage(
+    job: str,
+    description: str,
+    stage: Callable[[Config], dict[str, Any]],
+    check: Callable[[Config], object] = lambda config: None,
+) -> int:
+    """The command line of a stage that takes a config.
+
+    `check` may raise a ConfigError for a config that this stage can't run, also in a dry run.
+    """
     parser = argparse.ArgumentParser(f"python -m jobs.{job}", description=description)
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument(
@@ -36,6 +44,7 @@ def run_stage(job: str, description: str, stage: Callable[[Config], dict[str, An
         presets = [word for word in arguments.changes if re.fullmatch(r"[^=]+\.ya?ml", word)]
         overrides = [word for word in arguments.changes if word not in presets]
         config = load_config(arguments.config, overrides, presets=presets)
+        check(config)
     except ConfigError as error:
         return refuse(job, error)
     if arguments.dry_run:

@@ -21,6 +21,8 @@ def ray_session(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Set ray log level|Reporting training result")
+    # Lines of progress are alike but for their numbers, which Ray would take for repetition.
+    os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", r"steps/s|steps in")
     import ray
 
     if ray.is_initialized():

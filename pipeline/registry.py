@@ -12,9 +12,10 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,21 @@ from pipeline.progress import log
 CHAMPION = "champion"
 
 
-def register(config: Config, run_uri: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+def register(
+    config: Config,
+    run_uri: str,
+    evaluation: dict[str, Any] | None,
+    *,
+    contend: bool = True,
+    more_tags: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Makes a finished student a version of the registered model; done once a run, however often called.
 
     Args:
         run_uri: the student's run folder.
         evaluation: what `evaluate` returned for it; None where there are no masks to score against.
+        contend: whether it may become the champion; without, the alias stays where it is.
+        more_tags: further tags of the version.
 
     Returns `model`, `version`, `champion` (whether the alias points to it now), and the reason.
 
@@ -49,6 +59,7 @@ def register(config: Config, run_uri: str, evaluation: dict[str, Any] | None) ->
         **{k: v for k, v in manifest["tags"].items() if "." not in k},
         "run_fingerprint": manifest["fingerprint"],
         "config": json.dumps(config.model_dump(mode="json", include={"student", "targets", "distill"})),
+        **more_tags,
     }
     if evaluation is not None:
         protocol = evaluation["protocol"]["fingerprint"]
@@ -64,8 +75,10 @@ def register(config: Config, run_uri: str, evaluation: dict[str, Any] | None) ->
         log(f"register: this run is {name} version {version} already")
         for key, value in tags.items():
             client.set_model_version_tag(name, version, key, value)
-    champion, reason = _contend(client, name, version, tags, config.evaluate.score)
-    log(f"register: {reason}")
+    champion, reason = False, f"version {version} does not contend for the alias"
+    if contend:
+        champion, reason = _contend(client, name, version, tags, config.evaluate.score)
+        log(f"register: {reason}")
     return {
         "uri": f"models:/{name}/{version}",
         "model": name,
@@ -73,6 +86,21 @@ def register(config: Config, run_uri: str, evaluation: dict[str, Any] | None) ->
         "champion": champion,
         "reason": reason,
     }
+
+
+def appoint(config: Config, version: int, rivals: Collection[int]) -> tuple[bool, str]:
+    """Makes a version the champion if it scores better than the standing one, as `register` does.
+
+    Where the standing one is among `rivals` (of which `version` was chosen by more than its own score), the
+    version takes its place whatever their scores. Returns whether `version` holds the alias, and why.
+    """
+    client, name = tracking.client(config), config.mlflow.model_name
+    holder = client.get_registered_model(name).aliases.get(CHAMPION)
+    if holder is not None and int(holder) != version and int(holder) in rivals:
+        client.set_registered_model_alias(name, CHAMPION, str(version))
+        return True, f"version {version} is the new champion: chosen among versions that {holder} is one of"
+    tags = dict(client.get_model_version(name, str(version)).tags)
+    return _contend(client, name, str(version), tags, config.evaluate.score)
 
 
 def _create_model(client: Any, name: str) -> None:

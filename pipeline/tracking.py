@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,7 +101,7 @@ def start_run(config: Config, run_uri: str, name: str, tags: dict[str, str]) -> 
                 flat.update({f"{section}.{key}.{k}": v for k, v in value.items()})
             else:
                 flat[f"{section}.{key}"] = value
-    params = [Param(k, str(v)[:500]) for k, v in flat.items()]
+    params = [Param(re.sub(r"[^\w\-. :/]", "_", k), str(v)[:500]) for k, v in flat.items()]
     for start in range(0, len(params), 100):
         mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
     return run.info.run_id

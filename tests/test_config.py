@@ -59,7 +59,7 @@ def test_unknown_key(key, value, nearest):
         ("distill.steps=[1]", "distill.steps: [1] is not a valid integer"),
         ("distill.fast_decoder=maybe", "distill.fast_decoder: 'maybe' is not a valid boolean"),
         ("dataset.path={a: b}", "dataset.path: {'a': 'b'} is not a valid string"),
-        ("sweep.beta=0.2", "sweep.beta: 0.2 is not a valid tuple"),
+        ("sweep.seeds=2", "sweep.seeds: 2 is not a valid tuple"),
         ("student.num_slots=2.5", "student.num_slots: 2.5 is not a valid integer"),
     ],
 )
@@ -75,7 +75,7 @@ def test_wrong_type(override, line):
         ("clips.quality=101", "clips.quality: 101 must be at most 100; nearest valid: 100"),
         ("distill.learning_rate=0", "distill.learning_rate: 0 must be more than 0.0"),
         ("distill.learning_rate=.inf", "distill.learning_rate: inf is not a finite number"),
-        ("sweep.beta=[0.1, -1]", "sweep.beta.1: -1 must be at least 0.0; nearest valid: 0.0"),
+        ("sweep.seeds=[1, -1]", "sweep.seeds.1: -1 must be at least 0; nearest valid: 0"),
         ("clips.codec=jpg", "clips.codec: 'jpg' is not one of jpeg, png, raw; nearest: jpeg"),
         (
             "student.num_slots=7",

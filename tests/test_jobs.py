@@ -10,7 +10,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 DRAWN = ROOT / "tests" / "golden" / "videosaur_tiny.ckpt"
-STAGES = ("shard", "teacher", "cache", "distill", "evaluate", "register", "report", "pipeline")
+STAGES = ("shard", "teacher", "cache", "distill", "evaluate", "register", "report", "sweep", "pipeline")
 
 
 def run(*arguments, cwd=None):

@@ -6,7 +6,7 @@ import torch
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
-from pipeline.registry import pull, register
+from pipeline.registry import appoint, pull, register
 
 
 @pytest.fixture
@@ -121,3 +121,27 @@ def test_a_place_without_a_registry_is_named_and_left_empty(config, tmp_path):
     with pytest.raises(ValueError, match=r"no registry at .*storage\.root"):
         pull("models:/slotmatch@champion", tmp_path / "pulled", config.tracking_uri)
     assert not (tmp_path / "root").exists()
+
+
+def test_the_one_that_was_chosen_replaces_its_rivals_but_no_better_champion(config, finished_run):
+    """A sweep's student, whose setting has the best mean, and not the one that was luckiest itself."""
+    scores = {"lucky": 0.9, "chosen": 0.6, "another": 0.5}
+    versions = {}
+    for name, score in scores.items():
+        run = finished_run(name)
+        done = register(config, run, evaluation(score), contend=False, more_tags={"sweep": "s"})
+        assert not done["champion"]
+        versions[name] = done["version"]
+    assert tracking.client(config).get_model_version("slotmatch", "1").tags["sweep"] == "s"
+    rivals = set(versions.values())
+    assert appoint(config, versions["lucky"], rivals)[0]
+    holds, reason = appoint(config, versions["chosen"], rivals)
+    assert holds
+    assert "1 is one of" in reason
+    assert champion(config) == versions["chosen"]
+    assert appoint(config, versions["chosen"], rivals)[0]
+    assert register(config, finished_run("outsider"), evaluation(0.7))["champion"]
+    holds, reason = appoint(config, versions["chosen"], rivals)
+    assert not holds
+    assert "70.00" in reason
+    assert champion(config) == 4

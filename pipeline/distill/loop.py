@@ -33,6 +33,8 @@ from pipeline.tracking import RunLogger
 HISTORY_FILE = "history.json"
 PUBLIC_CHECKPOINT = "teacher.ckpt"
 
+OnValidation = Callable[[int, dict[str, float]], None]
+
 
 @dataclass(frozen=True)
 class TrainingSpec:
@@ -47,6 +49,7 @@ class TrainingSpec:
     teacher_config: SlotModelConfig | None = None  # gives the sizes that the student leaves open
     validation_uri: str | None = None  # the clips that `validate_every` scores on
     mlflow_run: str | None = None
+    title: str = ""  # what a sweep calls it
 
     @property
     def settings(self) -> Training:
@@ -54,7 +57,7 @@ class TrainingSpec:
 
     @property
     def label(self) -> str:
-        name = self.config.distill.name if self.role == "student" else ""
+        name = self.title or (self.config.distill.name if self.role == "student" else "")
         return f"{'distill' if self.role == 'student' else 'teacher'}{f' ({name})' if name else ''}"
 
 
@@ -212,8 +215,14 @@ def train_loop(
     world_size: int = 1,
     device: torch.device | None = None,
     after_checkpoint: Callable[[int], None] = lambda step: None,
+    on_validation: OnValidation = lambda step, scores: None,
 ) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint of the run if there is one.
+
+    Args:
+        after_checkpoint: called by every worker with the step.
+        on_validation: called by every worker with the step and the scores (`validation_video_mbo`, …) of each
+            validation but the one at the end, first those before the checkpoint that the run goes on from.
 
     Returns `status` ("ok", or "non-finite" where the gradient was), the last step, the history of
     losses and the rate. The models and checkpoints are in the run folder.
@@ -229,6 +238,9 @@ def train_loop(
         state = load_checkpoint(resumed, run.objective, optimizer)
         if rank == 0:
             log(f"{spec.label}: going on from step {state.step} ({resumed})")
+    for row in state.history:
+        if (scores := _validation_scores(row)) and row["step"] < settings.steps:
+            on_validation(int(row["step"]), scores)
     objective = run.shared_objective(world_size)
     logger = RunLogger(spec.config, spec.mlflow_run if rank == 0 else None)
     history = list(state.history)
@@ -280,6 +292,8 @@ def train_loop(
                 history.append({"step": step, **values})
                 logger.metrics({**values, **speed}, step)
                 waited, since, last = 0.0, time.monotonic(), step
+                if validate and step < settings.steps:
+                    on_validation(step, _validation_scores(values))
             if progress:
                 progress.advance(note=f"loss {values['total']:.4f}")
             if rank == 0 and _due(step, max(1, settings.steps // settings.overlays), settings.steps):
@@ -295,6 +309,10 @@ def train_loop(
     if status == "ok" and rank == 0:
         _publish_model(spec, model, history)
     return {"status": status, "step": step, "history": history}
+
+
+def _validation_scores(values: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if key.startswith("validation_")}
 
 
 def _due(step: int, every: int, steps: int) -> bool:

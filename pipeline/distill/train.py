@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from pipeline import storage, tracking
@@ -25,7 +27,7 @@ from pipeline.builders import (
 from pipeline.clips.shard import find_clips
 from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError, Distill, Training
-from pipeline.distill.loop import HISTORY_FILE, TrainingSpec, build, train_loop
+from pipeline.distill.loop import HISTORY_FILE, OnValidation, TrainingSpec, build, train_loop
 from pipeline.distill.validation import Validation
 from pipeline.progress import log
 from pipeline.ray_session import cluster_gpus, ray_session
@@ -36,11 +38,25 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became NaN or infinite; the last good checkpoint is kept."""
 
 
-def distill(config: Config, clips_uri: str) -> dict[str, Any]:
+def distill(
+    config: Config,
+    clips_uri: str,
+    *,
+    title: str = "",
+    run_tags: Mapping[str, str] | None = None,
+    on_validation: OnValidation | None = None,
+    train_callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
     """Distils a student from cached targets (or a live teacher; or, with `method: no_kd`, from none).
 
     Finished runs of the same config, clips and targets are found and reused; an unfinished one goes on
     from its last checkpoint. Returns the job's summary.
+
+    Args:
+        title: what messages and a new MLflow run call it; without one `distill.name`.
+        run_tags: further tags of a new MLflow run.
+        on_validation: see `train_loop`; called in this process, so only with `distill.workers` = 0.
+        train_callbacks: Ray Train's, to follow the same validations of its workers (`ray.train.report`).
 
     Raises:
         storage.IncompleteError: clips or targets are not published.
@@ -48,7 +64,7 @@ def distill(config: Config, clips_uri: str) -> dict[str, Any]:
         NonFiniteLoss: training diverged.
     """
     spec, tags = _student_spec(config, clips_uri)
-    return _train(spec, tags)
+    return _train(replace(spec, title=title), tags, run_tags or {}, on_validation, train_callbacks)
 
 
 def find_student(config: Config, clips_uri: str) -> str:
@@ -152,7 +168,13 @@ def train_teacher(config: Config, clips_uri: str) -> dict[str, Any]:
     return _train(spec, {"clips": clips.fingerprint, "method": "teacher", "trained_on": config.dataset.title})
 
 
-def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
+def _train(
+    spec: TrainingSpec,
+    tags: dict[str, str],
+    run_tags: Mapping[str, str] = MappingProxyType({}),
+    on_validation: OnValidation | None = None,
+    train_callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
     config, uri = spec.config, spec.run_uri
     if storage.is_complete(uri):
         log(f"{spec.label}: this run is finished, reusing {uri}")
@@ -174,12 +196,13 @@ def _train(spec: TrainingSpec, tags: dict[str, str]) -> dict[str, Any]:
         "git_revision": git_revision(),
         "mlflow.runName": name or f"{spec.role}-{storage.name(uri)[:8]}",
     }
-    run_id = tracking.start_run(config, uri, tags["mlflow.runName"], tags)
+    run_name = spec.title or tags["mlflow.runName"]
+    run_id = tracking.start_run(config, uri, run_name, {**tags, "mlflow.runName": run_name, **run_tags})
     logger = tracking.RunLogger(config, run_id)
     spec = replace(spec, mlflow_run=run_id)
     started = time.monotonic()
     try:
-        result = _fit(spec)
+        result = _fit(spec, on_validation, train_callbacks)
     except BaseException:
         logger.end("FAILED")
         raise
@@ -258,17 +281,20 @@ def _worker(options: dict[str, Any]) -> dict[str, Any]:
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
         after_checkpoint=report,
+        on_validation=lambda step, scores: ray.train.report({"step": step, **scores}),
     )
 
 
-def _fit(spec: TrainingSpec) -> dict[str, Any]:
+def _fit(
+    spec: TrainingSpec, on_validation: OnValidation | None, train_callbacks: Sequence[Any]
+) -> dict[str, Any]:
     if spec.settings.workers == 0:
-        return train_loop(spec)
+        return train_loop(spec, on_validation=on_validation) if on_validation else train_loop(spec)
     with ray_session(spec.config):
-        return _fit_on_ray(spec)
+        return _fit_on_ray(spec, train_callbacks)
 
 
-def _fit_on_ray(spec: TrainingSpec) -> dict[str, Any]:
+def _fit_on_ray(spec: TrainingSpec, callbacks: Sequence[Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
@@ -292,9 +318,10 @@ def _fit_on_ray(spec: TrainingSpec) -> dict[str, Any]:
         run_config=run_config(
             name=name,
             storage_path=storage.filesystem(root)[1],
-            storage_filesystem=_arrow_filesystem(root),
+            storage_filesystem=arrow_filesystem(root),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            callbacks=list(callbacks),
         ),
     )
     try:
@@ -321,7 +348,8 @@ def _check_resources(settings: Training, gpus: int) -> None:
         )
 
 
-def _arrow_filesystem(uri: str) -> Any:
+def arrow_filesystem(uri: str) -> Any:
+    """What Ray Train and Tune take as `storage_filesystem`; None, which they understand, for a local path."""
     if not storage.is_remote(uri):
         return None
     from pyarrow.fs import FSSpecHandler, PyFileSystem

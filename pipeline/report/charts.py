@@ -76,7 +76,7 @@ def speed_chart(methods: Sequence[Method], baselines: Mapping[str, float], score
     for name, value, shift in zip(names, values, spread(per_percent * values, 1.15 * _TEXT), strict=True):
         axes.axhline(value, color="#888888", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
         axes.annotate(
-            f"{_plain(name)} {value:.1f}",
+            f"{plain(name)} {value:.1f}",
             (1, value),
             xycoords=("axes fraction", "data"),
             xytext=(6, shift),
@@ -92,10 +92,10 @@ def speed_chart(methods: Sequence[Method], baselines: Mapping[str, float], score
     for method, shift in sorted(zip(methods, shifts, strict=True), key=lambda pair: -pair[0].parameters):
         place, area = (method.frames_per_second, method.score), areas[method.name]
         circle = axes.scatter(*place, s=area, color=method.colour, alpha=0.7, edgecolor="white", zorder=3)
-        circle.set_label(_plain(method.name))
+        circle.set_label(plain(method.name))
         axes.scatter(*place, s=7, color="black", zorder=4)  # what is read off the axes
         axes.annotate(
-            _plain(method.name),
+            plain(method.name),
             place,
             xytext=(sqrt(area) / 2 + _EXTRA, shift),
             textcoords="offset points",
@@ -157,13 +157,13 @@ def score_chart(series: Sequence[Series], score_name: str) -> Figure:
             color=line.colour,
             alpha=1.0 if index == 0 else 0.75,
             clip_on=False,  # a score of 0 is a whole marker too
-            label=f"{_plain(line.name)}, mean {line.mean:.1f}",
+            label=f"{plain(line.name)}, mean {line.mean:.1f}",
             zorder=3 if index == 0 else 2,
         )
     axes.set_xlim(0.5 - 0.01 * len(order), len(order) + 0.5 + 0.01 * len(order))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"videos, sorted by the score of {_plain(series[0].name)}")
+    axes.set_xlabel(f"videos, sorted by the score of {plain(series[0].name)}")
     axes.set_ylabel(f"{score_name} (%)")
     handles, names = axes.get_legend_handles_labels()
     columns = min(len(series), 3)
@@ -222,10 +222,14 @@ def _new_figure(**margins: float) -> tuple[Figure, Axes]:
     FigureCanvasAgg(figure)
     figure.subplots_adjust(**margins)
     axes = figure.subplots()
+    style_axes(axes)
+    return figure, axes
+
+
+def style_axes(axes: Axes) -> None:
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _inner_points(figure: Figure) -> tuple[float, float]:
@@ -241,7 +245,7 @@ def _text_width(text: str) -> float:
     return float(TextPath((0, 0), text, size=_TEXT).get_extents().width)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Names are no formulas, whatever signs they have."""
     return text.replace("$", r"\$")
 

@@ -1,21 +1,14 @@
-"""Every knob of the pipeline, read from one YAML file plus `section.key=value` overrides.
-
-`load_config` either returns a frozen `Config` or raises a `ConfigError` that names each wrong key, its
-value and the nearest valid one. Nothing here touches a disk beyond the YAML file, or starts anything.
-"""
+"""The keys, their types and defaults; each default that the paper gives is the paper's."""
 
 from __future__ import annotations
 
-import copy
-import difflib
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -234,11 +227,42 @@ class Distill(Training):
         return self.method.endswith("reconstruction_kd")
 
 
-class Sweep(Section):
-    """What the sweep over beta will read; no stage does yet."""
+PAPER_BETAS = (0.1, 0.2, 0.3, 0.5, 0.8)
 
-    beta: tuple[NonNegativeFloat, ...] = (0.1, 0.2, 0.3, 0.5, 0.8)
-    seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)
+
+class Sweep(Section):
+    """Which students `jobs.sweep` trains and compares; as it is, those of the paper's Table 4.
+
+    Every setting is trained from every seed on the same clips. Settings are the crossed values of the grid,
+    `grid: {distill.beta: [0.1, 0.2], targets.views: [1, 4]}`, or random draws from it; or `variants`, which have
+    names of their own and are used instead of the grid:
+    `variants: {no KD: {distill.method: no_kd}, K = 4: {targets.views: 4}}`.
+    """
+
+    # Key -> values; for `search: random` also ranges {low: 1e-4, high: 1e-2, log: true}.
+    grid: dict[str, Any] = {"distill.beta": list(PAPER_BETAS)}
+    variants: dict[str, dict[str, Any]] = {}
+    seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)  # of distill.seed
+    search: Literal["grid", "random"] = "grid"
+    samples: PositiveInt = 10  # settings that a random search draws
+    seed: NonNegativeInt = 0  # of these draws
+    asha: bool = False  # stops what scores badly (`evaluate.score`) early; needs distill.validate_every
+    grace_steps: PositiveInt | None = None  # that ASHA leaves to all; None: a quarter of distill.steps
+    reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # of 3 trials ASHA lets one go on
+    max_concurrent: PositiveInt | None = None  # trials at a time; None: as many as fit the cluster
+    register_students: bool = True  # all that finished; the chosen one contends for champion
+
+
+class Evidence(Section):
+    """How `jobs.evidence` scores a sweep's students once more, on videos that nothing was chosen on."""
+
+    split: str | None = None  # with masks; neither dataset.split nor evaluate.split
+    scores: tuple[Literal["image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"], ...] = (
+        "video_mbo",
+        "video_fg_ari",
+    )
+    claims: tuple[str, ...] = ()  # orderings to hold against the scores, "SlotMatch > no KD"
+    document: str | None = None  # a Markdown file whose marked block is replaced by the tables
 
 
 class Evaluate(Section):
@@ -284,6 +308,7 @@ class Config(Section):
     targets: Targets = Targets()
     distill: Distill = Distill()
     sweep: Sweep = Sweep()
+    evidence: Evidence = Evidence()
     evaluate: Evaluate = Evaluate()
     mlflow: MLflow = MLflow()
     ray: Ray = Ray()
@@ -306,139 +331,6 @@ class Config(Section):
         return f"sqlite:///{Path(self.storage.root).absolute() / 'mlflow.db'}"
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, presets: Sequence[str | Path] = ()
-) -> Config:
-    """Reads a YAML config, lays presets over it, and applies overrides of the form `section.key=value`.
-
-    A preset is a YAML file that holds a few keys only, as those in configs/methods/; the last one wins.
-
-    Raises:
-        ConfigError: no such file, not YAML, or any key or value that can't be used.
-    """
-    values: dict[str, Any] = {}
-    for file in (path, *presets):
-        _lay_over(values, _read_yaml(file))
-    return _with_absolute_paths(resolve_config(values, overrides))
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {str(path)!r} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"config file {str(path)!r} must hold sections, not {type(values).__name__}")
-    return values
-
-
-def _lay_over(values: dict[str, Any], others: dict[str, Any]) -> None:
-    """Changes `values` where `others` have something to say."""
-    for key, other in others.items():
-        if isinstance(other, dict) and isinstance(values.get(key), dict):
-            _lay_over(values[key], other)
-        else:
-            values[key] = other
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """The config with local paths made absolute: Ray's workers run in other folders than the job."""
-
-    def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
-
-    values = config.model_dump(mode="json")
-    values["dataset"]["path"] = absolute(config.dataset.path)
-    values["teacher"]["checkpoint"] = absolute(config.teacher.checkpoint)
-    values["storage"]["root"] = absolute(config.storage.root)
-    if not (config.evaluate.model or "").startswith("models:/"):
-        values["evaluate"]["model"] = absolute(config.evaluate.model)
-    for name in ("teacher", "student"):
-        weights = values[name]["backbone_weights"]
-        values[name]["backbone_weights"] = weights if weights in ("timm", "random") else absolute(weights)
-    uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri and uri.startswith("sqlite:///"):
-        uri = "sqlite:///" + str(absolute(uri.removeprefix("sqlite:///")))
-    values["mlflow"]["tracking_uri"] = uri  # as the job's environment has it, for workers that have another
-    return Config.model_validate(values)
-
-
-def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """A `Config` from nested plain values and overrides; errors as in `load_config`."""
-    # A section is None where all that is below its name is commented out.
-    values = {k: v for k, v in copy.deepcopy(values).items() if v is not None}
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        # A union complains once for each of its members; a mapping was never meant to be a name.
-        errors = [e for e in error.errors() if not (e["loc"][-1] == "str" and isinstance(e["input"], dict))]
-        raise ConfigError("\n".join(map(_explain, errors))) from None
-    problems = [*_check_dataset(config), *_check_models(config), *_check_combinations(config)]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or "." not in key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    *sections, last = key.split(".")
-    node = values
-    for section in sections:
-        if node.get(section) is None:
-            node[section] = {}
-        node = node[section]
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        node[last] = text
-
-
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: the key, the value, and what would be valid."""
-    location = [part for part in error["loc"] if part not in ("str", "ViT")]
-    key = ".".join(str(part) for part in location)
-    value, kind, limits = error.get("input"), error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        names = _field_names(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.4)
-        prefix = ".".join(str(part) for part in location[:-1])
-        hint = f"did you mean {'.'.join(filter(None, [prefix, near[0]]))!r}?" if near else ""
-        return f"{key}: unknown key (value {value!r}); {hint or 'valid: ' + ', '.join(names)}"
-    if kind == "invalid_key":
-        return f"{key}: keys must be text"
-    if kind == "model_type":
-        return f"{key}: {value!r} is not a section of keys and values"
-    if kind == "literal_error":
-        valid = re.findall(r"'([^']*)'", str(limits.get("expected", "")))
-        near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.0)
-        return f"{key}: {value!r} is not one of {', '.join(valid)}; nearest: {near[0] if near else valid[0]}"
-    for name, word in (("ge", "at least"), ("le", "at most"), ("gt", "more than"), ("lt", "less than")):
-        if name in limits:
-            nearest = f"; nearest valid: {limits[name]}" if name in ("ge", "le") else ""
-            return f"{key}: {value!r} must be {word} {limits[name]}{nearest}"
-    if kind == "missing":
-        return f"{key}: is missing (needed beside {', '.join(value) if isinstance(value, dict) else value!r})"
-    message = error["msg"].removeprefix("Input should be ").split(", unable")[0]
-    return f"{key}: {value!r} is not {message}"
-
-
-def _field_names(location: Sequence[Any]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ViT
-    return list(model.model_fields)
-
-
 def parse_split(text: str) -> tuple[str, slice]:
     """A split's name and which of its videos are meant, as in TFDS: `val`, `train[:-300]`, `[10:20]`.
 
@@ -451,120 +343,3 @@ def parse_split(text: str) -> tuple[str, slice]:
         )
     start, stop = (int(bound) if bound else None for bound in match.groups()[1:])
     return match[1], slice(start, stop)
-
-
-def _check_dataset(config: Config) -> list[str]:
-    problems = []
-    for key, split in (("dataset.split", config.dataset.split), ("evaluate.split", config.evaluate.split)):
-        try:
-            name, _ = parse_split(split or "")
-        except ValueError as error:
-            problems.append(f"{key}: {error}")
-            continue
-        if config.dataset.kind == "synthetic" and name not in ("", *GENERATED_SPLITS):
-            near = difflib.get_close_matches(name, GENERATED_SPLITS, n=1, cutoff=0.0)[0]
-            problems.append(
-                f"{key}: {name!r} is no generated split ({', '.join(GENERATED_SPLITS)}); nearest: {near}"
-            )
-    if config.dataset.kind == "coco" and config.clips.clip_frames != 1:
-        problems.append(
-            f"clips.clip_frames: {config.clips.clip_frames} frames, but COCO's images are videos of one; "
-            "nearest valid: 1"
-        )
-    return problems
-
-
-def _check_models(config: Config) -> list[str]:
-    problems = []
-    for name in ("teacher", "student"):
-        model: Model = getattr(config, name)
-        patch = model.patch_size
-        if name == "teacher" and config.teacher.checkpoint:
-            continue  # the file decides
-        if patch and model.image_size % patch:
-            lower = model.image_size // patch * patch
-            nearest = f"{lower} or {lower + patch}" if lower else str(patch)
-            problems.append(
-                f"{name}.image_size: {model.image_size} is not a multiple of the patch size {patch}; "
-                f"nearest: {nearest}"
-            )
-        if isinstance(model.backbone, ViT) and model.backbone.embed_dim % model.backbone.num_heads:
-            problems.append(
-                f"{name}.backbone.num_heads: {model.backbone.num_heads} does not divide embed_dim "
-                f"{model.backbone.embed_dim}"
-            )
-    for key, teacher in config.teacher.sizes.items():
-        student = getattr(config.student, key)
-        if key == "slot_size" and config.distill.slot_map:
-            continue
-        if config.teacher.checkpoint is None and student is not None and student != teacher:
-            problems.append(
-                f"student.{key}: {student} differs from the teacher's {teacher} (teacher.{key}), and slot "
-                f"n is distilled to slot n; nearest valid: {teacher}"
-            )
-    slot_size = config.student.slot_size or config.teacher.sizes["slot_size"]
-    if slot_size % 4:
-        problems.append(
-            f"student.slot_size: {slot_size} must be a multiple of 4, the predictor's heads; nearest: "
-            f"{max(4, slot_size // 4 * 4)}"
-        )
-    return problems
-
-
-def _check_distill(config: Config) -> list[str]:
-    problems, settings = [], config.distill
-    if settings.distils_slots and not settings.beta:
-        problems.append(
-            f"distill.beta: 0 leaves nothing of distill.method={settings.method}; without distillation: "
-            "distill.method=no_kd"
-        )
-    if settings.fresh_views and not settings.live_teacher:
-        problems.append(
-            "distill.fresh_views: cached targets hold targets.views views; new ones need distill.live_teacher=true"
-        )
-    if settings.method == "feature_kd" and not (config.targets.teacher_features or settings.live_teacher):
-        problems.append(
-            "distill.method: feature_kd needs the teacher's features: cache them (targets.teacher_features=true) or "
-            "run the teacher live (distill.live_teacher=true)"
-        )
-    train = config.teacher.train
-    if not (train.reconstruction or train.similarity):
-        problems.append(
-            "teacher.train.reconstruction: 0 leaves nothing to train for; set it, or teacher.train.similarity"
-        )
-    if train.similarity and config.teacher.decoder != "slot_mixer" and config.teacher.checkpoint is None:
-        problems.append(
-            f"teacher.train.similarity: {train.similarity:g} needs a decoder that predicts similarities; use "
-            "teacher.decoder=slot_mixer"
-        )
-    return problems
-
-
-def _check_combinations(config: Config) -> list[str]:
-    problems = _check_distill(config)
-    runs: list[tuple[str, Training, Model]] = [
-        ("teacher.train", config.teacher.train, config.teacher),
-        ("distill", config.distill, config.student),
-    ]
-    for name, train, model in runs:
-        if train.workers and train.batch_size % train.workers:
-            nearest = max(1, round(train.batch_size / train.workers)) * train.workers
-            problems.append(
-                f"{name}.batch_size: {train.batch_size} can't be shared equally by {train.workers} workers; "
-                f"nearest: {nearest}"
-            )
-        if train.alpha and not model.predictor:
-            problems.append(
-                f"{name}.alpha: {train.alpha:g} contrasts neighbouring frames, but a model without predictor sees "
-                "each on its own; nearest valid: 0"
-            )
-    trains, training = config.evaluate.model is None, config.dataset.split
-    if config.dataset.kind == "synthetic":
-        training = training or "train"
-    if trains and config.evaluate.split == training != "":
-        problems.append(f"evaluate.split: {config.evaluate.split!r} is the training split (dataset.split)")
-    if config.clips.clip_frames < 2 and (config.distill.alpha or config.teacher.train.alpha):
-        problems.append(
-            "clips.clip_frames: 1 leaves no neighbouring frames for the contrastive loss; use alpha=0"
-        )
-    return problems

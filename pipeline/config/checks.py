@@ -1,0 +1,124 @@
+"""What values can't be together: each check gives one line for every problem."""
+
+from __future__ import annotations
+
+import difflib
+
+from pipeline.config.sections import GENERATED_SPLITS, Config, Model, Training, ViT, parse_split
+
+
+def check_dataset(config: Config) -> list[str]:
+    problems = []
+    for key, split in (("dataset.split", config.dataset.split), ("evaluate.split", config.evaluate.split)):
+        try:
+            name, _ = parse_split(split or "")
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        if config.dataset.kind == "synthetic" and name not in ("", *GENERATED_SPLITS):
+            near = difflib.get_close_matches(name, GENERATED_SPLITS, n=1, cutoff=0.0)[0]
+            problems.append(
+                f"{key}: {name!r} is no generated split ({', '.join(GENERATED_SPLITS)}); nearest: {near}"
+            )
+    if config.dataset.kind == "coco" and config.clips.clip_frames != 1:
+        problems.append(
+            f"clips.clip_frames: {config.clips.clip_frames} frames, but COCO's images are videos of one; "
+            "nearest valid: 1"
+        )
+    return problems
+
+
+def check_models(config: Config) -> list[str]:
+    problems = []
+    for name in ("teacher", "student"):
+        model: Model = getattr(config, name)
+        patch = model.patch_size
+        if name == "teacher" and config.teacher.checkpoint:
+            continue  # the file decides
+        if patch and model.image_size % patch:
+            lower = model.image_size // patch * patch
+            nearest = f"{lower} or {lower + patch}" if lower else str(patch)
+            problems.append(
+                f"{name}.image_size: {model.image_size} is not a multiple of the patch size {patch}; "
+                f"nearest: {nearest}"
+            )
+        if isinstance(model.backbone, ViT) and model.backbone.embed_dim % model.backbone.num_heads:
+            problems.append(
+                f"{name}.backbone.num_heads: {model.backbone.num_heads} does not divide embed_dim "
+                f"{model.backbone.embed_dim}"
+            )
+    for key, teacher in config.teacher.sizes.items():
+        student = getattr(config.student, key)
+        if key == "slot_size" and config.distill.slot_map:
+            continue
+        if config.teacher.checkpoint is None and student is not None and student != teacher:
+            problems.append(
+                f"student.{key}: {student} differs from the teacher's {teacher} (teacher.{key}), and slot "
+                f"n is distilled to slot n; nearest valid: {teacher}"
+            )
+    slot_size = config.student.slot_size or config.teacher.sizes["slot_size"]
+    if slot_size % 4:
+        problems.append(
+            f"student.slot_size: {slot_size} must be a multiple of 4, the predictor's heads; nearest: "
+            f"{max(4, slot_size // 4 * 4)}"
+        )
+    return problems
+
+
+def _check_distill(config: Config) -> list[str]:
+    problems, settings = [], config.distill
+    if settings.distils_slots and not settings.beta:
+        problems.append(
+            f"distill.beta: 0 leaves nothing of distill.method={settings.method}; without distillation: "
+            "distill.method=no_kd"
+        )
+    if settings.fresh_views and not settings.live_teacher:
+        problems.append(
+            "distill.fresh_views: cached targets hold targets.views views; new ones need distill.live_teacher=true"
+        )
+    if settings.method == "feature_kd" and not (config.targets.teacher_features or settings.live_teacher):
+        problems.append(
+            "distill.method: feature_kd needs the teacher's features: cache them (targets.teacher_features=true) or "
+            "run the teacher live (distill.live_teacher=true)"
+        )
+    train = config.teacher.train
+    if not (train.reconstruction or train.similarity):
+        problems.append(
+            "teacher.train.reconstruction: 0 leaves nothing to train for; set it, or teacher.train.similarity"
+        )
+    if train.similarity and config.teacher.decoder != "slot_mixer" and config.teacher.checkpoint is None:
+        problems.append(
+            f"teacher.train.similarity: {train.similarity:g} needs a decoder that predicts similarities; use "
+            "teacher.decoder=slot_mixer"
+        )
+    return problems
+
+
+def check_combinations(config: Config) -> list[str]:
+    problems = _check_distill(config)
+    runs: list[tuple[str, Training, Model]] = [
+        ("teacher.train", config.teacher.train, config.teacher),
+        ("distill", config.distill, config.student),
+    ]
+    for name, train, model in runs:
+        if train.workers and train.batch_size % train.workers:
+            nearest = max(1, round(train.batch_size / train.workers)) * train.workers
+            problems.append(
+                f"{name}.batch_size: {train.batch_size} can't be shared equally by {train.workers} workers; "
+                f"nearest: {nearest}"
+            )
+        if train.alpha and not model.predictor:
+            problems.append(
+                f"{name}.alpha: {train.alpha:g} contrasts neighbouring frames, but a model without predictor sees "
+                "each on its own; nearest valid: 0"
+            )
+    trains, training = config.evaluate.model is None, config.dataset.split
+    if config.dataset.kind == "synthetic":
+        training = training or "train"
+    if trains and config.evaluate.split == training != "":
+        problems.append(f"evaluate.split: {config.evaluate.split!r} is the training split (dataset.split)")
+    if config.clips.clip_frames < 2 and (config.distill.alpha or config.teacher.train.alpha):
+        problems.append(
+            "clips.clip_frames: 1 leaves no neighbouring frames for the contrastive loss; use alpha=0"
+        )
+    return problems

@@ -1,0 +1,165 @@
+"""From YAML files and overrides to a `Config`, or to an error that explains what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.checks import check_combinations, check_dataset, check_models
+from pipeline.config.sections import Config, ConfigError, ViT
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, presets: Sequence[str | Path] = ()
+) -> Config:
+    """Reads a YAML config, lays presets over it, and applies overrides of the form `section.key=value`.
+
+    A preset is a YAML file that holds a few keys only, as those in configs/methods/; the last one wins.
+
+    Raises:
+        ConfigError: no such file, not YAML, or any key or value that can't be used.
+    """
+    values: dict[str, Any] = {}
+    for file in (path, *presets):
+        _lay_over(values, _read_yaml(file))
+    return _with_absolute_paths(resolve_config(values, overrides))
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {str(path)!r} must hold sections, not {type(values).__name__}")
+    return values
+
+
+def _lay_over(values: dict[str, Any], others: dict[str, Any]) -> None:
+    """Changes `values` where `others` have something to say."""
+    for key, other in others.items():
+        if isinstance(other, dict) and isinstance(values.get(key), dict):
+            _lay_over(values[key], other)
+        else:
+            values[key] = other
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The config with local paths made absolute: Ray's workers run in other folders than the job."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+
+    values = config.model_dump(mode="json")
+    values["dataset"]["path"] = absolute(config.dataset.path)
+    values["teacher"]["checkpoint"] = absolute(config.teacher.checkpoint)
+    values["storage"]["root"] = absolute(config.storage.root)
+    if not (config.evaluate.model or "").startswith("models:/"):
+        values["evaluate"]["model"] = absolute(config.evaluate.model)
+    for name in ("teacher", "student"):
+        weights = values[name]["backbone_weights"]
+        values[name]["backbone_weights"] = weights if weights in ("timm", "random") else absolute(weights)
+    uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri and uri.startswith("sqlite:///"):
+        uri = "sqlite:///" + str(absolute(uri.removeprefix("sqlite:///")))
+    values["mlflow"]["tracking_uri"] = uri  # as the job's environment has it, for workers that have another
+    return Config.model_validate(values)
+
+
+def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A `Config` from nested plain values and overrides; errors as in `load_config`."""
+    # A section is None where all that is below its name is commented out.
+    values = {k: v for k, v in copy.deepcopy(values).items() if v is not None}
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        # A union complains once for each of its members; a mapping was never meant to be a name.
+        errors = [e for e in error.errors() if not (e["loc"][-1] == "str" and isinstance(e["input"], dict))]
+        raise ConfigError("\n".join(map(_explain, errors))) from None
+    problems = [*check_dataset(config), *check_models(config), *check_combinations(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or "." not in key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    _assign(values, key, value, override)
+
+
+def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *sections, last = key.split(".")
+    node = values
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    node[last] = value
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """The same config with other values under some keys (`distill.beta`); errors as in `load_config`."""
+    values = config.model_dump(mode="json")
+    for key, value in overrides.items():
+        if "." not in key:
+            raise ConfigError(f"{key}: is not of the form section.key")
+        _assign(values, key, copy.deepcopy(value), key)
+    return _with_absolute_paths(resolve_config(values))
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: the key, the value, and what would be valid."""
+    location = [part for part in error["loc"] if part not in ("str", "ViT")]
+    key = ".".join(str(part) for part in location)
+    value, kind, limits = error.get("input"), error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        names = _field_names(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.4)
+        prefix = ".".join(str(part) for part in location[:-1])
+        hint = f"did you mean {'.'.join(filter(None, [prefix, near[0]]))!r}?" if near else ""
+        return f"{key}: unknown key (value {value!r}); {hint or 'valid: ' + ', '.join(names)}"
+    if kind == "invalid_key":
+        return f"{key}: keys must be text"
+    if kind == "model_type":
+        return f"{key}: {value!r} is not a section of keys and values"
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", str(limits.get("expected", "")))
+        near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.0)
+        return f"{key}: {value!r} is not one of {', '.join(valid)}; nearest: {near[0] if near else valid[0]}"
+    for name, word in (("ge", "at least"), ("le", "at most"), ("gt", "more than"), ("lt", "less than")):
+        if name in limits:
+            nearest = f"; nearest valid: {limits[name]}" if name in ("ge", "le") else ""
+            return f"{key}: {value!r} must be {word} {limits[name]}{nearest}"
+    if kind == "missing":
+        return f"{key}: is missing (needed beside {', '.join(value) if isinstance(value, dict) else value!r})"
+    message = error["msg"].removeprefix("Input should be ").split(", unable")[0]
+    return f"{key}: {value!r} is not {message}"
+
+
+def _field_names(location: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ViT
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""Stage `sweep`: many students of the same clips, compared by their means over seeds. See `stage`."""

@@ -1,0 +1,253 @@
+"""What a sweep trains: settings from the grid, a random search or named variants, each from every seed."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.config import Config, ConfigError, Sweep, with_overrides
+
+# Trials share their clips, are scored alike and are kept in one place.
+FIXED = ("dataset", "clips", "evaluate", "storage", "mlflow", "ray", "sweep")
+_TRIES = 1000  # of a random search to find a setting that it has not drawn yet
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the sweep's table: what differs from the config, by its key."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One student: a setting and a seed."""
+
+    setting: Setting
+    seed: int
+    config: Config
+    run_uri: str = ""  # its run folder, once the targets are there to know it by
+
+    @property
+    def title(self) -> str:
+        return f"{self.setting.name}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """The run folder's fingerprint: unique in a sweep."""
+        return self.run_uri.rsplit("/", 1)[-1]
+
+
+def plan_trials(config: Config) -> list[Trial]:
+    """The trials of a config in the order in which they begin: every setting from the first seed, then the next.
+
+    Raises:
+        ConfigError: with one line for everything that can't be run.
+    """
+    sweep = config.sweep
+    if problems := [*_check_sweep(config), *_check_keys(sweep)]:
+        raise ConfigError("\n".join(problems))
+    if sweep.variants:
+        drawn = [(name, dict(overrides)) for name, overrides in sweep.variants.items()]
+    else:
+        drawn = [("", overrides) for overrides in _draw(sweep)]
+    names_of = _short_names([key for _, overrides in drawn for key in overrides])
+    settings, configs, lines = [], {}, []
+    for name, overrides in drawn:
+        where = f"sweep.variants {name!r}" if name else "sweep.grid"
+        try:
+            changed = with_overrides(config, overrides)
+        except ConfigError as error:
+            lines += [f"{where}: {line}" for line in str(error).splitlines()]
+            continue
+        setting = _setting(name, changed, list(overrides), names_of)
+        if sweep.asha:
+            lines += [f"{where}: {line}" for line in _check_asha(changed)]
+        settings.append(setting)
+        configs[setting.name] = changed
+    twice = [name for name, count in Counter(s.name for s in settings).items() if count > 1]
+    lines += [f"sweep.grid: {name!r} is there twice" for name in twice]
+    if lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    # As if each were a run of its own: the sweep it is in decides nothing about a student.
+    rest = {"sweep": Sweep()}
+    return [
+        Trial(s, seed, with_overrides(configs[s.name].model_copy(update=rest), {"distill.seed": seed}))
+        for seed in sweep.seeds
+        for s in settings
+    ]
+
+
+def _check_sweep(config: Config) -> list[str]:
+    sweep, evaluate, problems = config.sweep, config.evaluate, []
+    if evaluate.split is None:
+        problems.append("evaluate.split: is not set, and a sweep compares scores; name videos with masks")
+    if evaluate.model is not None:
+        problems.append(
+            f"evaluate.model: {evaluate.model!r} is set, but a sweep scores its own students; use null"
+        )
+    if not sweep.seeds:
+        problems.append("sweep.seeds: is empty; nearest valid: [42]")
+    problems += [
+        f"sweep.seeds: {seed} is there twice; nearest valid: {sorted(set(sweep.seeds))}"
+        for seed, count in Counter(sweep.seeds).items()
+        if count > 1
+    ]
+    if sweep.search == "random" and sweep.variants:
+        problems.append(
+            "sweep.search: 'random' draws from sweep.grid, but sweep.variants is set; nearest: grid"
+        )
+    return problems
+
+
+def _check_asha(config: Config) -> list[str]:
+    settings, grace = config.distill, grace_steps(config)
+    problems = []
+    if not settings.validate_every:
+        problems.append(
+            f"distill.validate_every: 0 validates never, and sweep.asha stops by validations; nearest valid: {grace}"
+        )
+    if grace >= settings.steps:
+        problems.append(
+            f"sweep.grace_steps: {grace} must be less than distill.steps ({settings.steps}); nearest valid: "
+            f"{settings.steps - 1}"
+        )
+    return problems
+
+
+def grace_steps(config: Config) -> int:
+    """Steps that ASHA leaves to every trial."""
+    return config.sweep.grace_steps or max(1, config.distill.steps // 4)
+
+
+def _check_keys(sweep: Sweep) -> list[str]:
+    problems = []
+    if sweep.variants:
+        for name, overrides in sweep.variants.items():
+            problems += [f"sweep.variants {name!r}: {line}" for line in _check_key_names(list(overrides))]
+        return problems
+    leaves = list(_leaves(sweep.grid))
+    problems += [f"sweep.grid: {line}" for line in _check_key_names([key for key, _ in leaves])]
+    for key, values in leaves:
+        if isinstance(values, dict):
+            problems += [f"sweep.grid.{key}: {line}" for line in _check_range(values, sweep.search)]
+        elif not isinstance(values, (list, tuple)) or not values:
+            problems.append(
+                f"sweep.grid.{key}: {values!r} is not a list of values; nearest valid: [{values}]"
+            )
+    return problems
+
+
+def _check_key_names(keys: Sequence[str]) -> list[str]:
+    problems = [f"{key!r} is there twice" for key, count in Counter(keys).items() if count > 1]
+    for key in dict.fromkeys(keys):
+        section = key.split(".")[0]
+        if "." not in key:
+            near = difflib.get_close_matches(section, list(Config.model_fields), n=1, cutoff=0.0)[0]
+            problems.append(f"{key!r} is not of the form section.key; nearest: '{near}.…'")
+        elif section in FIXED:
+            problems.append(
+                f"{key!r} can't differ between trials, which share clips, scoring and storage; set it for all "
+                f"({key}=…); nearest: distill.…, student.…, targets.…"
+            )
+        elif key == "distill.seed":
+            problems.append("'distill.seed' comes from sweep.seeds; name its values there")
+    return problems
+
+
+def _leaves(grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their lists or ranges: `grid: {distill.beta: …}` and `{distill: {beta: …}}` are the same."""
+    for key, value in grid.items():
+        if isinstance(value, dict) and not (value and value.keys() <= {"low", "high", "log"}):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_range(values: Mapping[str, Any], search: str) -> list[str]:
+    if search == "grid":
+        return [f"{dict(values)!r} is a range, which only sweep.search=random draws from; nearest: a list"]
+    try:
+        low, high = float(values["low"]), float(values["high"])
+    except (KeyError, TypeError, ValueError):
+        return [f"{dict(values)!r} is not a range of numbers; valid: {{low: 0.1, high: 0.8}}"]
+    if not math.isfinite(high - low) or low >= high:
+        return [f"low {low:g} must be less than high {high:g}"]
+    if values.get("log") and low <= 0:
+        return [f"low {low:g} must be more than 0 where log is true"]
+    return []
+
+
+def _draw(sweep: Sweep) -> list[dict[str, Any]]:
+    """The overrides of each setting."""
+    leaves = dict(_leaves(sweep.grid))
+    if sweep.search == "grid":
+        return [dict(zip(leaves, values, strict=True)) for values in itertools.product(*leaves.values())]
+    ranges = any(isinstance(values, dict) for values in leaves.values())
+    most = math.prod(len(values) for values in leaves.values()) if not ranges else None
+    if most is not None and sweep.samples > most:
+        raise ConfigError(
+            f"sweep.samples: {sweep.samples}, but sweep.grid has only {most} combinations; nearest valid: {most}"
+        )
+    rng, drawn = random.Random(sweep.seed), dict[str, dict[str, Any]]()
+    for _ in range(sweep.samples * _TRIES):
+        one = {key: _draw_value(rng, values) for key, values in leaves.items()}
+        drawn.setdefault(repr(one), one)
+        if len(drawn) == sweep.samples:
+            return list(drawn.values())
+    raise ConfigError(
+        f"sweep.samples: {sweep.samples}, but random draws give only {len(drawn)} different settings; nearest "
+        f"valid: {len(drawn)}"
+    )
+
+
+def _draw_value(rng: random.Random, values: Any) -> Any:
+    if not isinstance(values, dict):
+        return rng.choice(list(values))
+    low, high, log = values["low"], values["high"], values.get("log", False)
+    whole = isinstance(low, int) and isinstance(high, int)
+    low, high = float(low), float(high)
+    if whole and not log:
+        return rng.randint(int(low), int(high))
+    value = math.exp(rng.uniform(math.log(low), math.log(high))) if log else rng.uniform(low, high)
+    if whole:
+        return round(value)
+    # What is printed is what is run.
+    return min(max(float(f"{value:.3g}"), low), high)
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's last part where it is no other key's."""
+    unique = list(dict.fromkeys(keys))
+    counts = Counter(key.rsplit(".", 1)[-1] for key in unique)
+    return {k: k.rsplit(".", 1)[-1] if counts[k.rsplit(".", 1)[-1]] == 1 else k for k in unique}
+
+
+def _setting(name: str, config: Config, keys: Sequence[str], names_of: Mapping[str, str]) -> Setting:
+    # As the config understood them: YAML has text for 1e-3.
+    values = {key: lookup(config, key) for key in keys}
+    shown = [f"{names_of[key]} = {_shown(value)}" for key, value in values.items()]
+    return Setting(name or ", ".join(shown) or "as configured", values)
+
+
+def lookup(config: Config, key: str) -> Any:
+    """The value under a dotted key, as plain data."""
+    node: Any = config
+    for part in key.split("."):
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return node.model_dump(mode="json") if isinstance(node, BaseModel) else node
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " ".join(f"{k}={_shown(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
