@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := configs/demo.yaml
 
-.PHONY: demo report test test-fast lint bench clean help
+.PHONY: demo report evidence test test-fast lint bench clean help
 help:
 	@echo "make demo       videos to a registered student, on this machine (results in runs/demo)"
 	@echo "make report     after it: the paper's tables and figures with the demo's numbers"
+	@echo "make evidence   an hour or more: which of the paper's orderings hold at the demo's scale (docs/evidence.md)"
 	@echo "make test       all tests;  make test-fast  those without Ray"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      every performance figure that the README quotes"
@@ -24,6 +25,9 @@ demo: .venv/.installed
 
 report: .venv/.installed
 	$(BIN)/python -m jobs.report $(DEMO)
+
+evidence: .venv/.installed
+	$(BIN)/python -m jobs.evidence $(DEMO) configs/sweeps/evidence.yaml
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

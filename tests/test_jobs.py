@@ -39,6 +39,16 @@ def test_dry_run_prints_the_resolved_config(stage):
     assert yaml.safe_load(done.stdout)["distill"]["seed"] == 7
 
 
+def test_presets_lie_over_the_config():
+    presets = [
+        str(ROOT / "configs" / name) for name in ("sweeps/evidence.yaml", "methods/slotmatch_mse.yaml")
+    ]
+    done = run("jobs.evidence", str(ROOT / "configs/demo.yaml"), *presets, "--dry-run", "distill.beta=0.5")
+    assert done.returncode == 0, done.stderr
+    distill = yaml.safe_load(done.stdout)["distill"]
+    assert (distill["method"], distill["beta"], distill["workers"]) == ("slotmatch_mse", 0.5, 0)
+
+
 def test_a_missing_folder_of_videos_is_named(tmp_path):
     done = run("jobs.shard", str(ROOT / "configs/videos.yaml"), "dataset.path=nowhere", cwd=tmp_path)
     assert done.returncode == 1

@@ -75,7 +75,7 @@ def test_variants_are_used_instead_of_the_grid():
         "no KD, seed 2",
     ]
     assert trials[1].config.targets.views == 4
-    assert trials[0].config.distill.beta == 0
+    assert trials[0].config.distill.method == "no_kd"
 
 
 def test_a_random_search_draws_the_same_again_and_nothing_twice():
@@ -214,3 +214,14 @@ def test_a_trial_that_never_fits_is_refused_with_what_would():
         together([{"CPU": 16, "GPU": 1}], workers=2)
     with pytest.raises(ConfigError, match="needs 1 CPU"):
         together([{"CPU": 0.5}], workers=0)
+
+
+PRESETS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("base", ["demo", "movi_e"])
+def test_a_shipped_sweep_goes_over_any_config(base, preset):
+    config = load_config(preset.parents[1] / f"{base}.yaml", presets=[preset])
+    trials = plan_trials(config)
+    assert len(trials) == len({t.title for t in trials}) > len(config.sweep.seeds)
