@@ -101,7 +101,7 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
     assert file_times(times) == times
 
 
-@pytest.mark.timeout(600)  # two starts of Ray, on machines that may be busy
+@pytest.mark.timeout(900)  # two starts of Ray, on machines that may be busy
 def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
     variants = {"short": {"distill.steps": 10}, "long": {"distill.steps": 400}, "last": {"distill.steps": 9}}
     settings = [*BASE, "sweep.seeds=[0]", "distill.checkpoint_every=20", "ray.num_cpus=2"]
@@ -115,7 +115,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
         checkpoints = Path(run("long"), "checkpoints") if "begins" in text else Path("nowhere")
         return "short, seed 0 finished" in text and list(checkpoints.glob(f"*/{storage.MANIFEST}"))
 
-    wait_for(half_way, 240)
+    wait_for(half_way, 400)
     kill_with_family(process)
     done = {name for name in variants if storage.is_complete(run(name))}
     assert "short" in done
