@@ -38,6 +38,7 @@ from pipeline.clips.schema import Clip
 from pipeline.clips.table import SHARD_FOLDER, ClipSet, ShardReader
 from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.config import Config
+from pipeline.heap import keep_freed_memory
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.progress import Progress, log
 from pipeline.ray_session import actor_options, ray_session
@@ -147,6 +148,8 @@ class TargetMaker:
         self.config = config
         self.clips = ClipSet(clips_uri)
         self.device = best_device()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.teacher = load_teacher(config, teacher_uri).to(self.device)
         self.student: SlotModel | None = None
         if config.targets.student_features:

@@ -25,6 +25,7 @@ from pipeline.distill.data import Loader, RawBatch, Sampler
 from pipeline.distill.step import Batch, Objective, Terms, learning_rate_factor, training_step
 from pipeline.distill.validation import Validation
 from pipeline.figures import Panel, comparison
+from pipeline.heap import keep_freed_memory
 from pipeline.models import SlotModel, SlotModelConfig, save_public_checkpoint, save_slot_model
 from pipeline.progress import Progress, log
 from pipeline.targets import TargetSet, teacher_outputs
@@ -228,6 +229,8 @@ def train_loop(
     losses and the rate. The models and checkpoints are in the run folder.
     """
     settings, device = spec.settings, device or torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     run = _Run(spec, device)
     model = run.model
     model.train()
