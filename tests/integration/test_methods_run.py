@@ -6,7 +6,7 @@ from pipeline import stages, storage
 from pipeline.config import ConfigError
 from pipeline.distill.train import distill, find_student, train_teacher
 from pipeline.models import load_slot_model
-from pipeline.targets import TargetSet, cache
+from pipeline.targets import cache
 
 TERMS = {
     "no_kd": set(),
@@ -49,11 +49,11 @@ def test_every_method_trains_a_student(prepared, shared_tiny, method):
 
 @pytest.mark.parametrize("method", ["feature_kd", "slotmatch_reconstruction_kd"])
 def test_cached_and_live_teacher_give_the_same_curve(prepared, shared_tiny, method):
-    settings = (f"distill.method={method}", "targets.teacher_features=true")
+    settings = (*FEATURES, f"distill.method={method}")
     cached = history(shared_tiny(*settings), prepared)
     live = history(shared_tiny(*settings, "distill.live_teacher=true"), prepared)
     for a, b in zip(cached, live, strict=True):
-        assert a["total"] == pytest.approx(b["total"], rel=1e-6), a["step"]
+        assert a["total"] == pytest.approx(b["total"], rel=1e-5), a["step"]
 
 
 def test_feature_kd_goes_on_with_its_head(prepared, shared_tiny):
@@ -79,7 +79,9 @@ def test_both_sides_of_theorem_1_are_logged(prepared, shared_tiny):
 
 
 def test_fresh_views_of_a_live_teacher(prepared, shared_tiny):
-    settings = ("distill.live_teacher=true", "targets.crop=random", "targets.min_scale=0.5")
+    # A teacher that is trained here is one of its views; this one is to be the same under others.
+    teacher = f"teacher.checkpoint={train_teacher(shared_tiny(), prepared)['model']}"
+    settings = (teacher, "distill.live_teacher=true", "targets.crop=random", "targets.min_scale=0.5")
     fixed = history(shared_tiny(*settings), prepared)
     fresh = history(shared_tiny(*settings, "distill.fresh_views=true"), prepared)
     # 10 videos in batches of 4: the first two batches are of the first epoch, whose view is the central one.
@@ -88,15 +90,10 @@ def test_fresh_views_of_a_live_teacher(prepared, shared_tiny):
 
 
 def test_a_student_without_kd_can_start_from_the_teachers_slots(prepared, shared_tiny):
-    own = shared_tiny("distill.method=no_kd", "distill.steps=1", "distill.warmup_steps=0")
-    copied = shared_tiny(
-        "distill.method=no_kd",
-        "distill.steps=1",
-        "distill.warmup_steps=0",
-        "distill.learning_rate=1e-12",
-        "distill.initial_slots_from_teacher=true",
-    )
-    teacher = load_slot_model(TargetSet(cache(shared_tiny(), prepared)["uri"]).manifest["teacher_uri"])
+    settings = (*FEATURES, "distill.method=no_kd", "distill.steps=1", "distill.warmup_steps=0")
+    own = shared_tiny(*settings)
+    copied = shared_tiny(*settings, "distill.learning_rate=1e-12", "distill.initial_slots_from_teacher=true")
+    teacher = load_slot_model(train_teacher(own, prepared)["model"])
     start = load_slot_model(distill(copied, prepared)["model"]).initializer.slots
     assert (start - teacher.initializer.slots).abs().max() < 1e-6
     other = load_slot_model(distill(own, prepared)["model"]).initializer.slots
