@@ -48,7 +48,7 @@ def main() -> int:
         comparisons.append(cache_comparison(load, repeats, Path(scratch)))
     comparisons[2].notes.append(started)
     print(table(comparisons))
-    memory = memory_report(**({"lengths": (8, 16), "side": 56} if quick else {}))
+    memory = memory_report(lengths=(8, 16), side=56) if quick else memory_report()
     print("\n".join(f"- memory of evaluating one video: {line}" for line in memory))
     if arguments.json:
         results = {"machine": host, "comparisons": [c.to_dict() for c in comparisons], "memory": memory}

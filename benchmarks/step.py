@@ -99,6 +99,7 @@ def _encode(model: SlotModel, frame_CHW: Tensor, state_BND: Tensor, t: int) -> t
     features = model.encoder.backbone(frame_CHW[None])
     iterations = NEXT_FRAME_ITERATIONS if t else FIRST_FRAME_ITERATIONS
     slots, _ = model.processor.corrector(state_BND, model.encoder.output_transform(features), iterations)
+    assert model.processor.predictor is not None
     return features, slots, model.processor.predictor(slots)
 
 
