@@ -82,8 +82,7 @@ class Objective(nn.Module):
 
     Eq. 3 is rec + alpha * contrast + beta * slot KD; without the last term it is SlotContrast's own
     objective, and with `similarity` in place of the contrast VideoSAUR's, whose targets are the frozen
-    backbone's attention keys. The other ways to distil of
-    Table 1 replace or follow the slot term:
+    backbone's attention keys. The other ways to distil of Table 1 replace or follow the slot term:
 
     - reconstruction KD is Eq. 5: the *teacher's* frozen decoder decodes the slots of both, and what it
       makes of the student's is drawn to what it makes of the teacher's. One decoder for both gives

@@ -302,7 +302,7 @@ def test_a_model_for_similarity_alone_learns_it(batch):
         one = Batch(video=batch.video, initial_slots=model.initial_slots(B, [1, 2]))
         curve.append(training_step(objective, optimizer, one, learning_rate=3e-3, gradient_clip=1.0))
     assert set(curve[0]) == {"total", "similarity", "gradient_norm"}
-    assert curve[-1]["similarity"] < 0.9 * curve[0]["similarity"]
+    assert curve[-1]["similarity"] < 0.95 * curve[0]["similarity"]
     with pytest.raises(ValueError, match="reconstructs no features"):
         Objective(model, Terms(alpha=0, similarity=1.0))
     with pytest.raises(ValueError, match="nothing to train for"):
