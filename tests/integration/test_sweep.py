@@ -14,7 +14,13 @@ from pipeline.sweep.settings import plan_trials
 from pipeline.sweep.stage import SweepFailed, run_sweep
 
 TEACHER = str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt")
-BASE = [f"teacher.checkpoint={TEACHER}", "teacher.num_heads=3", "evaluate.baselines=false"]
+BASE = [
+    f"teacher.checkpoint={TEACHER}",
+    "teacher.num_heads=3",
+    "teacher.num_slots=null",
+    "teacher.slot_size=null",
+    "evaluate.baselines=false",
+]
 
 
 def file_times(runs):
