@@ -186,6 +186,7 @@ def score_rows(
     results: Sequence[Result],
     others: Mapping[str, Mapping[str, float]],
     details: Mapping[str, tuple[int, float]],
+    part: str,
 ) -> Table:
     """Mean ± std over seeds of every setting; `details` has its steps and minutes a run."""
     rows = []
@@ -200,11 +201,11 @@ def score_rows(
         rows.append(Row((Cell(name), *[Cell(DASH)] * 3, *map(Cell, numbers)), kind))
     columns = (Column("setting", numeric=False), Column("seeds"), Column("steps"), Column("min. a run"))
     return Table(
-        "Scores", "Every way to distil", "", (*columns, *score_columns(SCORES, paper=False)), tuple(rows)
+        "Scores", "Every way to distil", part, (*columns, *score_columns(SCORES, paper=False)), tuple(rows)
     )
 
 
-def claim_rows(comparisons: Sequence[Comparison]) -> Table:
+def claim_rows(comparisons: Sequence[Comparison], part: str) -> Table:
     rows = [
         Row(
             cells(
@@ -230,7 +231,7 @@ def claim_rows(comparisons: Sequence[Comparison]) -> Table:
         "Differences in points, paired by seed, with Student's t interval: a claim holds, or is reversed, where "
         "the interval leaves out 0. The teacher is one model: its own spread over seeds is not in these intervals.",
     )
-    return Table("Orderings", "Which claims hold", "", columns, tuple(rows), notes)
+    return Table("Orderings", "Which claims hold", part, columns, tuple(rows), notes)
 
 
 def _details(manifest: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
@@ -266,7 +267,8 @@ def _write(
     seeds = sorted({trial["seed"] for trial in manifest["trials"]})
     spread = [std for r in results if (std := r.std(config.evaluate.score)) is not None]
     noise = 100 * math.sqrt(statistics.fmean(std**2 for std in spread)) if spread else math.nan
-    tables = [score_rows(results, others, _details(manifest)), claim_rows(comparisons)]
+    part = f"{config.dataset.title}, {config.evidence.split}"
+    tables = [score_rows(results, others, _details(manifest), part), claim_rows(comparisons, part)]
     intro = [
         f"{videos} videos of the split {config.evidence.split!r}, which nothing was chosen on; seeds "
         f"{', '.join(map(str, seeds))}; {os.cpu_count()} cores, torch {torch.__version__}, fp32, a run a core, so "
