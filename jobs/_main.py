@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, load_config, resolve_config
 from pipeline.progress import log
+from pipeline.ray_session import root_cause
 
 
 def run_stage(
@@ -111,20 +112,6 @@ def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
     sys.stdout.flush()
     print(json.dumps({"job": job, "status": "ok", "seconds": elapsed(), **summary}))
     return 0
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The error behind those that Ray wraps around what its workers raise."""
-    seen = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        inner = getattr(error, "cause", None) or error.__cause__
-        failures = getattr(error, "worker_failures", None)
-        if failures:
-            inner = next(iter(failures.values()))
-        if isinstance(inner, BaseException) and type(error).__module__.startswith("ray"):
-            error = inner
-    return error
 
 
 def _is_ours(error: BaseException) -> bool:

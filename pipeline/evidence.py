@@ -28,6 +28,7 @@ from pipeline.ray_session import ray_session
 from pipeline.records import SCORES
 from pipeline.report.charts import chart_png
 from pipeline.report.notes import SAMPLE_STD
+from pipeline.report.pictures import Picture
 from pipeline.report.render import Page, markdown
 from pipeline.report.scores import TITLES, score_columns
 from pipeline.report.select import mean_and_std, percent
@@ -249,13 +250,6 @@ def _details(manifest: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
     }
 
 
-@dataclass(frozen=True)
-class _Plot:
-    path: Path
-    title: str
-    caption: str
-
-
 def _write(
     config: Config,
     manifest: Mapping[str, Any],
@@ -275,7 +269,7 @@ def _write(
         f"that minutes are of a machine that does something else too. {SAMPLE_STD} "
         f"The pooled standard deviation over seeds is {noise:.1f} points of {TITLES[config.evaluate.score]}."
     ]
-    plot = _Plot(
+    plot = Picture(
         Path("/") / PLOT, "Scores on the test split", "Error bars: sample standard deviation over seeds."
     )
     page = markdown(Page("Evidence", intro, tables, [plot], []), Path("/"))

@@ -78,3 +78,17 @@ def actor_options(cpus: float, tasks: int) -> dict[str, Any]:
     # Some CPU must stay free, or Ray Data waits for ever without a word.
     most = max(1, int((total - 0.2) // cpus))
     return {"num_cpus": cpus, "compute": ActorPoolStrategy(size=min(most, tasks))}
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error behind those that Ray wraps around what its workers raise."""
+    seen = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "cause", None) or error.__cause__
+        failures = getattr(error, "worker_failures", None)
+        if failures:
+            inner = next(iter(failures.values()))
+        if isinstance(inner, BaseException) and type(error).__module__.startswith("ray"):
+            error = inner
+    return error

@@ -10,7 +10,7 @@ from pipeline import stages, storage
 from pipeline.builders import best_device, checkpoint_hints, load_model, load_teacher, require_teacher
 from pipeline.clips.shard import find_videos, shard
 from pipeline.clips.table import ClipSet
-from pipeline.config import Config, resolve_config
+from pipeline.config import Config, with_overrides
 from pipeline.distill.train import distill, train_teacher
 from pipeline.evaluate import SCORES, evaluate, score_table
 from pipeline.figures import comparison, to_png
@@ -24,13 +24,6 @@ from pipeline.targets import cache
 
 NO_KD = "student, no KD"
 SLOTMATCH = "SlotMatch"
-
-
-def with_distill(config: Config, **settings: Any) -> Config:
-    """The same config with some settings of its `distill` section changed."""
-    values = config.model_dump(mode="json")
-    values["distill"].update(settings)
-    return resolve_config(values)
 
 
 def run_pipeline(config: Config) -> dict[str, Any]:
@@ -58,8 +51,8 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
     targets = cache(config, clips.uri)
     _title(4, "train a student without distillation, then one with SlotMatch")
     configs = {
-        NO_KD: with_distill(config, method="no_kd", name=NO_KD),
-        SLOTMATCH: with_distill(config, name=config.distill.name or SLOTMATCH),
+        NO_KD: with_overrides(config, {"distill.method": "no_kd", "distill.name": NO_KD}),
+        SLOTMATCH: with_overrides(config, {"distill.name": config.distill.name or SLOTMATCH}),
     }
     runs = {name: distill(c, clips.uri) for name, c in configs.items()}
     evaluations: dict[str, dict[str, Any]] = {}

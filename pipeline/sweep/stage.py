@@ -26,6 +26,7 @@ from pipeline.ray_session import ray_session
 from pipeline.records import SCORES
 from pipeline.registry import appoint, register
 from pipeline.report.charts import chart_png
+from pipeline.report.pictures import Picture
 from pipeline.report.render import Page, markdown
 from pipeline.report.table import Table
 from pipeline.sweep.chart import sweep_chart
@@ -229,13 +230,6 @@ def _teachers(config: Config, plan: Plan) -> dict[str, Subject]:
     return teachers
 
 
-@dataclass(frozen=True)
-class _Plot:
-    path: Path
-    title: str
-    caption: str
-
-
 def _write(
     config: Config, plan: Plan, outcome: Outcome, best: Best | None, ended: dict[str, Ended]
 ) -> tuple[list[tuple[str, bytes]], Table]:
@@ -248,7 +242,7 @@ def _write(
     table = sweep_table(
         results, outcome.others, outcome.baselines, score=score, dataset=config.dataset.title, notes=notes
     )
-    plot = _Plot(Path("/") / PLOT, "Scores", "Error bars: sample standard deviation over seeds.")
+    plot = Picture(Path("/") / PLOT, "Scores", "Error bars: sample standard deviation over seeds.")
     page = Page(f"Sweep {storage.name(plan.uri)}", [], [table], [plot], [])
     numbers = as_json(results, {**outcome.others, **outcome.baselines})
     numbers["best"] = _best_summary(best, score)

@@ -14,6 +14,7 @@ from pipeline import storage
 from pipeline.config import Config, ConfigError
 from pipeline.distill.train import arrow_filesystem, distill
 from pipeline.progress import log
+from pipeline.ray_session import root_cause
 from pipeline.report.scores import TITLES
 from pipeline.sweep.ended import Ended, failed, find_ended, finished, read_ended, write_ended
 from pipeline.sweep.mlflow_runs import child_tags, end_child
@@ -70,7 +71,7 @@ def trial(options: Mapping[str, Any], jobs: Mapping[str, Any]) -> None:
         distill(one.config, jobs["clips"], title=one.title, run_tags=jobs["tags"], **settings)
         ended = finished(one, round(time.monotonic() - started, 1))
     except Exception as error:  # one trial's end is not the sweep's
-        ended = failed(one, _root_cause(error), round(time.monotonic() - started, 1))
+        ended = failed(one, root_cause(error), round(time.monotonic() - started, 1))
     write_ended(jobs["sweep"], one, ended)
     tune.report({"ended": ended.status})
 
@@ -86,14 +87,6 @@ def _name_this_cluster() -> None:
 
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """What a Train worker raised, out of what Ray wraps around it."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None)
-    wrapped = type(error).__module__.startswith("ray") and isinstance(inner, BaseException)
-    return _root_cause(inner) if wrapped and inner is not None else error
 
 
 def concurrent_trials(nodes: Sequence[Mapping[str, float]], trials: Sequence[Config]) -> int:
