@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.baselines import BASELINES, Predictor
 from pipeline.builders import best_device, load_model, model_identity
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.config import Config
+from pipeline.lease import lease
 from pipeline.models import CheckpointHints, SlotModel
 from pipeline.progress import Progress, log
 from pipeline.protocols import Protocol, choose_protocol, describe_protocol
@@ -126,14 +128,18 @@ def evaluate(config: Config, clips_uri: str, subjects: dict[str, Subject]) -> di
         name: storage.join(folder, storage.fingerprint({**content, **subject.identity()}))
         for name, subject in subjects.items()
     }
-    # Two names may be one model.
-    missing = list({uris[name]: name for name in subjects if not storage.is_complete(uris[name])}.values())
-    if not missing:
+    if all(storage.is_complete(uri) for uri in uris.values()):
         log("evaluate: all scores found, reusing them")
     else:
-        _run(config, clips, protocol, [(subjects[name], uris[name]) for name in missing])
-    for name in missing:
-        _publish(name, uris[name], clips, rules)
+        with ExitStack() as leases:
+            for uri in sorted(set(uris.values())):  # in one order, so that two jobs can't wait for each other
+                if not storage.is_complete(uri):
+                    leases.enter_context(lease(uri, "evaluate"))
+            # Two names may be one model.
+            missing = {uris[name]: name for name in subjects if not storage.is_complete(uris[name])}
+            _run(config, clips, protocol, [(subjects[name], uri) for uri, name in missing.items()])
+            for uri, name in missing.items():
+                _publish(name, uri, clips, rules)
     results = {}
     for name, uri in uris.items():
         manifest = storage.read_manifest(uri)

@@ -39,6 +39,7 @@ from pipeline.clips.table import SHARD_FOLDER, ClipSet, ShardReader
 from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.config import Config
 from pipeline.heap import keep_freed_memory
+from pipeline.lease import lease
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.progress import Progress, log
 from pipeline.ray_session import actor_options, ray_session
@@ -345,38 +346,14 @@ def cache(config: Config, clips_uri: str) -> dict[str, Any]:
     teacher_uri = require_teacher(config, clips.fingerprint)
     uri, content = _describe(config, clips)
     maker = (config, clips_uri, teacher_uri)
-    if storage.is_complete(uri):
+    computed = 0
+    if not storage.is_complete(uri):
+        with lease(uri, "cache"):
+            if not storage.is_complete(uri):
+                computed = _fill(config, clips, maker, uri, content)
+    if not computed:
         log(f"cache: all targets found, reusing {uri}")
-        manifest = storage.read_manifest(uri)
-        computed = 0
-    else:
-        teacher_config = load_teacher(config, teacher_uri).config
-        if config.targets.student_features:
-            build_backbone(config.student)  # fails here and now if its weights can't be had
-        folder = storage.join(uri, SHARD_FOLDER)
-        done = set(storage.list_names(folder))
-        missing = [shard for shard in clips.shards if shard not in done]
-        if done:
-            log(f"cache: {len(clips.shards) - len(missing)} of {len(clips.shards)} shards are there already")
-        rows_of = {s["name"]: s["rows"] for s in clips.manifest["shards"]}
-        with Progress("cache", clips.manifest["clips"], "clips") as progress:
-            progress.skip(sum(rows_of[s] for s in clips.shards if s in done))
-            for report in _run(config, missing, maker, uri, verify=0.0):
-                progress.advance(report["clips"])
-        computed = len(missing)
-        manifest = {
-            "kind": "targets",
-            "fingerprint": storage.name(uri),
-            "created": storage.timestamp(),
-            **content,
-            "clips_uri": clips_uri,
-            "teacher_uri": teacher_uri,
-            "teacher_config": teacher_config.to_dict(),
-            "shards": clips.shards,
-            "rows": clips.manifest["clips"] * config.targets.views,
-        }
-        storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
-        storage.publish(uri, manifest)
+    manifest = storage.read_manifest(uri)
     summary = {
         "uri": uri,
         "fingerprint": manifest["fingerprint"],
@@ -389,6 +366,40 @@ def cache(config: Config, clips_uri: str) -> dict[str, Any]:
     if config.targets.verify:
         summary["verified_rows"] = _verify(config, clips, maker, uri)
     return summary
+
+
+def _fill(
+    config: Config, clips: ClipSet, maker: tuple[Config, str, str], uri: str, content: dict[str, Any]
+) -> int:
+    """Computes the shards that are missing and publishes the set; returns how many it computed."""
+    _, clips_uri, teacher_uri = maker
+    teacher_config = load_teacher(config, teacher_uri).config
+    if config.targets.student_features:
+        build_backbone(config.student)  # fails here and now if its weights can't be had
+    folder = storage.join(uri, SHARD_FOLDER)
+    done = set(storage.list_names(folder))
+    missing = [shard for shard in clips.shards if shard not in done]
+    if done:
+        log(f"cache: {len(clips.shards) - len(missing)} of {len(clips.shards)} shards are there already")
+    rows_of = {s["name"]: s["rows"] for s in clips.manifest["shards"]}
+    with Progress("cache", clips.manifest["clips"], "clips") as progress:
+        progress.skip(sum(rows_of[s] for s in clips.shards if s in done))
+        for report in _run(config, missing, maker, uri, verify=0.0):
+            progress.advance(report["clips"])
+    manifest = {
+        "kind": "targets",
+        "fingerprint": storage.name(uri),
+        "created": storage.timestamp(),
+        **content,
+        "clips_uri": clips_uri,
+        "teacher_uri": teacher_uri,
+        "teacher_config": teacher_config.to_dict(),
+        "shards": clips.shards,
+        "rows": clips.manifest["clips"] * config.targets.views,
+    }
+    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    storage.publish(uri, manifest)
+    return len(missing)
 
 
 def _run(

@@ -23,6 +23,7 @@ from pipeline.clips.sources import BadVideo, Frame, VideoRef, list_videos, read_
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, VideoEntry
 from pipeline.config import Clips, Config, parse_split
+from pipeline.lease import lease
 from pipeline.progress import Progress, log
 from pipeline.ray_session import ray_session
 
@@ -117,10 +118,18 @@ def shard(config: Config, split: str) -> dict[str, Any]:
     videos = find_videos(config, split)
     uri = clip_set_uri(config, videos)
     label = f"shard {split or 'videos'}"
-    if storage.is_complete(uri):
+    computed = 0
+    if not storage.is_complete(uri):
+        with lease(uri, label):
+            if not storage.is_complete(uri):
+                computed = _fill(config, split, videos, uri, label)
+    if not computed:
         log(f"{label}: all clips found, reusing {uri}")
-        manifest = storage.read_manifest(uri)
-        return _summary(uri, manifest, computed=0)
+    return _summary(uri, storage.read_manifest(uri), computed=computed)
+
+
+def _fill(config: Config, split: str, videos: list[VideoRef], uri: str, label: str) -> int:
+    """Makes the shards that are missing and publishes the set; returns how many it made."""
     settings = config.clips
     step = settings.videos_per_shard
     groups = [videos[i : i + step] for i in range(0, len(videos), step)]
@@ -167,7 +176,7 @@ def shard(config: Config, split: str) -> dict[str, Any]:
         "bad": bad,
     }
     storage.publish(uri, manifest)
-    return _summary(uri, manifest, computed=len(missing))
+    return len(missing)
 
 
 def _summary(uri: str, manifest: dict[str, Any], *, computed: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError, Distill, Training
 from pipeline.distill.loop import HISTORY_FILE, OnValidation, TrainingSpec, build, train_loop
 from pipeline.distill.validation import Validation
+from pipeline.lease import lease
 from pipeline.progress import log
 from pipeline.ray_session import cluster_gpus, ray_session
 from pipeline.targets import TargetSet, find_targets
@@ -175,10 +176,25 @@ def _train(
     on_validation: OnValidation | None = None,
     train_callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
+    uri = spec.run_uri
+    if not storage.is_complete(uri):
+        with lease(uri, spec.label):
+            if not storage.is_complete(uri):
+                _train_to_the_end(spec, tags, run_tags, on_validation, train_callbacks)
+                return {**_summary(spec), "reused": False}
+    log(f"{spec.label}: this run is finished, reusing {uri}")
+    return {**_summary(spec), "reused": True}
+
+
+def _train_to_the_end(
+    spec: TrainingSpec,
+    tags: dict[str, str],
+    run_tags: Mapping[str, str],
+    on_validation: OnValidation | None,
+    train_callbacks: Sequence[Any],
+) -> None:
+    """Trains and publishes the run."""
     config, uri = spec.config, spec.run_uri
-    if storage.is_complete(uri):
-        log(f"{spec.label}: this run is finished, reusing {uri}")
-        return {**_summary(spec), "reused": True}
     if spec.settings.warmup_steps >= spec.settings.steps:
         log(
             f"{spec.label}: WARNING, warm-up ({spec.settings.warmup_steps} steps) outlasts training "
@@ -229,7 +245,6 @@ def _train(
         },
     )
     logger.end("FINISHED")
-    return {**_summary(spec), "reused": False}
 
 
 def _validation_clips(spec: TrainingSpec) -> str | None:

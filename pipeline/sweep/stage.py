@@ -20,6 +20,7 @@ from pipeline.clips.table import ClipSet
 from pipeline.config import Config, ConfigError
 from pipeline.distill.train import find_student
 from pipeline.evaluate import Subject
+from pipeline.lease import lease
 from pipeline.models import CheckpointHints
 from pipeline.progress import log
 from pipeline.ray_session import ray_session
@@ -89,7 +90,9 @@ def run_sweep(config: Config) -> dict[str, Any]:
         log(f"sweep: this sweep is finished, reusing {plan.uri}")
         return _conclude(config, plan)
     with ray_session(config):
-        return _conclude(config, plan or _prepare(config, trials))
+        plan = plan or _prepare(config, trials)
+        with lease(plan.uri, "sweep"):
+            return _conclude(config, plan)
 
 
 def _left(plan: Plan) -> int:
