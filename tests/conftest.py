@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_table import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

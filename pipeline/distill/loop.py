@@ -34,6 +34,8 @@ from pipeline.tracking import RunLogger
 HISTORY_FILE = "history.json"
 PUBLIC_CHECKPOINT = "teacher.ckpt"
 
+PREEMPTION_CHECK_STEPS = 5  # each check asks all workers
+
 OnValidation = Callable[[int, dict[str, float]], None]
 
 
@@ -217,6 +219,7 @@ def train_loop(
     device: torch.device | None = None,
     after_checkpoint: Callable[[int], None] = lambda step: None,
     on_validation: OnValidation = lambda step, scores: None,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint of the run if there is one.
 
@@ -224,6 +227,8 @@ def train_loop(
         after_checkpoint: called by every worker with the step.
         on_validation: called by every worker with the step and the scores (`validation_video_mbo`, …) of each
             validation but the one at the end, first those before the checkpoint that the run goes on from.
+        preempted: whether a worker's node is about to be taken away, the same on every worker; asked every
+            `PREEMPTION_CHECK_STEPS` steps. The first yes makes a checkpoint at once.
 
     Returns `status` ("ok", or "non-finite" where the gradient was), the last step, the history of
     losses and the rate. The models and checkpoints are in the run folder.
@@ -256,7 +261,7 @@ def train_loop(
         progress = stack.enter_context(Progress(spec.label, settings.steps, "steps")) if rank == 0 else None
         if progress:
             progress.skip(step)
-        waited = 0.0
+        waited, noticed = 0.0, False
         since = time.monotonic()
         last = step
         for raw, seconds in loader:
@@ -301,7 +306,11 @@ def train_loop(
                 progress.advance(note=f"loss {values['total']:.4f}")
             if rank == 0 and _due(step, max(1, settings.steps // settings.overlays), settings.steps):
                 logger.file(run.picture(scratch, step), "overlays")
-            if _due(step, settings.checkpoint_every, settings.steps):
+            notice = not noticed and step % PREEMPTION_CHECK_STEPS == 0 and preempted()
+            if notice and rank == 0:
+                log(f"{spec.label}: a node is about to be taken away; making a checkpoint of step {step} now")
+            noticed |= notice
+            if notice or _due(step, settings.checkpoint_every, settings.steps):
                 if rank == 0:
                     saved = TrainingState(step, history)
                     save_checkpoint(

