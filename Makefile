@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := configs/demo.yaml
 
-.PHONY: demo report evidence test test-fast lint bench clean help
+.PHONY: demo report evidence test test-fast test-integration cluster-up cluster-down lint bench clean help
 help:
 	@echo "make demo       videos to a registered student, on this machine (results in runs/demo)"
 	@echo "make report     after it: the paper's tables and figures with the demo's numbers"
 	@echo "make evidence   an hour or more: which of the paper's orderings hold at the demo's scale (docs/evidence.md)"
-	@echo "make test       all tests;  make test-fast  those without Ray"
+	@echo "make test       the tests, but the slow ones;  make test-fast  those without Ray"
+	@echo "make test-integration   S3, jobs, many nodes and every fault, the slow ones too; ends with the fault table"
+	@echo "make cluster-up a Ray cluster, an S3 server and MLflow on this machine;  make cluster-down  ends them"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      every performance figure that the README quotes"
 	@echo "make clean      removes .venv, caches and runs/"
@@ -30,10 +32,19 @@ evidence: .venv/.installed
 	$(BIN)/python -m jobs.evidence $(DEMO) configs/sweeps/evidence.yaml
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 
 test-fast: .venv/.installed
-	$(BIN)/python -m pytest --ignore tests/integration
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/integration
+
+test-integration: .venv/.installed
+	$(BIN)/python -m pytest tests/integration tests/test_storage.py tests/test_storage_faults.py tests/test_lease.py
+
+cluster-up: .venv/.installed
+	$(BIN)/python -m cluster.local up
+
+cluster-down: .venv/.installed
+	$(BIN)/python -m cluster.local down
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

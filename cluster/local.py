@@ -32,8 +32,9 @@ from pathlib import Path
 import psutil
 
 HOST = "127.0.0.1"
+NODES = "127.0.0.2"  # loopback too, and no name for "my address", in whose place Ray would listen on a public one
 BUCKET = "slotmatch"
-PORTS = {"dashboard": 8265, "gcs": 6379, "mlflow": 5000, "s3": 9000}  # another free one where it is taken
+PORTS = {"dashboard": 8265, "gcs": 6379, "mlflow": 5000, "s3": 9000}
 START_SECONDS = 300  # of a busy machine; 20 of an idle one
 
 
@@ -48,12 +49,14 @@ class LocalCluster:
     Args:
         folder: holds logs, the services' data, and who runs (`state.json`).
         environment: of nodes and clients beside this process's own.
+        preferred_ports: by service; a service without one, or whose port is taken, gets a free one.
     """
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     pids: dict[str, int] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
+    preferred_ports: dict[str, int] = field(default_factory=dict)
 
     # --- services ---------------------------------------------------------------------------------
 
@@ -131,11 +134,12 @@ class LocalCluster:
 
     def start_worker(self, name: str, cpus: int, *options: str) -> None:
         """A further Ray node."""
-        self._start_ray(name, cpus, f"--address={self.address}", *options)
+        # The head's log monitor reads what all write, as they share a folder.
+        self._start_ray(name, cpus, f"--address={self.address}", "--include-log-monitor=false", *options)
 
     def _start_ray(self, name: str, cpus: int, *options: str) -> None:
         ray = str(Path(sys.executable).with_name("ray"))
-        command = [ray, "start", f"--num-cpus={cpus}", f"--node-ip-address={HOST}", "--block"]
+        command = [ray, "start", f"--num-cpus={cpus}", f"--node-ip-address={NODES}", "--block"]
         command += ["--disable-usage-stats", *options]
         # A busy machine takes longer than Ray's 30 s.
         self._start(name, command, {"RAY_raylet_start_wait_time_s": str(START_SECONDS)})
@@ -144,21 +148,22 @@ class LocalCluster:
     @property
     def address(self) -> str:
         """Of the cluster, for `ray.address`."""
-        return f"{HOST}:{self.ports['gcs']}"
+        return f"{NODES}:{self.ports['gcs']}"
 
     @property
     def ray_folder(self) -> Path:
         """Ray's own files and logs; elsewhere than the rest, as socket names have room for 107 characters."""
         link = self.folder / "ray"
         if not link.is_symlink():
+            self.folder.mkdir(parents=True, exist_ok=True)
             link.symlink_to(tempfile.mkdtemp(prefix="slotmatch-ray-"))
         return link.resolve()
 
     # --- processes --------------------------------------------------------------------------------
 
     def _port(self, name: str) -> int:
-        wanted = self.ports.get(name, PORTS[name])
-        self.ports[name] = wanted if _is_free(wanted) else _free_port()
+        wanted = self.ports.get(name, self.preferred_ports.get(name, 0))
+        self.ports[name] = wanted if wanted and _is_free(wanted) else _free_port()
         return self.ports[name]
 
     def _secret(self, name: str, size: int) -> str:
@@ -250,6 +255,7 @@ class LocalCluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {"pids": self.pids, "ports": self.ports, "environment": self.environment}
         exports = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in sorted(self.environment.items()))
+        exports += f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n"
         for name, content in (("state.json", json.dumps(state, indent=2) + "\n"), ("env", exports)):
             path = self.folder / name
             path.touch(mode=0o600)
@@ -315,6 +321,7 @@ def _said(what: str) -> Iterator[None]:
 
 def up(folder: Path, workers: int) -> None:
     cluster = LocalCluster.load(folder)
+    cluster.preferred_ports = PORTS
     if cluster.pids:
         raise SystemExit(
             f"already running: {', '.join(cluster.pids)} ({folder}); end it with: make cluster-down"
