@@ -26,8 +26,8 @@ from mlflow.server.auth.client import AuthServiceClient
 
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
-from pipeline.registry import pull, register
+from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+from pipeline.registry import register
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 SECONDS = 250  # that a server may take to start; on a free machine it needs 15
@@ -228,8 +228,10 @@ def test_the_pipeline_uses_the_services_as_a_user_of_its_own(services, sign_in, 
     services.start("mlflow")
     run = tracking.client(config).get_run(run_id)
     assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 0.25)
-    pull("models:/slotmatch@champion", tmp_path / "champion", services.url)
-    load_slot_model(tmp_path / "champion")
+    version = tracking.client(config).get_model_version_by_alias("slotmatch", "champion")
+    assert version.run_id == run_id
+    copy = tracking.client(config).download_artifacts(run_id, "files/config.yaml", str(tmp_path))
+    assert Path(copy).read_text() == config.to_yaml()
 
 
 def test_no_password_is_in_a_command_line(services):
