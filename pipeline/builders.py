@@ -196,8 +196,7 @@ def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
     Raises:
         ConfigError: nothing there.
     """
-    fs, path = storage.filesystem(uri)
-    folder = storage.retry(lambda: bool(fs.isdir(path)), uri)
+    folder = storage.is_folder(uri)
     files = [storage.join(uri, name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if folder else [uri]
     try:
         # Folders have a config, and hints are ignored there.

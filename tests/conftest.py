@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_proxy import FaultProxy
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,6 +81,19 @@ def s3(tmp_path_factory):
             process.terminate()
             process.wait(10)
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def faulty_s3(s3):
+    """A `FaultProxy` before the server of `s3`, through which all that is done with S3 in the test goes."""
+    import s3fs
+
+    with FaultProxy(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])) as proxy:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            s3fs.S3FileSystem.clear_instance_cache()
+            yield proxy
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")
