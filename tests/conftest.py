@@ -83,9 +83,9 @@ def s3(tmp_path_factory):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def faulty_s3(s3):
-    """A `FaultProxy` before the server of `s3`, through which all that is done with S3 in the test goes."""
+    """A `FaultProxy` before the server of `s3`, through which all that this file's tests do with S3 goes."""
     import s3fs
 
     with FaultProxy(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])) as proxy:
