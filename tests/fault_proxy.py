@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self):
         try:
             super().handle_one_request()
-        except OSError:  # the client has gone
+        except (OSError, http.client.HTTPException):  # one side has gone: so does the other
             self.close_connection = True
 
     def handle_expect_100(self):
