@@ -204,6 +204,8 @@ def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
             "files": [storage.hash_file(file) for file in files],
             "hints": None if folder else hints.to_dict(),
         }
+    except storage.MissingBucketError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"teacher.checkpoint: there is no model at {uri!r}") from None
 
@@ -214,6 +216,8 @@ def backbone_identity(section: Model) -> dict[str, Any]:
     if weights not in ("timm", "random"):
         try:
             weights = storage.hash_file(weights)
+        except storage.MissingBucketError:
+            raise
         except FileNotFoundError:
             raise ConfigError(f"backbone_weights: there is no file {weights!r}") from None
     config = backbone_config(section)

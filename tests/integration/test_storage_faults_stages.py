@@ -51,7 +51,10 @@ class Line:
         script = Path(__file__).with_name("stages_in_turn.py")
         with open(log, "wb") as errors:
             code = subprocess.run(
-                [sys.executable, str(script), str(config), str(out)], env=environment, stderr=errors, cwd=folder
+                [sys.executable, str(script), str(config), str(out)],
+                env=environment,
+                stderr=errors,
+                cwd=folder,
             ).returncode
         self.injected = dict(proxy.injected)
         proxy.calm()
@@ -91,7 +94,9 @@ def test_cache(line):
 def test_distill(line):
     names = ("history.json", "model/model.safetensors")
     for name in names:
-        calm, faulty = (storage.read_bytes(join(run["distill"]["uri"], name)) for run in (line.calm, line.faulty))
+        calm, faulty = (
+            storage.read_bytes(join(run["distill"]["uri"], name)) for run in (line.calm, line.faulty)
+        )
         assert faulty == calm, name
 
 
@@ -114,7 +119,9 @@ def test_register(line, tmp_path):
     load_slot_model(tmp_path / "champion")
 
 
-@pytest.mark.fault(fault=FAULTS, stage="all", checked="faults came, retries were logged, all is published whole")
+@pytest.mark.fault(
+    fault=FAULTS, stage="all", checked="faults came, retries were logged, all is published whole"
+)
 def test_nothing_is_left_unfinished(line):
     assert sum(line.injected.values()) >= 20, line.injected
     assert len(line.injected) >= 5, line.injected
