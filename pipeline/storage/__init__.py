@@ -244,7 +244,7 @@ def upload_file(local: str | Path, uri: str) -> None:
 def upload_tree(local: str | Path, uri: str) -> None:
     """Copies all files below a local folder, several at a time: for many small ones. It publishes nothing."""
     files = list_files(str(local))
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda f: upload_file(Path(local) / f.name, join(uri, f.name)), files))
 
 

@@ -9,6 +9,7 @@ a byte it counts as failed.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import random
 import re
@@ -62,6 +63,8 @@ def _connection(environment: tuple[tuple[str, str], ...], read_timeout: float) -
     import botocore.session
     from botocore.config import Config
 
+    # Ray's workers show what it says at INFO: where it has found its settings.
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     session = botocore.session.get_session()
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},
@@ -164,7 +167,8 @@ def _reason(error: BaseException) -> str:
     from botocore.exceptions import ClientError
 
     if not isinstance(error, ClientError):
-        return re.sub(r"\?\S*", "", str(error))  # a URL's query says nothing more
+        text = re.sub(r'( from| on| to the)? endpoint URL: "[^"]*"', "", str(error))  # which is said anyway
+        return text.rstrip(".")
     message = error.response.get("Error", {}).get("Message", "")
     # The answer to a HEAD has its number for a code.
     words = [str(status(error)), code(error)] if code(error) != str(status(error)) else [code(error)]
