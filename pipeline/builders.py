@@ -196,8 +196,7 @@ def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
     Raises:
         ConfigError: nothing there.
     """
-    fs, path = storage.filesystem(uri)
-    folder = storage.retry(lambda: bool(fs.isdir(path)), uri)
+    folder = storage.is_folder(uri)
     files = [storage.join(uri, name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if folder else [uri]
     try:
         # Folders have a config, and hints are ignored there.
@@ -205,6 +204,8 @@ def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
             "files": [storage.hash_file(file) for file in files],
             "hints": None if folder else hints.to_dict(),
         }
+    except storage.MissingBucketError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"teacher.checkpoint: there is no model at {uri!r}") from None
 
@@ -215,6 +216,8 @@ def backbone_identity(section: Model) -> dict[str, Any]:
     if weights not in ("timm", "random"):
         try:
             weights = storage.hash_file(weights)
+        except storage.MissingBucketError:
+            raise
         except FileNotFoundError:
             raise ConfigError(f"backbone_weights: there is no file {weights!r}") from None
     config = backbone_config(section)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_proxy import FaultProxy
 from fault_table import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
 
@@ -81,6 +82,19 @@ def s3(tmp_path_factory):
             process.terminate()
             process.wait(10)
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def faulty_s3(s3):
+    """A `FaultProxy` before the server of `s3`, through which all that this file's tests do with S3 goes."""
+    import s3fs
+
+    with FaultProxy(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])) as proxy:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            s3fs.S3FileSystem.clear_instance_cache()
+            yield proxy
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from pipeline import storage
 from pipeline.storage import IncompleteError, join
 
-MULTIPART = 12 << 20  # bytes; s3fs sends more than 5 MiB in parts
+MULTIPART = 12 << 20  # bytes; more than 8 MiB is sent in parts
 
 
 class Interrupted(Exception):

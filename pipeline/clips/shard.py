@@ -21,6 +21,7 @@ from pipeline import storage
 from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_masks
 from pipeline.clips.sources import BadVideo, Frame, VideoRef, list_videos, read_video
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.sources.videos import list_videos as list_local
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, VideoEntry
 from pipeline.config import Clips, Config, parse_split
 from pipeline.lease import lease
@@ -40,12 +41,16 @@ def find_videos(config: Config, split: str) -> list[VideoRef]:
     Where a whole folder of videos is trained on, its sub-folder for evaluation is not.
     """
     dataset = config.dataset
+    contents: dict[str, str] = {}
     if dataset.kind == "synthetic":
-        dataset = dataset.model_copy(update={"kind": "videos", "path": _generate(config, split)})
+        folder = _generate(config, split)
+        contents = storage.read_manifest(folder).get("contents", {})
+        dataset = dataset.model_copy(update={"kind": "videos", "path": folder})
         split = split[len(parse_split(split)[0]) :]  # the slice alone
     held_out = parse_split(config.evaluate.split or "")[0] or None
     memo_folder = storage.join(storage.absolute(config.storage.root), "sources")
-    return list_videos(dataset, split, held_out=held_out, memo_folder=memo_folder)
+    videos = list_videos(dataset, split, held_out=held_out, memo_folder=memo_folder)
+    return [v._replace(content=contents.get(v.video_id, v.content)) for v in videos]
 
 
 def _generate(config: Config, split: str) -> str:
@@ -63,17 +68,28 @@ def _generate(config: Config, split: str) -> str:
         seed=len(counts) * settings.seed + list(counts).index(kind),  # no split shares a video with another
     )
     name = storage.fingerprint({**asdict(synthetic), "format": FORMAT, "av": av.__version__})
-    if storage.is_remote(config.storage.root):
-        folder = str(Path(tempfile.gettempdir()) / f"slotmatch-generated-{name}")
+    folder = storage.absolute(storage.join(config.storage.root, "generated", name))
+    if storage.is_complete(folder):
+        return folder
+    manifest: dict[str, Any] = {"kind": "generated", "settings": asdict(synthetic)}
+    label = f"generate {split or 'videos'}"
+    if not storage.is_remote(folder):
+        _write_videos(synthetic, folder, label)
     else:
-        folder = storage.absolute(storage.join(config.storage.root, "generated", name))
-    if not storage.is_complete(folder):
-        with Progress(f"generate {split or 'videos'}", synthetic.videos, "videos") as progress:
-            write_dataset(
-                synthetic, folder, on_progress=lambda done, total: progress.advance(done - progress.done)
-            )
-        storage.publish(folder, {"kind": "generated", "settings": asdict(synthetic)})
+        with tempfile.TemporaryDirectory() as local:
+            _write_videos(synthetic, local, label)
+            # Hashes of what was made, so that clips have the same fingerprint wherever they are stored.
+            manifest["contents"] = {v.video_id: v.content for v in list_local(local, config.dataset.masks)}
+            storage.upload_tree(local, folder)
+    storage.publish(folder, manifest)
     return folder
+
+
+def _write_videos(settings: SyntheticSettings, folder: str, label: str) -> None:
+    with Progress(label, settings.videos, "videos") as progress:
+        write_dataset(
+            settings, folder, on_progress=lambda done, total: progress.advance(done - progress.done)
+        )
 
 
 def clip_set_uri(config: Config, videos: list[VideoRef]) -> str:

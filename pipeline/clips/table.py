@@ -45,18 +45,31 @@ class ShardReader:
     def file(self, shard: str) -> pq.ParquetFile:
         """Raises ValueError, naming the file, where it is missing, truncated or not Parquet."""
         if shard not in self._files:
-            uri = storage.join(self.folder, shard)
-            try:
-                self._files[shard] = pq.ParquetFile(storage.open_read(uri), page_checksum_verification=True)
-            except FileNotFoundError as error:
-                raise ValueError(f"{uri}: the shard is missing though its folder is published") from error
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{uri}: the shard is damaged ({error})") from error
+            self._files[shard] = self._open(shard)
         return self._files[shard]
 
-    def _read_group(self, shard: str, group: int, columns: list[str] | None) -> pa.Table:
+    def _open(self, shard: str) -> pq.ParquetFile:
+        uri = storage.join(self.folder, shard)
         try:
-            return self.file(shard).read_row_group(group, columns=columns, use_threads=False)
+            return pq.ParquetFile(
+                storage.open_read(uri),
+                page_checksum_verification=True,
+                pre_buffer=storage.is_remote(uri),  # a row group is one request, not one for each column
+            )
+        except storage.StorageError:
+            raise
+        except FileNotFoundError as error:
+            raise ValueError(f"{uri}: the shard is missing though its folder is published") from error
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{uri}: the shard is damaged ({error})") from error
+
+    def _read_group(
+        self, file: pq.ParquetFile, shard: str, group: int, columns: list[str] | None
+    ) -> pa.Table:
+        try:
+            return file.read_row_group(group, columns=columns, use_threads=False)
+        except storage.StorageError:
+            raise
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(
                 f"{storage.join(self.folder, shard)}: row group {group} is damaged ({error})"
@@ -71,17 +84,20 @@ class ShardReader:
             group += 1
         key = (shard, group, tuple(columns) if columns else None)
         if key not in self._groups:
-            self._groups[key] = self._read_group(shard, group, columns)
+            self._groups[key] = self._read_group(file, shard, group, columns)
             if len(self._groups) > _CACHED_ROW_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key].slice(row - start, 1)
 
     def rows(self, shard: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """All rows of a shard in order, each as a table of length 1; one row group in memory."""
-        file = self.file(shard)
-        for group in range(file.metadata.num_row_groups):
-            table = self._read_group(shard, group, columns)
+        """All rows of a shard in order, each as a table of length 1.
+
+        The next row group is read while one is used, so there are two in memory.
+        """
+        file = self._open(shard)  # of its own: a Parquet file is not safe to read in two threads
+        groups = range(file.metadata.num_row_groups)
+        for table in storage.ahead(self._read_group(file, shard, group, columns) for group in groups):
             for row in range(len(table)):
                 yield table.slice(row, 1)
 

@@ -10,6 +10,7 @@ from layouts import WRITERS, assert_holds, edit_json, npy_bytes, of_split, train
 
 from pipeline import storage
 from pipeline.clips.sources import read_video
+from pipeline.storage import s3 as s3_objects
 
 KINDS = list(WRITERS)
 
@@ -46,21 +47,16 @@ def test_a_video_in_a_tar_is_streamed(tmp_path):
 @pytest.fixture
 def downloads(monkeypatch):
     """The bytes of each download from S3."""
-    import s3fs
-
     sizes = []
-    original = s3fs.S3FileSystem._cat_file
+    original = s3_objects.get
 
-    async def counted(self, *arguments, **options):
-        content = await original(self, *arguments, **options)
-        sizes.append(len(content))
+    def counted(*arguments):
+        content = original(*arguments)
+        sizes.append(len(content.data))
         return content
 
-    with monkeypatch.context() as patch:
-        patch.setattr(s3fs.S3FileSystem, "_cat_file", counted)
-        s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the methods of its making
-        yield sizes
-    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(s3_objects, "get", counted)
+    return sizes
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -443,8 +443,6 @@ def test_no_videos(tmp_path):
         list_videos(str(tmp_path), "masks")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         list_videos(str(tmp_path / "nowhere"), "masks")
-    with pytest.raises(ValueError, match="s3://bucket/videos"):
-        list_videos("s3://bucket/videos", "masks")
 
 
 def test_a_dangling_link_does_not_stop_the_others(tmp_path):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -85,7 +83,7 @@ def in_threads(work: Callable[[_A], _T], items: Iterable[_A]) -> list[_T]:
 
 def read_part(uri: str, start: int, size: int, name: str) -> bytes:
     """Part of a file; raises BadVideo, calling it `name`, where the file is missing or too short."""
-    content = _read(lambda: storage.read_range(uri, start, start + size), uri, name)
+    content = _read(lambda: storage.read_range(uri, start, start + size), name)
     if len(content) != size:
         raise BadVideo(f"{name} is truncated: {len(content)} of {size} bytes are there")
     return content
@@ -93,32 +91,18 @@ def read_part(uri: str, start: int, size: int, name: str) -> bytes:
 
 def read_whole(uri: str, name: str) -> bytes:
     """A small file; raises BadVideo, calling it `name`, where it can't be read."""
-    return _read(lambda: storage.read_bytes(uri), uri, name)
+    return _read(lambda: storage.read_bytes(uri), name)
 
 
-def _read(operation: Callable[[], bytes], uri: str, name: str) -> bytes:
+def _read(operation: Callable[[], bytes], name: str) -> bytes:
     try:
-        with naming_errors(uri):
-            return operation()
-    except OSError as error:
-        # A network that fails for long, or a token that has expired, is no fault of the video: the job fails,
-        # and goes on when run again.
-        if storage.is_remote(uri) and not isinstance(error, FileNotFoundError):
-            raise
-        raise BadVideo(f"{name} can't be read ({error.strerror or error})") from error
-
-
-@contextlib.contextmanager
-def naming_errors(uri: str) -> Iterator[None]:
-    """Names the file where S3 refuses it or fails: s3fs doesn't. A file that is not there is left to others."""
-    try:
-        yield
-    except FileNotFoundError:
+        return operation()
+    # A network that fails for long, or a token that has expired, is no fault of the video: the job fails,
+    # and goes on when run again.
+    except storage.StorageError:
         raise
     except OSError as error:
-        if not storage.is_remote(uri):
-            raise
-        raise OSError(f"{uri} can't be read ({error.strerror or error}); run the job again") from error
+        raise BadVideo(f"{name} can't be read ({error.strerror or error})") from error
 
 
 def check_complete(folder: str, present: Collection[int], total: int, name: Callable[[int], str]) -> None:
@@ -131,39 +115,3 @@ def check_complete(folder: str, present: Collection[int], total: int, name: Call
             f"{folder}: {count} of {total} files are missing ({', '.join(first)}{', …' if count > 3 else ''}); "
             "download them: an incomplete copy is not read, whatever clips.max_bad_fraction says"
         )
-
-
-class RangeFile(io.RawIOBase):
-    """Part of a file as a seekable file that reads `ahead` bytes at a time and keeps no more."""
-
-    def __init__(self, uri: str, start: int, size: int, *, ahead: int = 4096) -> None:
-        self._uri, self._start, self._size, self._ahead = uri, start, size, ahead
-        self._position = 0
-        self._window, self._window_start = b"", 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        size = left if size < 0 else min(size, left)
-        begin = self._position - self._window_start
-        if begin < 0 or begin + size > len(self._window):
-            stop = min(self._size, self._position + max(size, self._ahead))
-            with naming_errors(self._uri):
-                self._window = storage.read_range(self._uri, self._start + self._position, self._start + stop)
-            self._window_start, begin = self._position, 0
-        content = self._window[begin : begin + size]
-        self._position += len(content)
-        return content

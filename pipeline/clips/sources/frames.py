@@ -39,9 +39,9 @@ class RawFrame(NamedTuple):
 
 
 def reason(error: Exception, path: object = "") -> str:
-    """One line in the library's own words, without the error number and the path."""
+    """One line in the library's own words, without the error number and the path or file object."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0].replace(f" {str(path)!r}", "")
+    return text.splitlines()[0].replace(f" {str(path)!r}", "").split(" <_io.")[0]
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray:
@@ -50,7 +50,7 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
             return np.asarray(image.convert("RGB"))
     except DECODING_ERRORS as error:
-        raise BadVideo(f"frame {name} can't be decoded ({_short(error)})") from error
+        raise BadVideo(f"frame {name} can't be decoded ({reason(error)})") from error
 
 
 def decode_labels(content: bytes, name: str) -> np.ndarray:
@@ -61,11 +61,7 @@ def decode_labels(content: bytes, name: str) -> np.ndarray:
                 raise BadVideo(f"mask {name} is a {image.mode} image, not one of labels")
             return np.asarray(image).astype(np.uint8)
     except DECODING_ERRORS as error:
-        raise BadVideo(f"mask {name} can't be decoded ({_short(error)})") from error
-
-
-def _short(error: Exception) -> str:
-    return reason(error).split(" <_io.")[0]
+        raise BadVideo(f"mask {name} can't be decoded ({reason(error)})") from error
 
 
 def label_masks(labels: np.ndarray) -> dict[int, np.ndarray]:

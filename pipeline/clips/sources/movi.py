@@ -18,7 +18,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
-from pipeline.clips.sources.files import HashMemo, check_complete, in_threads, naming_errors, read_part
+from pipeline.clips.sources.files import HashMemo, check_complete, in_threads, read_part
 from pipeline.clips.sources.frames import (
     RawFrame,
     check_mask_size,
@@ -103,8 +103,7 @@ def walk_records(uri: str, size: int) -> dict[str, Any]:
     records: list[list[int]] = []
     position = 0
     while position < size:
-        with naming_errors(uri):
-            header = storage.read_range(uri, position, min(size, position + _HEADER.size))
+        header = storage.read_range(uri, position, min(size, position + _HEADER.size))
         if len(header) < _HEADER.size:
             return {"records": records, "problem": f"the file ends within the header at byte {position}"}
         length, checksum = _HEADER.unpack(header)

@@ -7,8 +7,10 @@ is background and 255 is void.
 
 from __future__ import annotations
 
+import io
 import os
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import av
@@ -18,10 +20,12 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
-from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key
+from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key, read_whole
 from pipeline.clips.sources.frames import label_masks, reason, target_size
+from pipeline.storage import FileInfo
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
+_AHEAD = 1 << 20  # bytes that are read at a time of a remote video
 
 # PyAV's logging callback takes the GIL from FFmpeg's threads and can deadlock inside Ray workers.
 # FFmpeg's own callback does not; `set_level` would bring PyAV's back.
@@ -32,7 +36,7 @@ av.logging.set_libav_level(av.logging.PANIC)
 def list_videos(
     folder: str, masks: str, *, exclude: str | None = None, memo_uri: str | None = None
 ) -> list[VideoRef]:
-    """All videos below a local folder, sorted by id.
+    """All videos below a folder, local or in S3, sorted by id.
 
     Folders named `masks` hold no videos, at whatever depth; nor does the sub-folder `exclude`.
 
@@ -40,94 +44,166 @@ def list_videos(
         FileNotFoundError: no such folder, or nothing in it that could be a video.
         ValueError: two videos that would have the same id (`a.mp4` and `a.mkv`).
     """
-    if storage.is_remote(folder):
-        raise ValueError(f"dataset.path {folder!r}: video folders are read from a local or mounted path")
-    root = Path(folder).expanduser().absolute()
-    if not root.is_dir():
-        raise FileNotFoundError(f"dataset.path: there is no folder {str(root)!r}")
-    paths: dict[str, Path] = {}
-    for directory, folders, names in os.walk(root):
-        here = Path(directory)
-        folders[:] = sorted(
-            f
-            for f in folders
-            if not f.startswith(".") and f != masks and (exclude is None or here / f != root / exclude)
+    root = storage.absolute(folder).rstrip("/")
+    if storage.is_remote(root):
+        listing = _list_objects(root)
+        found = sorted((here, list(files)) for here, files in listing.items())
+        paths = _choose(root, [(h, n) for h, n in found if not _is_apart(h, masks, exclude)])
+        videos = [_remote_reference(root, v, paths[v], masks, listing) for v in sorted(paths)]
+    else:
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"dataset.path: there is no folder {root!r}")
+        paths = _choose(root, _walk(root, masks, exclude))
+        memo = HashMemo(memo_uri)
+        videos = in_threads(
+            lambda v: _reference(v, Path(root) / paths[v], Path(root) / masks / v, memo), sorted(paths)
         )
-        found = [here / n for n in names if n.lower().endswith(VIDEO_SUFFIXES) and not n.startswith(".")]
-        if not found and here != root and any(map(is_image, names)):
-            found = [here]
-        for path in found:
-            relative = path.relative_to(root)
-            video_id = str(relative if path == here else relative.with_suffix(""))
-            if video_id in paths:
-                raise ValueError(
-                    f"{path} and {paths[video_id]} would both be the video {video_id!r}; rename one"
-                )
-            paths[video_id] = path
-    if not paths:
+        memo.save()
+    if not videos:
         raise FileNotFoundError(
-            f"dataset.path: no video in {str(root)!r} (looked for {', '.join(VIDEO_SUFFIXES)} and folders of images)"
+            f"dataset.path: no video in {root!r} (looked for {', '.join(VIDEO_SUFFIXES)} and folders of images)"
         )
-    video_ids = sorted(paths)
-    memo = HashMemo(memo_uri)
-    videos = in_threads(lambda v: _reference(v, paths[v], root / masks / v, memo), video_ids)
-    memo.save()
     return videos
 
 
+def _walk(root: str, masks: str, exclude: str | None) -> Iterator[tuple[str, list[str]]]:
+    """Folders below a local one, as paths from there, with the names of their files."""
+    for directory, folders, names in os.walk(root):
+        here = os.path.relpath(directory, root).replace(os.sep, "/").removeprefix(".")
+        folders[:] = sorted(f for f in folders if not _is_apart(f"{here}/{f}".lstrip("/"), masks, exclude))
+        yield here, names
+
+
+def _is_apart(folder: str, masks: str, exclude: str | None) -> bool:
+    """Whether a folder, or one that it is in, is hidden, of masks, or `exclude`."""
+    parts = PurePosixPath(folder).parts
+    hidden = any(part.startswith(".") or part == masks for part in parts)
+    return hidden or (
+        exclude is not None and parts[: len(PurePosixPath(exclude).parts)] == PurePosixPath(exclude).parts
+    )
+
+
+def _list_objects(root: str) -> dict[str, dict[str, FileInfo]]:
+    """What lies below a remote folder: of each folder there the files by name."""
+    listing: dict[str, dict[str, FileInfo]] = {}
+    for file in storage.list_files(root):
+        here, _, name = file.name.rpartition("/")
+        listing.setdefault(here, {})[name] = file
+    return listing
+
+
+def _choose(root: str, folders: Iterable[tuple[str, list[str]]]) -> dict[str, str]:
+    """The paths of videos below `root` by id, from its folders with the names of their files."""
+    paths: dict[str, str] = {}
+    for here, names in folders:
+        found = [
+            f"{here}/{n}".lstrip("/")
+            for n in names
+            if n.lower().endswith(VIDEO_SUFFIXES) and not n.startswith(".")
+        ]
+        if not found and here and any(map(is_image, names)):
+            found = [here]
+        for path in found:
+            video_id = path if path == here else str(PurePosixPath(path).with_suffix(""))
+            if video_id in paths:
+                raise ValueError(
+                    f"{storage.join(root, path)} and {storage.join(root, paths[video_id])} would both be the video "
+                    f"{video_id!r}; rename one"
+                )
+            paths[video_id] = path
+    return paths
+
+
 def _reference(video_id: str, path: Path, masks_path: Path, memo: HashMemo) -> VideoRef:
-    files = _images(path) if path.is_dir() else [path]
+    files = [path / name for name in _images(str(path))] if path.is_dir() else [path]
     size = sum(f.stat().st_size for f in files if f.exists())
     has_masks = masks_path.is_dir()
-    files += _images(masks_path) if has_masks else []
+    files += [masks_path / name for name in _images(str(masks_path))] if has_masks else []
     content = storage.fingerprint([(f.name, memo.hash_or_error(f)) for f in files])
     return VideoRef(
         video_id, str(path), content, size, details={"masks": str(masks_path)} if has_masks else {}
     )
 
 
-def _images(folder: Path) -> list[Path]:
-    files = [f for f in folder.iterdir() if is_image(f.name)]
-    return sorted(files, key=lambda f: (natural_key(f.name), f.name))
+def _remote_reference(
+    root: str, video_id: str, path: str, masks: str, listing: dict[str, dict[str, FileInfo]]
+) -> VideoRef:
+    """Nothing is opened: ETags and sizes stand for the content."""
+    here, _, name = path.rpartition("/")
+    is_folder = name not in listing.get(here, {})
+    files = listing[path] if is_folder else {name: listing[here][name]}
+    chosen = [files[n] for n in (_sorted_images(files) if is_folder else files)]
+    masks_path = f"{masks}/{video_id}"
+    mask_files = listing.get(masks_path, {})
+    versions = [
+        (f.name, f.version, f.size) for f in chosen + [mask_files[n] for n in _sorted_images(mask_files)]
+    ]
+    details: dict[str, Any] = {"folder": True} if is_folder else {}
+    if masks_path in listing:
+        details["masks"] = storage.join(root, masks_path)
+    size = sum(file.size for file in chosen)
+    return VideoRef(video_id, storage.join(root, path), storage.fingerprint(versions), size, details=details)
+
+
+def _images(folder: str) -> list[str]:
+    return _sorted_images(storage.list_names(folder))
+
+
+def _sorted_images(names: Iterable[str]) -> list[str]:
+    return sorted(filter(is_image, names), key=lambda name: (natural_key(name), name))
 
 
 def read(video: VideoRef, short_side: int | None) -> FrameIterator:
-    """All frames; raises BadVideo for what can't be decoded to its end, or masks that don't fit the frames."""
-    source = Path(video.path)
-    decode = _read_folder if source.is_dir() else _read_file
-    masks = _images(Path(video.details["masks"])) if "masks" in video.details else None
-    yield from _with_masks(decode(source, short_side), masks)
+    """All frames; raises BadVideo for what can't be decoded to its end, or masks that don't fit the frames.
+
+    Storage that fails is no bad video: then its error is raised.
+    """
+    is_folder = video.details.get("folder") or os.path.isdir(video.path)
+    decode = _read_folder(video.path, short_side) if is_folder else _read_file(video, short_side)
+    masks = video.details.get("masks")
+    yield from _with_masks(decode, [storage.join(masks, name) for name in _images(masks)] if masks else None)
 
 
-def _read_folder(folder: Path, short_side: int | None) -> FrameIterator:
+def _read_folder(folder: str, short_side: int | None) -> FrameIterator:
     size = None
-    for index, path in enumerate(_images(folder)):
+    for index, name in enumerate(_images(folder)):
+        content = read_whole(storage.join(folder, name), f"frame {name}")
         try:
-            with Image.open(path) as file:
+            with Image.open(io.BytesIO(content)) as file:
                 image = file.convert("RGB")
                 size = size or image.size
                 if image.size != size:
-                    raise BadVideo(f"frame {path.name} is {image.size}, the first one {size} (width, height)")
+                    raise BadVideo(f"frame {name} is {image.size}, the first one {size} (width, height)")
                 height, width = target_size(image.height, image.width, short_side)
                 if (width, height) != image.size:
                     image = image.resize((width, height), Image.Resampling.BICUBIC)
                 yield Frame(np.asarray(image), float(index), None)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise BadVideo(f"frame {path.name} can't be decoded ({reason(error, path)})") from error
+            raise BadVideo(f"frame {name} can't be decoded ({reason(error)})") from error
 
 
-def _read_file(path: Path, short_side: int | None) -> FrameIterator:
+def _read_file(video: VideoRef, short_side: int | None) -> FrameIterator:
+    remote = None
+    if storage.is_remote(video.path):
+        remote = storage.RangeFile(video.path, 0, video.bytes, ahead=_AHEAD)
     try:
-        if path.stat().st_size == 0:
+        if (video.bytes if remote else os.path.getsize(video.path)) == 0:
             raise BadVideo("the file is empty")
-        with av.open(str(path)) as container:
+        with av.open(remote or video.path) as container:
             # A picture attached to an audio file is a video stream too.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise BadVideo("the file has no video stream")
             yield from _decode(container, streams[0], short_side)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadVideo(f"can't be decoded ({reason(error, path)})") from error
+    except (BadVideo, av.error.FFmpegError, OSError, ValueError) as error:
+        # FFmpeg takes a read that failed for the end of the file, or for damage.
+        if remote and remote.failure:
+            raise remote.failure from error
+        if isinstance(error, BadVideo):
+            raise
+        raise BadVideo(f"can't be decoded ({reason(error, video.path)})") from error
+    if remote and remote.failure:
+        raise remote.failure
 
 
 def _decode(container: Any, stream: Any, short_side: int | None) -> FrameIterator:
@@ -160,7 +236,7 @@ def _decode(container: Any, stream: Any, short_side: int | None) -> FrameIterato
         raise BadVideo(f"truncated: {reach - start:.1f} of {declared:.1f} seconds are there")
 
 
-def _with_masks(frames: FrameIterator, masks: list[Path] | None) -> FrameIterator:
+def _with_masks(frames: FrameIterator, masks: list[str] | None) -> FrameIterator:
     if masks is None:
         yield from frames
         return
@@ -174,17 +250,19 @@ def _with_masks(frames: FrameIterator, masks: list[Path] | None) -> FrameIterato
         raise BadVideo(f"has {count} frames but {len(masks)} masks")
 
 
-def _read_masks(path: Path, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
+def _read_masks(uri: str, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
+    name = storage.name(uri)
+    content = read_whole(uri, f"mask {name}")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             if image.mode not in ("P", "L", "1"):
-                raise BadVideo(f"mask {path.name} is a {image.mode} image, not one of labels")
+                raise BadVideo(f"mask {name} is a {image.mode} image, not one of labels")
             mask_ratio, frame_ratio = image.width / image.height, shape[1] / shape[0]
             if abs(mask_ratio / frame_ratio - 1) > 0.02:
                 raise BadVideo(
-                    f"mask {path.name} is {image.width}x{image.height}, its frame {shape[1]}x{shape[0]} pixels"
+                    f"mask {name} is {image.width}x{image.height}, its frame {shape[1]}x{shape[0]} pixels"
                 )
             labels = np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.NEAREST))
     except OSError as error:
-        raise BadVideo(f"mask {path.name} can't be decoded ({reason(error, path)})") from error
+        raise BadVideo(f"mask {name} can't be decoded ({reason(error)})") from error
     return label_masks(labels)

@@ -22,7 +22,6 @@ from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
 from pipeline.clips.sources.files import (
     HashMemo,
-    RangeFile,
     check_complete,
     in_threads,
     natural_key,
@@ -114,7 +113,7 @@ def walk_tar(uri: str, size: int) -> dict[str, Any]:
     """The files in a tar: `members` of (name, offset of the data, size), and the `problem`, if any,
     behind which no more can be found."""
     members: list[list[Any]] = []
-    source = RangeFile(uri, 0, size)
+    source = storage.RangeFile(uri, 0, size)
     try:
         with tarfile.open(fileobj=source, mode="r:") as tar:
             while (member := tar.next()) is not None:
@@ -155,7 +154,7 @@ def open_array(uri: str, name: str, offset: int, size: int) -> Array:
     Raises:
         BadVideo: it is none, is cut, holds Python objects or is in Fortran's order.
     """
-    file = RangeFile(uri, offset, size)
+    file = storage.RangeFile(uri, offset, size)
     try:
         version = npy_format.read_magic(file)
         readers = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}

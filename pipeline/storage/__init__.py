@@ -3,13 +3,12 @@
 Everything is written whole or not at all: a local file appears by renaming, an object by completing
 its upload. A folder is complete once its manifest is there, which is written last; readers refuse a
 folder without one. S3 is configured by the standard AWS environment variables (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID`, …).
+`AWS_ACCESS_KEY_ID`, …); `s3` tries what may pass again, and says what does not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -17,23 +16,39 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 
 import fsspec
 
+from pipeline.storage import s3
+from pipeline.storage.errors import (
+    AccessError,
+    IncompleteError,
+    MissingBucketError,
+    StorageError,
+    UnavailableError,
+)
+from pipeline.storage.reading import RangeFile, ahead, is_remote, on_s3, read_range
+
+__all__ = [
+    "MANIFEST",
+    "AccessError",
+    "FileInfo",
+    "IncompleteError",
+    "MissingBucketError",
+    "RangeFile",
+    "StorageError",
+    "UnavailableError",
+    "ahead",
+    "is_remote",
+    "read_range",
+]
+
 MANIFEST = "manifest.json"
-_ATTEMPTS = 4
-_T = TypeVar("_T")
-
-
-class IncompleteError(RuntimeError):
-    """A folder that has no manifest: nothing was published there, or its job has not ended."""
-
-
-def is_remote(uri: str) -> bool:
-    return "://" in uri
+_BLOCK = 8 << 20  # bytes, of a file that is read from its beginning to its end
 
 
 def join(uri: str, *parts: str) -> str:
@@ -56,66 +71,39 @@ def absolute(uri: str) -> str:
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that holds `uri`, and the path in it.
+    """The file system that holds `uri`, and the path in it, for libraries that want one.
 
     Raises:
         ValueError: a scheme other than `s3://`.
     """
-    scheme, separator, path = uri.partition("://")
-    if not separator:
-        return fsspec.filesystem("file"), absolute(uri)
-    if scheme != "s3":
-        raise ValueError(f"storage {uri!r}: only local paths and s3:// are supported")
-    # Listings change under us whenever another job publishes, so none is cached. Servers other than
-    # AWS answer a ranged read with the whole object's checksum, which would then never match.
-    checksums = {
-        "response_checksum_validation": "when_required",
-        "request_checksum_calculation": "when_required",
-    }
-    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=checksums), path
-
-
-def retry(operation: Callable[[], _T], uri: str) -> _T:
-    """Runs an idempotent operation; a remote one is tried again when the network fails.
-
-    What another try can't mend (not found, no permission, no such bucket) is raised at once.
-    """
-    attempts = _ATTEMPTS if is_remote(uri) else 1
-    for attempt in range(attempts):
-        try:
-            return operation()
-        except (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError):
-            raise
-        except Exception as error:
-            if not _is_transient(error) or attempt == attempts - 1:
-                raise
-            time.sleep(0.5 * 2**attempt)
-    raise AssertionError
-
-
-def _is_transient(error: Exception) -> bool:
-    # s3fs lets botocore's errors of the network through, which are no OSErrors.
-    return isinstance(error, OSError) or type(error).__module__.startswith("botocore")
+    if on_s3(uri):
+        return s3.filesystem(), uri.removeprefix("s3://")
+    return fsspec.filesystem("file"), absolute(uri)
 
 
 def exists(uri: str) -> bool:
-    fs, path = filesystem(uri)
-    return retry(lambda: bool(fs.exists(path)), uri)
+    if on_s3(uri):
+        return s3.is_object(uri) or s3.is_folder(uri)
+    return os.path.exists(absolute(uri))
+
+
+def is_folder(uri: str) -> bool:
+    return s3.is_folder(uri) if on_s3(uri) else os.path.isdir(absolute(uri))
 
 
 def size(uri: str) -> int:
-    fs, path = filesystem(uri)
-    return retry(lambda: int(fs.size(path)), uri)
+    return s3.size(uri) if on_s3(uri) else os.path.getsize(absolute(uri))
 
 
 def list_names(uri: str) -> list[str]:
     """Sorted names in a folder; empty where there is none."""
-    fs, path = filesystem(uri)
-    try:
-        entries = retry(lambda: fs.ls(path, detail=False), uri)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    names = {name(str(entry)) for entry in entries}
+    if on_s3(uri):
+        names = {found.name for found in s3.objects(uri, deep=False)}
+    else:
+        try:
+            names = set(os.listdir(absolute(uri)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
     return sorted(entry for entry in names if not entry.startswith(".tmp-"))
 
 
@@ -132,20 +120,9 @@ def list_files(uri: str) -> list[FileInfo]:
 
     Nothing is opened: `version` is an object's ETag, or a local file's time of change.
     """
-    return sorted(_list_objects(uri) if is_remote(uri) else _list_local(absolute(uri)))
-
-
-def _list_objects(uri: str) -> Iterator[FileInfo]:
-    fs, path = filesystem(uri)
-    try:
-        found = retry(lambda: fs.find(path, detail=True), uri)
-    except FileNotFoundError:
-        return
-    prefix = path.rstrip("/") + "/"
-    for key, info in found.items():
-        if key.startswith(prefix):
-            version = str(info.get("ETag") or info.get("LastModified")).strip('"')
-            yield FileInfo(key.removeprefix(prefix), int(info["size"]), version)
+    if on_s3(uri):
+        return sorted(FileInfo(*found) for found in s3.objects(uri, deep=True))
+    return sorted(_list_local(absolute(uri)))
 
 
 def _list_local(folder: str) -> Iterator[FileInfo]:
@@ -159,39 +136,36 @@ def _list_local(folder: str) -> Iterator[FileInfo]:
                 yield FileInfo(relative, status.st_size, str(status.st_mtime_ns))
 
 
-def read_range(uri: str, start: int, stop: int) -> bytes:
-    """Bytes `start` to `stop` (exclusive) of a file, fewer where it ends before; nothing else is read."""
-    if start >= stop:
-        return b""
-    fs, path = filesystem(uri)
-    return retry(lambda: fs.cat_file(path, start=start, end=stop), uri)
-
-
 def open_read(uri: str) -> IO[bytes]:
-    fs, path = filesystem(uri)
-    return retry(lambda: fs.open(path, "rb"), uri)
+    """A seekable file. Of a remote one, each read is a request for just the bytes that are asked for."""
+    if on_s3(uri):
+        return RangeFile(uri, 0, s3.size(uri), ahead=0)  # type: ignore[return-value]
+    return open(absolute(uri), "rb")
+
+
+def read_blocks(uri: str) -> Iterator[bytes]:
+    """A file from its beginning to its end, the next block on its way while one is used."""
+    with open_read(uri) as file:
+        yield from ahead(iter(lambda: file.read(_BLOCK), b""))
 
 
 def read_bytes(uri: str) -> bytes:
-    fs, path = filesystem(uri)
-    return retry(lambda: fs.cat_file(path), uri)
+    return s3.get(uri).data if on_s3(uri) else Path(absolute(uri)).read_bytes()
 
 
 @contextlib.contextmanager
 def atomic_write(uri: str) -> Iterator[IO[bytes]]:
     """A binary file that appears under its name only if the block ends without an error."""
-    fs, path = filesystem(uri)
-    if is_remote(uri):
-        file = fs.open(path, "wb")
+    if on_s3(uri):
+        upload = s3.Upload(uri)
         try:
-            yield file
+            yield upload  # type: ignore[misc]
+            upload.commit()
         except BaseException:
-            file.discard()
-            file.closed = True  # else the garbage collector closes, and so uploads, it after all
+            upload.abort()
             raise
-        file.close()
         return
-    target = Path(path)
+    target = Path(absolute(uri))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
     try:
@@ -205,11 +179,8 @@ def atomic_write(uri: str) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    def operation() -> None:
-        with atomic_write(uri) as file:
-            file.write(content)
-
-    retry(operation, uri)
+    with atomic_write(uri) as file:
+        file.write(content)
 
 
 def write_json(uri: str, content: Any) -> None:
@@ -238,6 +209,8 @@ def read_manifest(folder: str, *, kind: str | None = None) -> dict[str, Any]:
     """
     try:
         manifest = read_json(join(folder, MANIFEST))
+    except MissingBucketError:
+        raise
     except FileNotFoundError:
         raise IncompleteError(
             f"{folder} has no {MANIFEST}: it does not exist or its job has not finished; run the job again"
@@ -264,12 +237,15 @@ def upload_folder(local: str | Path, uri: str) -> None:
 
 def upload_file(local: str | Path, uri: str) -> None:
     """Publishes a local file as `uri`, whole or not at all."""
+    with open(local, "rb") as source, atomic_write(uri) as target:
+        shutil.copyfileobj(source, target, 1 << 20)
 
-    def operation() -> None:
-        with open(local, "rb") as source, atomic_write(uri) as target:
-            shutil.copyfileobj(source, target, 1 << 20)
 
-    retry(operation, uri)
+def upload_tree(local: str | Path, uri: str) -> None:
+    """Copies all files below a local folder, several at a time: for many small ones. It publishes nothing."""
+    files = list_files(str(local))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda f: upload_file(Path(local) / f.name, join(uri, f.name)), files))
 
 
 @contextlib.contextmanager
@@ -278,26 +254,33 @@ def local_copy(uri: str) -> Iterator[str]:
     if not is_remote(uri):
         yield absolute(uri)
         return
-    fs, path = filesystem(uri)
     with tempfile.TemporaryDirectory() as folder:
-        if retry(lambda: bool(fs.isfile(path)), uri):
-            target = str(Path(folder) / name(path))
-            retry(lambda: fs.get_file(path, target), uri)
-        else:
-            target = folder
-            names = list_names(uri)
-            if not names:
-                raise FileNotFoundError(f"nothing at {uri}")
+        names = list_names(uri)
+        if names:
             for entry in names:
-                retry(functools.partial(fs.get_file, f"{path}/{entry}", str(Path(folder) / entry)), uri)
-        yield target
+                _download(join(uri, entry), Path(folder) / entry)
+            yield folder
+        else:
+            _download(uri, Path(folder) / name(uri))
+            yield str(Path(folder) / name(uri))
+
+
+def _download(uri: str, target: Path) -> None:
+    with open(target, "wb") as file:
+        for block in read_blocks(uri):
+            file.write(block)
 
 
 def delete(uri: str) -> None:
     """Removes a file or a folder with all it holds; nothing there is no error."""
-    fs, path = filesystem(uri)
+    if on_s3(uri):
+        s3.delete(uri)
+        return
     with contextlib.suppress(FileNotFoundError):
-        retry(lambda: fs.rm(path, recursive=True), uri)
+        if os.path.isdir(absolute(uri)):
+            shutil.rmtree(absolute(uri))
+        else:
+            os.unlink(absolute(uri))
 
 
 def fingerprint(content: Any) -> str:
@@ -307,9 +290,8 @@ def fingerprint(content: Any) -> str:
 
 
 def hash_file(uri: str) -> str:
-    """A hash of a file's bytes, of which nothing but one block is held in memory."""
+    """A hash of a file's bytes, of which a few blocks are held in memory."""
     digest = hashlib.blake2b(digest_size=16)
-    with open_read(uri) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for block in read_blocks(uri):
+        digest.update(block)
     return digest.hexdigest()

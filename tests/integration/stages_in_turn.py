@@ -1,0 +1,32 @@
+"""Runs shard, teacher, cache, distill, evaluate and register of a config in one process: `… CONFIG OUT`."""
+
+import json
+import sys
+
+import yaml
+
+from pipeline import stages
+from pipeline.config import resolve_config
+from pipeline.ray_session import ray_session
+
+STAGES = {
+    "shard": stages.shard_stage,
+    "teacher": stages.teacher_stage,
+    "cache": stages.cache_stage,
+    "distill": stages.distill_stage,
+    "evaluate": stages.evaluate_stage,
+    "register": stages.register_stage,
+}
+
+
+def run_stages(config):
+    """The summary of each stage by its name."""
+    with ray_session(config):
+        return {name: stage(config) for name, stage in STAGES.items()}
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        summaries = run_stages(resolve_config(yaml.safe_load(file)))
+    with open(sys.argv[2], "w") as file:
+        json.dump(summaries, file)
