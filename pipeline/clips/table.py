@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +16,17 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.clips.schema import CODEC_KEY, Clip, decode_frame, decode_masks
+from pipeline.clips.sources.files import RangeFile
 
 INDEX_FILE = "index.parquet"
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
+# Each loader thread has a reader for clips and one for targets; a process may often have 1,024 files open.
+_OPEN_FILES = 100
+_READ_AHEAD = 1 << 16  # bytes: the small columns of a row group, or a footer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a training worker holds one for each video
 class VideoEntry:
     """Where a video's clips are: rows `first_row … first_row + clips - 1` of a shard."""
 
@@ -34,24 +41,47 @@ class VideoEntry:
     annotated: bool
 
 
+class _OpenShard:
+    """An open Parquet file, and where each of its row groups ends."""
+
+    def __init__(self, uri: str) -> None:
+        self.file = pq.ParquetFile(_open(uri), page_checksum_verification=True)
+        metadata = self.file.metadata
+        rows = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        self.ends = list(accumulate(rows))
+
+
+def _open(uri: str) -> IO[bytes]:
+    """A file to read anywhere in. s3fs by itself would read 50 MiB behind each clip, and keep them."""
+    if storage.is_remote(uri):
+        return RangeFile(uri, 0, storage.size(uri), ahead=_READ_AHEAD)  # type: ignore[return-value]
+    return storage.open_read(uri)
+
+
 class ShardReader:
-    """Random access to the rows of Parquet files, which keeps the last few row groups in memory."""
+    """Random access to the rows of Parquet files; keeps the last few row groups and open files."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._files: dict[str, pq.ParquetFile] = {}
+        self._files: OrderedDict[str, _OpenShard] = OrderedDict()
         self._groups: OrderedDict[tuple[str, int, tuple[str, ...] | None], pa.Table] = OrderedDict()
 
     def file(self, shard: str) -> pq.ParquetFile:
         """Raises ValueError, naming the file, where it is missing, truncated or not Parquet."""
+        return self._open(shard).file
+
+    def _open(self, shard: str) -> _OpenShard:
         if shard not in self._files:
             uri = storage.join(self.folder, shard)
             try:
-                self._files[shard] = pq.ParquetFile(storage.open_read(uri), page_checksum_verification=True)
+                self._files[shard] = _OpenShard(uri)
             except FileNotFoundError as error:
                 raise ValueError(f"{uri}: the shard is missing though its folder is published") from error
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{uri}: the shard is damaged ({error})") from error
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)[1].file.close(force=True)
+        self._files.move_to_end(shard)
         return self._files[shard]
 
     def _read_group(self, shard: str, group: int, columns: list[str] | None) -> pa.Table:
@@ -64,11 +94,9 @@ class ShardReader:
 
     def row(self, shard: str, row: int, columns: list[str] | None = None) -> pa.Table:
         """One row as a table of length 1."""
-        file = self.file(shard)
-        group, start = 0, 0
-        while start + file.metadata.row_group(group).num_rows <= row:
-            start += file.metadata.row_group(group).num_rows
-            group += 1
+        ends = self._open(shard).ends
+        group = bisect_right(ends, row)
+        start = ends[group - 1] if group else 0
         key = (shard, group, tuple(columns) if columns else None)
         if key not in self._groups:
             self._groups[key] = self._read_group(shard, group, columns)
@@ -79,8 +107,7 @@ class ShardReader:
 
     def rows(self, shard: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """All rows of a shard in order, each as a table of length 1; one row group in memory."""
-        file = self.file(shard)
-        for group in range(file.metadata.num_row_groups):
+        for group in range(len(self._open(shard).ends)):
             table = self._read_group(shard, group, columns)
             for row in range(len(table)):
                 yield table.slice(row, 1)
@@ -106,7 +133,7 @@ class ClipSet:
     def videos(self) -> list[VideoEntry]:
         if self._videos is None:
             with storage.open_read(storage.join(self.uri, INDEX_FILE)) as file:
-                self._videos = [VideoEntry(**row) for row in pq.read_table(file).to_pylist()]
+                self._videos = _entries(pq.read_table(file))
         return self._videos
 
     def read_clip(self, shard: str, row: int, *, masks: bool = False) -> Clip:
@@ -120,6 +147,16 @@ class ClipSet:
         """A video's clips in order, the shorter tail included."""
         for row in range(video.first_row, video.first_row + video.clips):
             yield self.read_clip(video.shard, row, masks=masks)
+
+
+def _entries(index: pa.Table) -> list[VideoEntry]:
+    names = [field.name for field in fields(VideoEntry)]
+    entries: list[VideoEntry] = []
+    # Some at a time: as Python values, a million videos are many times their entries.
+    for batch in index.select(names).to_batches(max_chunksize=10_000):
+        for video_id, shard, *rest in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            entries.append(VideoEntry(video_id, sys.intern(shard), *rest))  # one name for all of its videos
+    return entries
 
 
 def _columns(masks: bool) -> list[str]:

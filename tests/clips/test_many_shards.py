@@ -1,0 +1,84 @@
+"""A data set of many shards: few open files, and no more bytes read than a clip needs."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from clip_sets import make_clip_set, random_video
+
+from pipeline import storage
+from pipeline.clips import table
+from pipeline.clips.table import ClipSet, ShardReader, VideoEntry
+
+
+@pytest.fixture
+def clips(tmp_path):
+    rng = np.random.default_rng(0)
+    videos = {f"video-{i}": random_video(rng, frames=24, size=(48, 64)) for i in range(6)}
+    return make_clip_set(tmp_path / "clips", videos, videos_per_shard=6)
+
+
+def test_only_some_files_stay_open(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_OPEN_FILES", 5)
+    source = Path(clips.uri) / "data" / clips.shards[0]
+    names = [f"copy-{i:02d}.parquet" for i in range(40)]
+    for name in names:
+        shutil.copyfile(source, tmp_path / name)
+    reader = ShardReader(str(tmp_path))
+    process = psutil.Process()
+    expected = reader.row(names[0], 30).to_pylist()
+    rows = reader.rows(names[0])
+    first = next(rows)
+    for name in names:
+        assert reader.row(name, 30).to_pylist() == expected
+    ours = [f.path for f in process.open_files() if f.path.startswith(str(tmp_path / "copy-"))]
+    assert len(ours) <= 5
+    assert len([first, *rows]) == 36  # goes on though its file was closed meanwhile
+
+
+def test_rows_are_found_in_any_row_group(clips):
+    shard = clips.shards[0]
+    in_order = [clip.clip_index for clip in clips.iter_shard(shard)]
+    assert len(in_order) == 36
+    assert [clips.read_clip(shard, row).clip_index for row in range(36)] == in_order
+
+
+def test_videos_keep_their_order_and_share_their_shards_name(clips):
+    videos = ClipSet(clips.uri).videos
+    assert [video.video_id for video in videos] == [f"video-{i}" for i in range(6)]
+    assert [video.first_row for video in videos] == [6 * i for i in range(6)]
+    assert len({id(video.shard) for video in videos}) == 1
+    assert isinstance(videos[0], VideoEntry)
+
+
+def test_s3_is_asked_for_a_clip_alone(clips, s3, monkeypatch):
+    uri = storage.join(s3, "many-shards", "data")
+    storage.upload_file(Path(clips.uri) / "data" / clips.shards[0], storage.join(uri, "a.parquet"))
+    size = storage.size(storage.join(uri, "a.parquet"))
+    reader = ShardReader(uri)
+    reader.row("a.parquet", 0)  # the footer
+    fs, _ = storage.filesystem(uri)
+    requested = []
+    original = type(fs)._call_s3
+
+    async def counted(self, method, *arguments, **options):
+        answer = await original(self, method, *arguments, **options)
+        requested.append((method, answer.get("ContentLength", 0)))
+        return answer
+
+    monkeypatch.setattr(type(fs), "_call_s3", counted)
+    monkeypatch.setattr(table, "_READ_AHEAD", 1 << 10)
+    reader = ShardReader(uri)
+    frames = reader.row("a.parquet", 18, ["video_id", "frames"])
+    assert (
+        frames.to_pylist()
+        == ShardReader(str(Path(clips.uri) / "data"))
+        .row(clips.shards[0], 18, ["video_id", "frames"])
+        .to_pylist()
+    )
+    read = sum(count for method, count in requested if method == "get_object")
+    print(requested, size)
+    assert len(requested) <= 8
+    assert read < size / 2
