@@ -34,6 +34,7 @@ from pipeline.clips.shard import shard
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet, VideoEntry
 from pipeline.config import Config, resolve_config
+from pipeline.progress import log
 from pipeline.report.table import DASH
 
 SIDE, FRAMES, CLIP_FRAMES = 16, 8, 4
@@ -212,6 +213,7 @@ def scale_report(videos: int = 100, factors: tuple[int, ...] = (1, 10, 100), ind
     for factor in factors:
         with tempfile.TemporaryDirectory() as scratch:
             points.append(measure(factor * videos, Path(scratch)))
+        log(f"scale: {points[-1]}")
     with tempfile.TemporaryDirectory() as scratch:
         opened = measure_index(index, Path(scratch))
     share = 2**20 / opened["videos"]
