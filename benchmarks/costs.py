@@ -27,6 +27,9 @@ ROOT = Path(__file__).parent.parent
 MIB = 2**20
 PART_BYTES = 50 * MIB  # s3fs: smaller files are one request, larger ones parts of this size
 FLOAT_BYTES = 4
+# Parquet: what pyarrow reads of a file's end at first, and what a row group adds to the footer (1,100 bytes were
+# found for clips, 890 for targets).
+FOOTER_BYTES, FOOTER_BYTES_A_GROUP = 64 * 2**10, 1100
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,17 @@ def target_group_rows(work: Workload) -> int:
     return max(1, min(batch, targets._ROW_GROUP_BYTES // work.target_bytes))
 
 
+def footers(work: Workload, rates: Rates) -> tuple[float, float]:
+    """Bytes and requests of opening a clip shard and its targets: the size, and the footer in one or two reads."""
+    clips = work.clips / work.shards
+    groups = [
+        clips / row_group_clips(work, rates),
+        clips * work.config.targets.views / target_group_rows(work),
+    ]
+    sizes = [FOOTER_BYTES_A_GROUP * count for count in groups]
+    return sum(max(FOOTER_BYTES, size) for size in sizes), sum(2 + (size > FOOTER_BYTES) for size in sizes)
+
+
 @cache
 def _encoder_macs(config: SlotModelConfig, frames: int) -> tuple[int, int]:
     """Multiply-accumulates of a clip: the backbone's, and those of projection, slot attention and predictor."""
@@ -218,7 +232,7 @@ def cache_cost(work: Workload, rates: Rates) -> Cost:
         read=clips,
         written=stored,
         puts=work.shards * upload_requests(stored / work.shards) + 2,  # config, manifest
-        gets=2 * work.shards + 2 * groups,  # size, footer; small columns, frames
+        gets=2 * work.shards + groups,  # size and footer; a row group's columns at once
         gpu_hours=_gpu_hours(work.full_clips * views * teacher_macs(work), rates.gpu_fp32, rates),
     )
 
@@ -227,14 +241,13 @@ def distill_cost(work: Workload, rates: Rates) -> Cost:
     """One student, with cached slots and live features of its own."""
     group = row_group_clips(work, rates) * work.clip_bytes(rates)
     target_group = target_group_rows(work) * work.target_bytes
-    # Small columns are read with what follows them, from clips and targets.
-    moved = group + target_group + 2 * table._READ_AHEAD
     opened = max(0.0, 1 - table._OPEN_FILES / work.shards)  # share of the reads that find their file closed
+    footer_bytes, footer_gets = footers(work, rates)
     return Cost(
         "distill",
         stored=count_parameters(work.models[1]) * FLOAT_BYTES,
-        read=work.samples * (moved + 2 * opened * table._READ_AHEAD),
-        gets=work.samples * (4 + 4 * opened),
+        read=work.samples * (group + target_group + opened * footer_bytes),
+        gets=work.samples * (2 + opened * footer_gets),
         gpu_hours=_gpu_hours(work.samples * step_macs(work), rates.gpu_bf16, rates),
     )
 
@@ -250,7 +263,7 @@ def evaluate_cost(work: Workload, rates: Rates) -> Cost:
         "evaluate",
         read=scored * work.pixels * rates.jpeg_bytes,
         puts=shards + 2,
-        gets=2 * shards + 3 * groups,  # small columns, frames, masks
+        gets=2 * shards + groups,
         gpu_hours=_gpu_hours(scored * macs, rates.gpu_fp32, rates),
     )
 

@@ -207,19 +207,25 @@ def measure_index(videos: int, scratch: Path) -> dict[str, Any]:
     return _in_new_process("index", str(scratch))
 
 
-def scale_report(videos: int = 100, factors: tuple[int, ...] = (1, 10, 100), index: int = 10**6) -> str:
-    """The Markdown table, and a line on the index."""
+def measure_scale(
+    videos: int = 100, factors: tuple[int, ...] = (1, 10, 100), index: int = 10**6
+) -> tuple[list[Point], dict[str, Any]]:
+    """A point for each factor, and an index of `index` videos."""
     points = []
     for factor in factors:
         with tempfile.TemporaryDirectory() as scratch:
             points.append(measure(factor * videos, Path(scratch)))
         log(f"scale: {points[-1]}")
     with tempfile.TemporaryDirectory() as scratch:
-        opened = measure_index(index, Path(scratch))
-    share = 2**20 / opened["videos"]
+        return points, measure_index(index, Path(scratch))
+
+
+def scale_report(points: list[Point], index: dict[str, Any]) -> str:
+    """The Markdown table, and a line on the index."""
+    share = 2**20 / index["videos"]
     line = (
-        f"an index of {opened['videos']:,} videos: read in {opened['seconds']:.1f} s, {opened['held']:.0f} MiB held "
-        f"({opened['held'] * share:.0f} bytes a video), {opened['peak']:.0f} MiB at the peak"
+        f"an index of {index['videos']:,} videos: read in {index['seconds']:.1f} s, {index['held']:.0f} MiB held "
+        f"({index['held'] * share:.0f} bytes a video), {index['peak']:.0f} MiB at the peak"
     )
     return "\n".join([*scale_table(points), "", f"- {line}"])
 
@@ -264,7 +270,8 @@ def main() -> None:
     parser.add_argument("--in-process", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.in_process is None:
-        print(scale_report(arguments.videos, tuple(arguments.factors), arguments.index))
+        found = measure_scale(arguments.videos, tuple(arguments.factors), arguments.index)
+        print(scale_report(*found))
         return
     what, *places = arguments.in_process
     if what == "worker":

@@ -23,7 +23,7 @@ SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
 # Each loader thread has a reader for clips and one for targets; a process may often have 1,024 files open.
 _OPEN_FILES = 100
-_READ_AHEAD = 1 << 16  # bytes: the small columns of a row group, or a footer
+_READ_AHEAD = 1 << 14  # bytes behind a read from S3
 
 
 @dataclass(frozen=True, slots=True)  # a training worker holds one for each video
@@ -45,7 +45,8 @@ class _OpenShard:
     """An open Parquet file, and where each of its row groups ends."""
 
     def __init__(self, uri: str) -> None:
-        self.file = pq.ParquetFile(_open(uri), page_checksum_verification=True)
+        # `pre_buffer` asks for a row group's columns at once.
+        self.file = pq.ParquetFile(_open(uri), pre_buffer=True, page_checksum_verification=True)
         metadata = self.file.metadata
         rows = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
         self.ends = list(accumulate(rows))

@@ -53,32 +53,37 @@ def test_videos_keep_their_order_and_share_their_shards_name(clips):
     assert isinstance(videos[0], VideoEntry)
 
 
-def test_s3_is_asked_for_a_clip_alone(clips, s3, monkeypatch):
-    uri = storage.join(s3, "many-shards", "data")
-    storage.upload_file(Path(clips.uri) / "data" / clips.shards[0], storage.join(uri, "a.parquet"))
-    size = storage.size(storage.join(uri, "a.parquet"))
-    reader = ShardReader(uri)
-    reader.row("a.parquet", 0)  # the footer
-    fs, _ = storage.filesystem(uri)
-    requested = []
-    original = type(fs)._call_s3
+@pytest.fixture
+def requests(s3):
+    """What S3 is asked for from now on: (operation, bytes of the answer)."""
+    fs, path = storage.filesystem(s3)
+    fs.exists(path)  # connects
+    asked = []
 
-    async def counted(self, method, *arguments, **options):
-        answer = await original(self, method, *arguments, **options)
-        requested.append((method, answer.get("ContentLength", 0)))
-        return answer
+    def count(model, parsed, **_):
+        asked.append((model.name, parsed.get("ContentLength", 0)))
 
-    monkeypatch.setattr(type(fs), "_call_s3", counted)
-    monkeypatch.setattr(table, "_READ_AHEAD", 1 << 10)
-    reader = ShardReader(uri)
-    frames = reader.row("a.parquet", 18, ["video_id", "frames"])
-    assert (
-        frames.to_pylist()
-        == ShardReader(str(Path(clips.uri) / "data"))
-        .row(clips.shards[0], 18, ["video_id", "frames"])
-        .to_pylist()
-    )
-    read = sum(count for method, count in requested if method == "get_object")
-    print(requested, size)
-    assert len(requested) <= 8
-    assert read < size / 2
+    fs.s3.meta.events.register("after-call.s3", count)
+    yield asked
+    fs.s3.meta.events.unregister("after-call.s3", count)
+
+
+def test_s3_is_asked_for_a_clip_alone(clips, s3, requests):
+    folder = storage.join(s3, "many-shards", "data")
+    shard = clips.shards[0]
+    storage.upload_file(Path(clips.uri) / "data" / shard, storage.join(folder, shard))
+    assert [method for method, _ in requests] == ["PutObject"]  # as benchmarks.costs counts
+    requests.clear()
+
+    remote, local = ShardReader(folder), clips.reader
+    columns = ["video_id", "clip_index", "full", "height", "width", "frames"]
+    groups = local.file(shard).metadata.num_row_groups
+    assert remote.row(shard, 18, columns) == local.row(shard, 18, columns)
+    # Its size, the footer, and the columns of one row group.
+    assert [method for method, _ in requests] == ["HeadObject", "GetObject", "GetObject"]
+    size = (Path(clips.uri) / "data" / shard).stat().st_size
+    assert requests[2][1] < 1.5 * size / groups
+    requests.clear()
+
+    assert len(list(remote.rows(shard, columns))) == 36
+    assert len(requests) == groups
