@@ -1,5 +1,5 @@
-"""`python -m benchmarks`: measures the training step, the scores, `shard` and `cache`, and the memory of an
-evaluation, and prints one table.
+"""`python -m benchmarks`: measures the training step, the scores, `shard` and `cache`, the memory of an
+evaluation, and how the stages grow with the number of videos, and prints tables.
 
 Times never fail; ways of doing the same work that give different results do (exit code 1).
 """
@@ -10,10 +10,12 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.memory import memory_report
 from benchmarks.report import machine, table
+from benchmarks.scale import measure_scale, scale_report
 from benchmarks.scores import ScoreMismatch, score_comparison
 from benchmarks.stages import Load, cache_comparison, ray_started, shard_comparison, tiny_load
 from benchmarks.step import LossMismatch, Sizes, step_comparison, tiny_sizes
@@ -50,8 +52,15 @@ def main() -> int:
     print(table(comparisons))
     memory = memory_report(lengths=(8, 16), side=56) if quick else memory_report()
     print("\n".join(f"- memory of evaluating one video: {line}" for line in memory))
+    points, index = measure_scale(20, (1,), index=1000) if quick else measure_scale()
+    print("\n" + scale_report(points, index))
     if arguments.json:
-        results = {"machine": host, "comparisons": [c.to_dict() for c in comparisons], "memory": memory}
+        results = {
+            "machine": host,
+            "comparisons": [c.to_dict() for c in comparisons],
+            "memory": memory,
+            "scale": [asdict(point) for point in points],
+        }
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     return 0
 

@@ -83,14 +83,15 @@ def score(folder: str, side: int) -> tuple[float, float]:
     protocol = PRESETS["slotcontrast"]
     start = perf_counter()
     score_video(clips, clips.videos[0], model_predictor(model, "video", protocol), protocol)
-    return perf_counter() - start, _peak_mib()
+    return perf_counter() - start, memory_mib()
 
 
-def _peak_mib() -> float:
+def memory_mib(counter: str = "VmHWM") -> float:
+    """This process's peak (`VmHWM`) or present (`VmRSS`) memory; the peak where the system does not tell."""
     status = Path("/proc/self/status")
     if status.exists():
         # Not `ru_maxrss`: on Linux it begins with what the process that started this one held.
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+        return int(status.read_text().split(f"{counter}:")[1].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

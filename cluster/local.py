@@ -32,7 +32,9 @@ from pathlib import Path
 import psutil
 
 HOST = "127.0.0.1"
-NODES = "127.0.0.2"  # loopback too, and no name for "my address", in whose place Ray would listen on a public one
+NODES = (
+    "127.0.0.2"  # loopback too, and no name for "my address", in whose place Ray would listen on a public one
+)
 BUCKET = "slotmatch"
 PORTS = {"dashboard": 8265, "gcs": 6379, "mlflow": 5000, "s3": 9000}
 START_SECONDS = 300  # of a busy machine; 20 of an idle one

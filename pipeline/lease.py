@@ -112,7 +112,9 @@ def _renew(uri: str, mine: dict[str, Any], ended: threading.Event) -> None:
         beat += 1
         try:
             if not _is_mine(uri, mine):
-                log(f"{mine['label']}: another job took this over, as this one was silent for long; both go on")
+                log(
+                    f"{mine['label']}: another job took this over, as this one was silent for long; both go on"
+                )
                 return
             storage.write_json(uri, {**mine, "beat": beat})
         except Exception as error:  # the work matters more

@@ -1,18 +1,20 @@
 """`python -m benchmarks` at tiny sizes: that it runs and says what it should, not how fast anything is."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import scores, step
+from benchmarks import scale, scores, step
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.timeout(900)  # starts Ray three times
 def test_quick_run_prints_every_row(tmp_path):
     results = tmp_path / "results.json"
     command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--json", str(results)]
@@ -29,6 +31,30 @@ def test_quick_run_prints_every_row(tmp_path):
     assert "scores agree to" in run.stdout
     assert "2× the frames" in run.stdout
     assert "starting Ray" in run.stdout
+    (point,) = json.loads(results.read_text())["scale"]
+    assert point["videos"] == 20
+    assert point["shard"]["seconds"] > 0
+    assert "| `cache`, bytes a clip |" in run.stdout
+    assert "an index of 1,000 videos" in run.stdout
+
+
+def test_ratios_are_to_the_first_number_of_videos():
+    small = scale.Point(
+        10, scale.StageCost(2.0, math.nan, 100.0, 200), scale.StageCost(3.0, 0.5, 200.0, 400), 4.0
+    )
+    large = scale.Point(
+        100, scale.StageCost(4.7, 0.01, 110.0, 1800), scale.StageCost(9.3, 1.0, 200.0, 4000), 4.0
+    )
+    larger = scale.Point(
+        1000, scale.StageCost(31.7, 0.02, 110.0, 18000), scale.StageCost(72.3, 1.0, 200.0, 40000), 4.0
+    )
+    lines = scale.scale_table([small, large, larger])
+    assert lines[0] == "|  | 10 videos, 20 clips | 100 videos, 200 clips | 1,000 videos, 2,000 clips |"
+    assert "| `shard`, whole call, s | 2.0 | 4.7 | 31.7 |" in lines
+    assert "| `shard`, ms a clip, first file to last | – | 10.00 | 20.00 (2.00×) |" in lines
+    assert "| `shard`, ms a further clip, whole calls | – | 15.00 | 15.00 (1.00×) |" in lines
+    assert "| `shard`, bytes a clip | 10 | 9 (0.90×) | 9 (0.90×) |" in lines
+    assert "| `shard`, driver's peak, MiB | 100 | 110 (1.10×) | 110 (1.10×) |" in lines
 
 
 def test_different_scores_are_an_error(monkeypatch):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +21,10 @@ from pipeline.clips.schema import CODEC_KEY, Clip, decode_frame, decode_masks
 INDEX_FILE = "index.parquet"
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
+_KNOWN_FOOTERS = 256  # about 1 KB a row group each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a training worker holds one for each video
 class VideoEntry:
     """Where a video's clips are: rows `first_row … first_row + clips - 1` of a shard."""
 
@@ -34,25 +39,35 @@ class VideoEntry:
     annotated: bool
 
 
+class _Footer(NamedTuple):
+    """What is remembered of a Parquet file: where its row groups are, and the rows up to each one's end."""
+
+    metadata: pq.FileMetaData
+    bytes: int
+    ends: list[int]
+
+
 class ShardReader:
-    """Random access to the rows of Parquet files, which keeps the last few row groups in memory."""
+    """Random access to the rows of Parquet files.
+
+    Keeps the last few row groups and footers, but no file open: an open one holds what was last read of it, which
+    over thousands of shards is all memory.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._files: dict[str, pq.ParquetFile] = {}
+        self._footers: OrderedDict[str, _Footer] = OrderedDict()
         self._groups: OrderedDict[tuple[str, int, tuple[str, ...] | None], pa.Table] = OrderedDict()
 
     def file(self, shard: str) -> pq.ParquetFile:
-        """Raises ValueError, naming the file, where it is missing, truncated or not Parquet."""
-        if shard not in self._files:
-            self._files[shard] = self._open(shard)
-        return self._files[shard]
-
-    def _open(self, shard: str) -> pq.ParquetFile:
+        """Opens it, for one thread; ValueError, naming the file, where it is missing, truncated or not Parquet."""
         uri = storage.join(self.folder, shard)
+        known = self._footers.get(shard)
         try:
-            return pq.ParquetFile(
-                storage.open_read(uri),
+            size = known.bytes if known else storage.size(uri)
+            file = pq.ParquetFile(
+                storage.open_read(uri, size=size),
+                metadata=known.metadata if known else None,
                 page_checksum_verification=True,
                 pre_buffer=storage.is_remote(uri),  # a row group is one request, not one for each column
             )
@@ -62,6 +77,18 @@ class ShardReader:
             raise ValueError(f"{uri}: the shard is missing though its folder is published") from error
         except pa.ArrowInvalid as error:
             raise ValueError(f"{uri}: the shard is damaged ({error})") from error
+        if known is None:
+            rows = (file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
+            self._footers[shard] = _Footer(file.metadata, size, list(accumulate(rows)))
+            if len(self._footers) > _KNOWN_FOOTERS:
+                self._footers.popitem(last=False)
+        self._footers.move_to_end(shard)
+        return file
+
+    def _ends(self, shard: str) -> list[int]:
+        if shard not in self._footers:
+            self.file(shard).close(force=True)
+        return self._footers[shard].ends
 
     def _read_group(
         self, file: pq.ParquetFile, shard: str, group: int, columns: list[str] | None
@@ -77,14 +104,13 @@ class ShardReader:
 
     def row(self, shard: str, row: int, columns: list[str] | None = None) -> pa.Table:
         """One row as a table of length 1."""
-        file = self.file(shard)
-        group, start = 0, 0
-        while start + file.metadata.row_group(group).num_rows <= row:
-            start += file.metadata.row_group(group).num_rows
-            group += 1
+        ends = self._ends(shard)
+        group = bisect_right(ends, row)
+        start = ends[group - 1] if group else 0
         key = (shard, group, tuple(columns) if columns else None)
         if key not in self._groups:
-            self._groups[key] = self._read_group(file, shard, group, columns)
+            with _closed_after(self.file(shard)) as file:
+                self._groups[key] = self._read_group(file, shard, group, columns)
             if len(self._groups) > _CACHED_ROW_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -95,11 +121,19 @@ class ShardReader:
 
         The next row group is read while one is used, so there are two in memory.
         """
-        file = self._open(shard)  # of its own: a Parquet file is not safe to read in two threads
-        groups = range(file.metadata.num_row_groups)
-        for table in storage.ahead(self._read_group(file, shard, group, columns) for group in groups):
-            for row in range(len(table)):
-                yield table.slice(row, 1)
+        with _closed_after(self.file(shard)) as file:
+            groups = range(file.metadata.num_row_groups)
+            for table in storage.ahead(self._read_group(file, shard, group, columns) for group in groups):
+                for row in range(len(table)):
+                    yield table.slice(row, 1)
+
+
+@contextlib.contextmanager
+def _closed_after(file: pq.ParquetFile) -> Iterator[pq.ParquetFile]:
+    try:
+        yield file
+    finally:
+        file.close(force=True)  # what it was opened from, too
 
 
 class ClipSet:
@@ -122,7 +156,7 @@ class ClipSet:
     def videos(self) -> list[VideoEntry]:
         if self._videos is None:
             with storage.open_read(storage.join(self.uri, INDEX_FILE)) as file:
-                self._videos = [VideoEntry(**row) for row in pq.read_table(file).to_pylist()]
+                self._videos = _entries(pq.read_table(file))
         return self._videos
 
     def read_clip(self, shard: str, row: int, *, masks: bool = False) -> Clip:
@@ -136,6 +170,16 @@ class ClipSet:
         """A video's clips in order, the shorter tail included."""
         for row in range(video.first_row, video.first_row + video.clips):
             yield self.read_clip(video.shard, row, masks=masks)
+
+
+def _entries(index: pa.Table) -> list[VideoEntry]:
+    names = [field.name for field in fields(VideoEntry)]
+    entries: list[VideoEntry] = []
+    # Some at a time: as Python values, a million videos are many times their entries.
+    for batch in index.select(names).to_batches(max_chunksize=10_000):
+        for video_id, shard, *rest in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            entries.append(VideoEntry(video_id, sys.intern(shard), *rest))  # one name for all of its videos
+    return entries
 
 
 def _columns(masks: bool) -> list[str]:

@@ -136,10 +136,14 @@ def _list_local(folder: str) -> Iterator[FileInfo]:
                 yield FileInfo(relative, status.st_size, str(status.st_mtime_ns))
 
 
-def open_read(uri: str) -> IO[bytes]:
-    """A seekable file. Of a remote one, each read is a request for just the bytes that are asked for."""
+def open_read(uri: str, *, size: int | None = None) -> IO[bytes]:
+    """A seekable file. Of a remote one, each read is a request for just the bytes that are asked for.
+
+    Args:
+        size: its bytes, where they are known, which saves a request.
+    """
     if on_s3(uri):
-        return RangeFile(uri, 0, s3.size(uri), ahead=0)  # type: ignore[return-value]
+        return RangeFile(uri, 0, s3.size(uri) if size is None else size, ahead=0)  # type: ignore[return-value]
     return open(absolute(uri), "rb")
 
 
