@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.progress import log
+
+GPUS_WITHIN = 1800.0  # seconds; a cloud takes minutes for a node
+SECONDS_BETWEEN_LINES = 60.0
 
 
 @contextlib.contextmanager
@@ -54,9 +59,39 @@ def ray_session(config: Config) -> Iterator[None]:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "progress bars disabled"
+        if config.ray.gpus:
+            _await_gpus(config.ray.gpus)
         yield
     finally:
+        if config.ray.gpus and ray.is_initialized():
+            _request_gpus(0)
         ray.shutdown()
+
+
+def _await_gpus(count: int) -> None:
+    """Asks an autoscaling cluster for GPUs and waits for them, as stages use what is there when they begin.
+
+    Raises:
+        TimeoutError: they have not come in `GPUS_WITHIN` seconds.
+    """
+    began = said = time.monotonic()
+    _request_gpus(count)
+    while (there := cluster_gpus()) < count:
+        now = time.monotonic()
+        if now - began > GPUS_WITHIN:
+            raise TimeoutError(
+                f"ray.gpus: {there} of {count} GPUs are there after {GPUS_WITHIN:.0f} s; nearest valid: {there or None}"
+            )
+        if now - said > SECONDS_BETWEEN_LINES or said == began:
+            said = now
+            log(f"ray: waiting for GPUs, {there} of {count} are there")
+        time.sleep(1)
+
+
+def _request_gpus(count: int) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"GPU": 1}] * count)
 
 
 def cluster_gpus() -> int:

@@ -293,6 +293,9 @@ class MLflow(Section):
 class Ray(Section):
     address: str | None = None  # None: $RAY_ADDRESS, else a local Ray
     num_cpus: PositiveInt | None = None  # of a local Ray
+    gpus: NonNegativeInt = (
+        0  # to ask an autoscaling cluster for, and to wait for; 0: use those that are there
+    )
     teacher_cpus: PositiveFloat = 0.8  # a cache or evaluation actor on machines without GPUs
 
 

@@ -213,6 +213,18 @@ def test_two_cache_jobs_at_once(shared_tiny, cluster, unbroken):
     assert any("another job is at this already" in job.output() for job in jobs)
 
 
+def test_a_job_waits_for_the_gpus_that_it_asks_for(shared_tiny, cluster, unbroken):
+    config = shared_tiny(*LONG_DISTILL, "targets.views=2", "ray.gpus=1")
+    job = cluster.job("cache", config)
+    wait_for(lambda: "waiting for GPUs, 0 of 1" in job.output() or not job.running())
+    assert job.running()
+    cluster.start_worker("gpu-node", 1, "--num-gpus=1", *SMALL_STORE)
+    try:
+        assert job.finish()["views"] == 2
+    finally:
+        cluster.stop("gpu-node")
+
+
 def driver_of(cluster, title):
     """The submitted driver itself, not the shell around it."""
     found = [p for p in processes(cluster, "head", title) if "python" in p.name().lower() and is_alive(p)]
