@@ -15,6 +15,7 @@ from pipeline import storage
 from pipeline.clips.schema import CODEC_KEY, Clip, decode_frame, decode_masks
 
 INDEX_FILE = "index.parquet"
+SOURCES_FILE = "sources.parquet"  # the videos that it was made of, those set aside included
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
 

@@ -178,7 +178,9 @@ def _train(
     config, uri = spec.config, spec.run_uri
     if storage.is_complete(uri):
         log(f"{spec.label}: this run is finished, reusing {uri}")
-        return {**_summary(spec), "reused": True}
+        summary = _summary(spec)
+        tracking.complete_run(config, uri, summary["mlflow_run"], wait=False)
+        return {**summary, "reused": True}
     if spec.settings.warmup_steps >= spec.settings.steps:
         log(
             f"{spec.label}: WARNING, warm-up ({spec.settings.warmup_steps} steps) outlasts training "
@@ -228,7 +230,7 @@ def _train(
             "tags": tags,
         },
     )
-    logger.end("FINISHED")
+    tracking.complete_run(config, uri, run_id)
     return {**_summary(spec), "reused": False}
 
 
@@ -358,9 +360,13 @@ def arrow_filesystem(uri: str) -> Any:
 
 
 def git_revision() -> str:
-    """The commit of this checkout, or "unknown" outside of one."""
+    """`SLOTMATCH_REVISION` where it is set (a submitted job has no .git), else this checkout's commit or "unknown"."""
+    import os
     import subprocess
     from pathlib import Path
+
+    if os.environ.get("SLOTMATCH_REVISION"):
+        return os.environ["SLOTMATCH_REVISION"]
 
     try:
         result = subprocess.run(

@@ -59,7 +59,8 @@ def adopt(
 ) -> None:
     """Nests every trial's run below the parent, also those of students that were there before the sweep.
 
-    A run that was stopped is closed once more: its own process, which saw only its end, called it failed.
+    A run that was stopped is closed once more: its own process, which saw only its end, called it failed. One that
+    finished while the server was away gets what it missed.
     """
     from mlflow.exceptions import MlflowException
 
@@ -74,6 +75,8 @@ def adopt(
             for key, value in tags.items():
                 if known.get(key) != value:
                     client.set_tag(run_id, key, value)
+            if ended[trial.key].status == "finished":
+                tracking.complete_run(trial.config, trial.run_uri, run_id)
             if ended[trial.key].status == "stopped":
                 client.set_terminated(run_id, "KILLED")
 
