@@ -90,12 +90,12 @@ def _register(
             # The latest score to look at, and one for each evaluation to compare by.
             tags |= {f"score.{key}": f"{value:.6f}", f"score.{protocol}.{key}": f"{value:.6f}"}
     source = run_id = None
-    if _find_version(client, name, run_uri) is None:  # uploads keep nobody else waiting
+    if _version_of_run(client, name, run_uri) is None:  # uploads keep nobody else waiting
         run_id = _mlflow_run(config, run_uri, manifest)
         source = _upload(client, run_uri, run_id)
     champion, reason = False, "it does not contend for the alias"
     with registry_lock(client, name) as client:
-        version = _find_version(client, name, run_uri)
+        version = _version_of_run(client, name, run_uri)
         if version is None:
             version = str(client.create_model_version(name, source=source, run_id=run_id, tags=tags).version)
             log(f"register: {name} version {version}")
@@ -140,7 +140,7 @@ def _create_model(client: Any, name: str) -> None:
             raise
 
 
-def _find_version(client: Any, name: str, run_uri: str) -> str | None:
+def _version_of_run(client: Any, name: str, run_uri: str) -> str | None:
     found = client.search_model_versions(f"name = '{name}' and {tracking.tag_filter(run_uri)}")
     return str(min(int(version.version) for version in found)) if found else None
 
@@ -245,7 +245,7 @@ def _contend(client: Any, name: str, version: str, tags: dict[str, str], score: 
     return crown(f"version {version} is the new champion: {score} {100 * mine:.2f}, before {100 * best:.2f}")
 
 
-def _version(model_uri: str, tracking_uri: str) -> Any:
+def find_version(model_uri: str, tracking_uri: str) -> Any:
     """The version that a `models:/NAME@ALIAS` or `models:/NAME/N` URI names.
 
     Raises:
@@ -273,11 +273,11 @@ def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
     """A local folder that `load_slot_model` opens, of a registered model.
 
     Raises:
-        ValueError: as `_version`, or a model of another kind.
+        ValueError: as `find_version`, or a model of another kind.
     """
     from mlflow.artifacts import download_artifacts
 
-    found = _version(model_uri, tracking_uri)
+    found = find_version(model_uri, tracking_uri)
     source = tracking.client_of(tracking_uri).get_model_version_download_uri(found.name, found.version)
     with tempfile.TemporaryDirectory() as scratch:
         fetch = functools.partial(
@@ -303,7 +303,7 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
 
     A version that is there already is not fetched again; errors as in `downloaded`.
     """
-    found = _version(model_uri, tracking_uri)
+    found = find_version(model_uri, tracking_uri)
     uri = storage.join(folder, f"{found.name}-{found.version}-{storage.fingerprint(found.source)}")
     if not storage.is_complete(uri):
         _fetch(found, uri, tracking_uri)
@@ -322,5 +322,5 @@ def _fetch(version: Any, folder: str, tracking_uri: str) -> None:
 def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:
     """Writes a registered model's safetensors, config and origin into `folder`; errors as in `downloaded`."""
     target = str(Path(folder).absolute())
-    _fetch(_version(model_uri, tracking_uri), target, tracking_uri)
+    _fetch(find_version(model_uri, tracking_uri), target, tracking_uri)
     return {"uri": target, "model": model_uri}
