@@ -43,7 +43,7 @@ class MLflowServer:
                 env={**os.environ, **self._environment},
                 start_new_session=True,
             )
-        end = time.monotonic() + 240
+        end = time.monotonic() + 400
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"mlflow server: {(self.folder / 'log').read_text()[-2000:]}")
