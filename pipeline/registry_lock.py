@@ -11,7 +11,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from pipeline.mlflow_client import PatientClient, error_code
 from pipeline.progress import log
@@ -20,8 +21,9 @@ SECONDS_UNTIL_BROKEN = (
     60.0  # that a waiting job sees one and the same holder, before it takes the holder for dead
 )
 SECONDS_BETWEEN_LOOKS = 0.5
-_HOLDER = "holder"  # the tag that says who
-_NOTE = "A job of the SlotMatch pipeline is registering a model; this is its lock, no model."
+# Before the holder's name in the description, and not in a tag: a server that is just deleting the lock has been seen
+# to return it without its tags.
+_NOTE = "A lock of the SlotMatch pipeline and no model, held by: "
 
 
 @contextlib.contextmanager
@@ -64,23 +66,23 @@ def _acquire(client: PatientClient, lock: str, me: str) -> None:
 def _create(client: PatientClient, lock: str, me: str) -> bool:
     # A server that finds the name taken looks for its owner, and may find it gone.
     codes = ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
-    return _ignoring(client.create_registered_model, lock, {_HOLDER: me}, _NOTE, code=codes)
+    return _ignoring(client.create_registered_model, lock, description=_NOTE + me, code=codes)
 
 
 def _holder(client: PatientClient, lock: str) -> str | None:
     """Who holds the lock; None for nobody."""
     try:
-        tags = client.get_registered_model(lock).tags
+        description = client.get_registered_model(lock).description or ""
     except Exception as error:
         if error_code(error) == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
-    if _HOLDER not in tags:
+    if not description.startswith(_NOTE):
         raise ValueError(
             f"mlflow.model_name: {lock!r} is a registered model, and the name that its lock would have; "
             "choose another mlflow.model_name"
         )
-    return str(tags[_HOLDER])
+    return str(description.removeprefix(_NOTE))
 
 
 def _break(client: PatientClient, lock: str, holder: str) -> None:
@@ -93,10 +95,10 @@ def _break(client: PatientClient, lock: str, holder: str) -> None:
         _ignoring(client.rename_registered_model, lock, f"{lock}.{holder.rpartition(', ')[2]}", code=codes)
 
 
-def _ignoring(call: object, *arguments: object, code: str | tuple[str, ...]) -> bool:
+def _ignoring(call: Callable[..., Any], *arguments: str, code: str | tuple[str, ...], **options: str) -> bool:
     """Whether a call went well; an error of another code is raised."""
     try:
-        call(*arguments)  # type: ignore[operator]
+        call(*arguments, **options)
     except Exception as error:
         if error_code(error) not in ((code,) if isinstance(code, str) else code):
             raise

@@ -209,7 +209,7 @@ def test_registering_at_once_loses_nothing(tiny, tmp_path, mlflow_server, kind):
         for process in (dead, *racers):
             if process:
                 process.kill()
-    assert [racer.returncode for racer in racers] == [0] * 4, ended
+    assert [racer.returncode for racer in racers] == [0] * 4, "\n\n".join(e[-1500:] for _, e in ended)
     assert dead is None or any("taking its place" in errors for _, errors in ended)
 
     client = tracking.client(config)
