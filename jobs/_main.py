@@ -11,7 +11,6 @@ import json
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,14 @@ from typing import Any
 from pipeline.config import Config, ConfigError, load_config, resolve_config
 from pipeline.progress import log
 from pipeline.ray_session import root_cause
+from pipeline.redact import redact, redact_output, redacted, traceback_text
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line without the secrets in it."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(redact(message), file)
 
 
 def run_stage(
@@ -31,7 +38,8 @@ def run_stage(
 
     `check` may raise a ConfigError for a config that this stage can't run, also in a dry run.
     """
-    parser = argparse.ArgumentParser(f"python -m jobs.{job}", description=description)
+    redact_output()
+    parser = Parser(f"python -m jobs.{job}", description=description)
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument(
         "changes",
@@ -83,12 +91,18 @@ def registry_uri(settings: dict[str, str]) -> str:
 def refuse(job: str, error: Exception) -> int:
     """Says what can't be run; returns the exit code."""
     log("\n".join(f"error: {line}" for line in str(error).splitlines()))
-    print(json.dumps({"job": job, "status": "refused", "error": str(error)}))
+    _print_summary({"job": job, "status": "refused", "error": str(error)})
     return 2
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    sys.stdout.flush()
+    print(json.dumps(redacted(summary)))
 
 
 def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
     """Runs a job and prints its summary; an error is one clear line, with its traceback before it."""
+    redact_output()
     started = time.monotonic()
 
     def elapsed() -> float:
@@ -100,17 +114,16 @@ def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
         return refuse(job, error)
     except KeyboardInterrupt:
         log(f"{job}: interrupted; run it again to go on")
-        print(json.dumps({"job": job, "status": "interrupted", "seconds": elapsed()}))
+        _print_summary({"job": job, "status": "interrupted", "seconds": elapsed()})
         return 1
     except Exception as error:
         cause = root_cause(error)
         if not _is_ours(cause):
-            traceback.print_exc()
+            log(traceback_text(error).rstrip())
         log(f"error: {cause}")
-        print(json.dumps({"job": job, "status": "failed", "seconds": elapsed(), "error": str(cause)}))
+        _print_summary({"job": job, "status": "failed", "seconds": elapsed(), "error": str(cause)})
         return 1
-    sys.stdout.flush()
-    print(json.dumps({"job": job, "status": "ok", "seconds": elapsed(), **summary}))
+    _print_summary({"job": job, "status": "ok", "seconds": elapsed(), **summary})
     return 0
 
 

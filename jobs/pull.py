@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs._main import REGISTRY_SETTINGS, check_settings, registry_uri, report, split_settings
+from jobs._main import REGISTRY_SETTINGS, Parser, check_settings, registry_uri, report, split_settings
 from pipeline.config import ConfigError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m jobs.pull", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")

@@ -9,14 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs._main import refuse, report, split_settings
+from jobs._main import Parser, refuse, report, split_settings
 from pipeline.config import Config, ConfigError, load_config
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m jobs.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG | section.key=value")

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs._main import REGISTRY_SETTINGS, check_settings, registry_uri, report, split_settings
+from jobs._main import REGISTRY_SETTINGS, Parser, check_settings, registry_uri, report, split_settings
 from pipeline.config import Config, ConfigError, resolve_config
 
 HINTS = ("num_heads", "num_slots", "mean", "std")  # as in a config's `teacher` section
@@ -22,7 +22,7 @@ SETTINGS = ("model", "out", "max_side", *HINTS, *REGISTRY_SETTINGS)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m jobs.segment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="+", metavar="VIDEO | key=value")

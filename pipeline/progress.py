@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import time
 
+from pipeline.redact import redact
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
 def log(message: str) -> None:
+    """Writes a line to stderr, without the secrets that an error's text may hold."""
     # Not `print`, which Ray Train takes over in its workers and says twice.
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(redact(message) + "\n")
     sys.stderr.flush()
 
 
@@ -51,7 +54,7 @@ class Progress:
         if self.total is not None and rate > 0:
             text += f", {(self.total - self.done) / rate:.0f} s left"
         text += f", {note}" if note else ""
-        sys.stderr.write(("\r\x1b[2K" if self._live else "") + text + end)
+        sys.stderr.write(("\r\x1b[2K" if self._live else "") + redact(text) + end)
         sys.stderr.flush()
 
     def __enter__(self) -> Progress:

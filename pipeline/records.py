@@ -104,7 +104,9 @@ def record_evaluations(
         for name, result in results.items():
             _record_one(config, name, result, {"clips_uri": clips_uri, **tags[name]})
     except Exception as error:  # whatever the server or the network does, the scores are there
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = (
+            str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {str(error)[:200]}"
+        )
         log(f"mlflow: the scores could not be recorded ({reason}); evaluate again once the server is there")
 
 

@@ -7,6 +7,7 @@ to a version whose score on the *same* evaluation is better.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -23,8 +24,10 @@ import numpy as np
 from pipeline import registry_model, storage, tracking
 from pipeline.builders import MODEL_FOLDER
 from pipeline.config import Config
+from pipeline.mlflow_client import ServerUnavailable, error_code, patiently
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.progress import log
+from pipeline.registry_lock import registry_lock
 
 CHAMPION = "champion"
 
@@ -49,8 +52,27 @@ def register(
 
     Raises:
         storage.IncompleteError: the run has not finished.
+        ServerUnavailable, AccessDenied: MLflow; the student is kept.
     """
     manifest = storage.read_manifest(run_uri)
+    try:
+        return _register(config, run_uri, manifest, evaluation, contend, more_tags)
+    except ServerUnavailable as error:
+        raise ServerUnavailable(
+            error.problem,
+            f"the student is kept in {run_uri}: give the same command again once it is there, or register this "
+            "student alone with python -m jobs.register CONFIG",
+        ) from None
+
+
+def _register(
+    config: Config,
+    run_uri: str,
+    manifest: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    contend: bool,
+    more_tags: Mapping[str, str],
+) -> dict[str, Any]:
     client = tracking.client(config)
     name = config.mlflow.model_name
     _create_model(client, name)
@@ -67,17 +89,22 @@ def register(
         for key, value in evaluation["scores"].items():
             # The latest score to look at, and one for each evaluation to compare by.
             tags |= {f"score.{key}": f"{value:.6f}", f"score.{protocol}.{key}": f"{value:.6f}"}
-    version = _find_version(client, name, run_uri)
-    if version is None:
-        version = _create_version(client, name, run_uri, _mlflow_run(config, run_uri, manifest), tags)
-        log(f"register: {name} version {version}")
-    else:
-        log(f"register: this run is {name} version {version} already")
-        for key, value in tags.items():
-            client.set_model_version_tag(name, version, key, value)
-    champion, reason = False, f"version {version} does not contend for the alias"
+    source = run_id = None
+    if _version_of_run(client, name, run_uri) is None:  # uploads keep nobody else waiting
+        run_id = _mlflow_run(config, run_uri, manifest)
+        source = _upload(client, run_uri, run_id)
+    champion, reason = False, "it does not contend for the alias"
+    with registry_lock(client, name) as client:
+        version = _version_of_run(client, name, run_uri)
+        if version is None:
+            version = str(client.create_model_version(name, source=source, run_id=run_id, tags=tags).version)
+            log(f"register: {name} version {version}")
+        else:
+            log(f"register: this run is {name} version {version} already")
+            _set_tags(client, name, version, tags)
+        if contend:
+            champion, reason = _contend(client, name, version, tags, config.evaluate.score)
     if contend:
-        champion, reason = _contend(client, name, version, tags, config.evaluate.score)
         log(f"register: {reason}")
     return {
         "uri": f"models:/{name}/{version}",
@@ -94,31 +121,39 @@ def appoint(config: Config, version: int, rivals: Collection[int]) -> tuple[bool
     Where the standing one is among `rivals` (of which `version` was chosen by more than its own score), the
     version takes its place whatever their scores. Returns whether `version` holds the alias, and why.
     """
-    client, name = tracking.client(config), config.mlflow.model_name
-    holder = client.get_registered_model(name).aliases.get(CHAMPION)
-    if holder is not None and int(holder) != version and int(holder) in rivals:
-        client.set_registered_model_alias(name, CHAMPION, str(version))
-        return True, f"version {version} is the new champion: chosen among versions that {holder} is one of"
-    tags = dict(client.get_model_version(name, str(version)).tags)
-    return _contend(client, name, str(version), tags, config.evaluate.score)
+    name = config.mlflow.model_name
+    with registry_lock(tracking.client(config), name) as client:
+        holder = client.get_registered_model(name).aliases.get(CHAMPION)
+        if holder is not None and int(holder) != version and int(holder) in rivals:
+            client.set_registered_model_alias(name, CHAMPION, str(version))
+            reason = f"version {version} is the new champion: chosen among versions that {holder} is one of"
+            return True, reason
+        tags = dict(client.get_model_version(name, str(version)).tags)
+        return _contend(client, name, str(version), tags, config.evaluate.score)
 
 
 def _create_model(client: Any, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
     try:
         client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+    except Exception as error:
+        if error_code(error) != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
-def _find_version(client: Any, name: str, run_uri: str) -> str | None:
+def _version_of_run(client: Any, name: str, run_uri: str) -> str | None:
     found = client.search_model_versions(f"name = '{name}' and {tracking.tag_filter(run_uri)}")
-    return str(found[0].version) if found else None
+    return str(min(int(version.version) for version in found)) if found else None
 
 
-def _create_version(client: Any, name: str, run_uri: str, run_id: str, tags: dict[str, str]) -> str:
+def _set_tags(client: Any, name: str, version: str, tags: Mapping[str, str]) -> None:
+    known = client.get_model_version(name, version).tags
+    for key, value in tags.items():
+        if known.get(key) != value:
+            client.set_model_version_tag(name, version, key, value)
+
+
+def _upload(client: Any, run_uri: str, run_id: str) -> str:
+    """Sends what a version consists of to MLflow; returns where it is."""
     with tempfile.TemporaryDirectory() as scratch:
         packed = Path(scratch) / "packed"
         _pack(storage.join(run_uri, MODEL_FOLDER), packed)
@@ -127,8 +162,7 @@ def _create_version(client: Any, name: str, run_uri: str, run_id: str, tags: dic
         config_file = Path(scratch) / "config.yaml"
         config_file.write_bytes(storage.read_bytes(storage.join(run_uri, "config.yaml")))
         client.log_artifact(run_id, str(config_file))
-    source = f"{client.get_run(run_id).info.artifact_uri}/model"
-    return str(client.create_model_version(name, source=source, run_id=run_id, tags=tags).version)
+    return f"{client.get_run(run_id).info.artifact_uri}/model"
 
 
 def _pack(model_uri: str, folder: Path) -> None:
@@ -166,12 +200,14 @@ def _pack(model_uri: str, folder: Path) -> None:
 
 def _mlflow_run(config: Config, run_uri: str, manifest: dict[str, Any]) -> str:
     """The run that trained the student; a new one where this server does not know it."""
-    from mlflow.exceptions import MlflowException
-
     try:
         return tracking.client(config).get_run(manifest["mlflow_run"]).info.run_id
-    except MlflowException:
-        return tracking.start_run(config, run_uri, manifest["fingerprint"], manifest["tags"])
+    except Exception as error:
+        if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    run_id = tracking.start_run(config, run_uri, manifest["fingerprint"], manifest["tags"])
+    tracking.complete_run(config, run_uri, run_id)
+    return run_id
 
 
 def _contend(client: Any, name: str, version: str, tags: dict[str, str], score: str) -> tuple[bool, str]:
@@ -209,7 +245,7 @@ def _contend(client: Any, name: str, version: str, tags: dict[str, str], score: 
     return crown(f"version {version} is the new champion: {score} {100 * mine:.2f}, before {100 * best:.2f}")
 
 
-def _version(model_uri: str, tracking_uri: str) -> Any:
+def find_version(model_uri: str, tracking_uri: str) -> Any:
     """The version that a `models:/NAME@ALIAS` or `models:/NAME/N` URI names.
 
     Raises:
@@ -237,14 +273,17 @@ def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
     """A local folder that `load_slot_model` opens, of a registered model.
 
     Raises:
-        ValueError: as `_version`, or a model of another kind.
+        ValueError: as `find_version`, or a model of another kind.
     """
     from mlflow.artifacts import download_artifacts
 
-    found = _version(model_uri, tracking_uri)
+    found = find_version(model_uri, tracking_uri)
     source = tracking.client_of(tracking_uri).get_model_version_download_uri(found.name, found.version)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri))
+        fetch = functools.partial(
+            download_artifacts, artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri
+        )
+        folder = Path(patiently(tracking_uri, fetch))
         weights = sorted((folder / "artifacts").rglob(WEIGHTS_FILE))
         if not weights:
             raise ValueError(f"{model_uri} holds no {WEIGHTS_FILE}: it was not registered by this pipeline")
@@ -264,7 +303,7 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
 
     A version that is there already is not fetched again; errors as in `downloaded`.
     """
-    found = _version(model_uri, tracking_uri)
+    found = find_version(model_uri, tracking_uri)
     uri = storage.join(folder, f"{found.name}-{found.version}-{storage.fingerprint(found.source)}")
     if not storage.is_complete(uri):
         _fetch(found, uri, tracking_uri)
@@ -283,5 +322,5 @@ def _fetch(version: Any, folder: str, tracking_uri: str) -> None:
 def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:
     """Writes a registered model's safetensors, config and origin into `folder`; errors as in `downloaded`."""
     target = str(Path(folder).absolute())
-    _fetch(_version(model_uri, tracking_uri), target, tracking_uri)
+    _fetch(find_version(model_uri, tracking_uri), target, tracking_uri)
     return {"uri": target, "model": model_uri}

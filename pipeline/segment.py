@@ -44,7 +44,8 @@ def segment(
         BadVideo: it can't be decoded.
     """
     reference, out = video if isinstance(video, VideoRef) else _reference(video), Path(out)
-    name = reference.video_id.replace("/", "_")
+    # An id comes from a data set, and shall name no other folder.
+    name = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in reference.video_id)
     fps, expected, short_side = _probe(reference, max_side)
     frames = read_video(reference, short_side=short_side)
     sheet = _Sheet(expected or 240)

@@ -1,65 +1,40 @@
-"""MLflow: plain client calls with an explicit URI. A run that has begun does not need the server."""
+"""MLflow: plain client calls with an explicit URI.
+
+A server that is away is waited for when a job begins and when it ends. In between, training goes on without it: the
+metrics it missed are sent when it is back, at the latest when the same command is given again.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
 from pipeline.config import Config
+from pipeline.mlflow_client import (
+    PatientClient,
+    ServerUnavailable,
+    client_of,
+    error_code,
+    in_words,
+    plain_client,
+    why_denied,
+)
 from pipeline.progress import log
+from pipeline.redact import redact
 
-SECONDS_BETWEEN_TRIES = 30.0
+SECONDS_BETWEEN_TRIES = 30.0  # of sending metrics while the server is away
+HISTORY_FILE = "history.json"  # in a finished run's folder: the metrics of each logged step
 RUN_TAG = "slotmatch.run"  # the run folder's URI: how a resumed job finds its MLflow run again
 
 
-@contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def client(config: Config) -> Any:
-    """An MlflowClient of the config's server or database, which is created if it is a new SQLite file."""
+    """An MlflowClient of the config's server or database; see `client_of`."""
     return client_of(config.tracking_uri)
-
-
-def client_of(tracking_uri: str) -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of 7, which take minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    import logging
-
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    if tracking_uri.startswith("file:") or "://" not in tracking_uri:
-        raise ValueError(
-            f"mlflow.tracking_uri: {tracking_uri!r} is a file store, which MLflow no longer serves; "
-            "nearest: sqlite:///PATH/mlflow.db"
-        )
-    if not tracking_uri.startswith("sqlite:///"):
-        return MlflowClient(tracking_uri)
-    # Several processes that open a new SQLite database at once break it for good.
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    with _file_lock(database.with_suffix(".lock")):
-        made = MlflowClient(tracking_uri)
-        if not database.exists():
-            log(f"mlflow: creating {database}")
-            made.search_experiments(max_results=1)
-    return made
 
 
 def experiment_id(config: Config) -> str:
@@ -71,7 +46,12 @@ def experiment_id(config: Config) -> str:
     if config.tracking_uri.startswith("sqlite:///"):
         root = storage.absolute(config.storage.root)
         location = storage.join(root if storage.is_remote(root) else Path(root).as_uri(), "mlartifacts")
-    return mlflow.create_experiment(config.mlflow.experiment, artifact_location=location)
+    try:
+        return mlflow.create_experiment(config.mlflow.experiment, artifact_location=location)
+    except Exception as error:
+        if error_code(error) != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return mlflow.get_experiment_by_name(config.mlflow.experiment).experiment_id  # another job was faster
 
 
 def tag_filter(run_uri: str) -> str:
@@ -83,7 +63,7 @@ def tag_filter(run_uri: str) -> str:
 def start_run(config: Config, run_uri: str, name: str, tags: dict[str, str]) -> str:
     """The id of the MLflow run that belongs to a run folder: found again, or created.
 
-    Parameters are the resolved config's values.
+    Parameters are the resolved config's values. Errors as in `client_of`.
     """
     mlflow, experiment = client(config), experiment_id(config)
     found = mlflow.search_runs([experiment], filter_string=tag_filter(run_uri), max_results=1)
@@ -101,7 +81,7 @@ def start_run(config: Config, run_uri: str, name: str, tags: dict[str, str]) -> 
                 flat.update({f"{section}.{key}.{k}": v for k, v in value.items()})
             else:
                 flat[f"{section}.{key}"] = value
-    params = [Param(re.sub(r"[^\w\-. :/]", "_", k), str(v)[:500]) for k, v in flat.items()]
+    params = [Param(re.sub(r"[^\w\-. :/]", "_", k), redact(str(v))[:500]) for k, v in flat.items()]
     for start in range(0, len(params), 100):
         mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
     return run.info.run_id
@@ -114,7 +94,8 @@ def _send(client: Any, *, run_id: str | None, metrics: list[Any]) -> None:
 class RunLogger:
     """Metrics and pictures of one run. A server that is down does not stop or slow the training.
 
-    Metrics that could not be sent are kept and sent with later ones; what fails is said once.
+    Metrics that could not be sent are kept and sent with later ones; what fails is said once. Those that are left
+    at the end of a run are sent by `complete_run`.
     """
 
     def __init__(self, config: Config, run_id: str | None) -> None:
@@ -127,14 +108,18 @@ class RunLogger:
         if self.run_id is None or (time.monotonic() < self._next_try and not last):
             return False
         try:
-            self._client = self._client or client(self.config)
+            self._client = self._client or plain_client(self.config.tracking_uri)
             operation(self._client)
         except Exception as error:  # whatever the server or the network does, training goes on
             if self._next_try == 0.0:
-                reason = f"{type(error).__name__}: {str(error)[:200]}"
-                log(f"mlflow: {what} could not be logged ({reason}); training goes on, metrics are kept")
+                uri, reason = self.config.tracking_uri, why_denied(error) or in_words(error)
+                log(
+                    f"mlflow: {what} could not be sent to {uri} ({reason}); training goes on, metrics are kept"
+                )
             self._next_try = time.monotonic() + SECONDS_BETWEEN_TRIES
             return False
+        if self._next_try:
+            log(f"mlflow: {self.config.tracking_uri} is back, sending what it missed")
         self._next_try = 0.0
         return True
 
@@ -153,7 +138,7 @@ class RunLogger:
             if not self._call("metrics", send, last=last):
                 if last:
                     log(
-                        f"mlflow: {len(self._pending)} metrics were not sent; they are in the run's history.json"
+                        f"mlflow: {len(self._pending)} metrics were not sent, which the run's end will try again"
                     )
                 return
             self._pending = self._pending[len(part) :]
@@ -163,3 +148,51 @@ class RunLogger:
 
     def end(self, status: str) -> None:
         self._call("the end of the run", lambda c: c.set_terminated(self.run_id, status), last=True)
+
+
+def complete_run(config: Config, run_uri: str, run_id: str, *, wait: bool = True) -> None:
+    """Ends the MLflow run of a finished run folder, after sending the metrics that had not reached the server.
+
+    A run that has ended so is left alone, and so is one that this server does not know. An error is only said: the
+    folder is whole without MLflow.
+
+    Args:
+        wait: for a server that is away.
+    """
+    try:
+        plain = plain_client(config.tracking_uri)
+        mlflow = PatientClient(plain, config.tracking_uri) if wait else plain
+        if mlflow.get_run(run_id).info.status == "FINISHED":
+            return
+        history_uri = storage.join(run_uri, HISTORY_FILE)
+        missing = _missing(mlflow, run_id, storage.read_json(history_uri))
+        for start in range(0, len(missing), 1000):
+            mlflow.log_batch(run_id, metrics=missing[start : start + 1000])
+        mlflow.set_terminated(run_id, "FINISHED")
+        if missing:
+            log(f"mlflow: sent {len(missing)} metrics of {storage.name(run_uri)} that it had missed")
+    except Exception as error:  # whatever the server or the network does, the run is done
+        if error_code(error) == "RESOURCE_DOES_NOT_EXIST":
+            return
+        reason = (
+            error.problem if isinstance(error, ServerUnavailable) else why_denied(error) or in_words(error)
+        )
+        log(
+            f"mlflow: the end of this run could not be sent to {config.tracking_uri} ({reason}); the run is published "
+            f"in {run_uri}, with all its metrics in {HISTORY_FILE}; the same command sends them once the server is back"
+        )
+
+
+def _missing(mlflow: Any, run_id: str, history: list[dict[str, float]]) -> list[Any]:
+    """The metrics of a history that the MLflow run does not have."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    names = {name for row in history for name in row} - {"step"}
+    known = {name: {m.step for m in mlflow.get_metric_history(run_id, name)} for name in sorted(names)}
+    return [
+        Metric(name, float(value), now, int(row["step"]))
+        for row in history
+        for name, value in row.items()
+        if name != "step" and row["step"] not in known[name]
+    ]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from students import evaluation, make_finished_run
 
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
+from pipeline.models import load_slot_model
 from pipeline.registry import appoint, pull, register
 
 
@@ -19,23 +20,9 @@ def finished_run(config, tmp_path):
     """Writes what a training job leaves behind; returns the run's URI."""
 
     def make(name):
-        torch.manual_seed(len(name))
-        arguments = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-        model = SlotModel(
-            SlotModelConfig(BackboneConfig(None, 16, arguments), 3, 8, decoder_hidden_sizes=(8,))
-        )
-        uri = str(tmp_path / "root" / "students" / name)
-        save_slot_model(model, f"{uri}/model")
-        storage.write_bytes(f"{uri}/config.yaml", config.to_yaml().encode())
-        run_id = tracking.start_run(config, uri, name, {"role": "student"})
-        storage.publish(uri, {"fingerprint": name, "mlflow_run": run_id, "tags": {"seed": "1", "clips": "c"}})
-        return uri
+        return make_finished_run(config, str(tmp_path / "root" / "students" / name))
 
     return make
-
-
-def evaluation(score, protocol="p"):
-    return {"scores": {"video_mbo": score}, "protocol": {"fingerprint": protocol}, "uri": "somewhere"}
 
 
 def champion(config):

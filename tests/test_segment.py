@@ -1,12 +1,14 @@
 """Videos through a model: what is written, and what is said when it can't be."""
 
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pipeline.clips.sources import BadVideo
+from pipeline.clips.sources import BadVideo, VideoRef
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 from pipeline.segment import segment
 
@@ -68,3 +70,14 @@ def test_a_broken_video_leaves_no_overlay(model, tmp_path):
     assert not list((tmp_path / "out").glob("*.mp4"))
     with pytest.raises(FileNotFoundError, match="gone"):
         segment(model, tmp_path / "gone.mp4", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "a\0b", "..\\x", "a\n/../b"])
+def test_an_id_of_a_data_set_names_files_in_the_folder_only(model, tmp_path, name):
+    write_video(tmp_path / "a.mp4", 4, 32, 32)
+    before = set(tmp_path.rglob("*"))
+    out = tmp_path / "deep" / "deeper" / "out"
+    done = segment(model, VideoRef(name, str(tmp_path / "a.mp4")), out)
+    assert set(out.iterdir()) == {out / Path(done[kind]).name for kind in ("overlay", "labels", "sheet")}
+    outside = {path for path in tmp_path.rglob("*") if out not in [path, *path.parents]}
+    assert outside - before == {tmp_path / "deep", tmp_path / "deep" / "deeper"}

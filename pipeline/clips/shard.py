@@ -22,7 +22,7 @@ from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_m
 from pipeline.clips.sources import BadVideo, Frame, VideoRef, list_videos, read_video
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
 from pipeline.clips.sources.videos import list_videos as list_local
-from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, VideoEntry
+from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, SOURCES_FILE, VideoEntry
 from pipeline.config import Clips, Config, parse_split
 from pipeline.lease import lease
 from pipeline.progress import Progress, log
@@ -175,12 +175,22 @@ def _fill(config: Config, split: str, videos: list[VideoRef], uri: str, label: s
             + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
         )
     entries = [VideoEntry(**entry) for report in ordered for entry in report["videos"]]
-    _write_index(storage.join(uri, INDEX_FILE), entries)
+    _write_rows(storage.join(uri, INDEX_FILE), [asdict(e) for e in entries])
+    _write_rows(
+        storage.join(uri, SOURCES_FILE),
+        [{"video_id": v.video_id, "path": v.path, "content": v.content} for v in videos],
+    )
     storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
     manifest = {
         "kind": "clips",
         "fingerprint": storage.name(uri),
         "split": split,
+        "dataset": {
+            "kind": config.dataset.kind,
+            "name": config.dataset.title,
+            "path": config.dataset.path,
+            "split": split,
+        },
         "created": storage.timestamp(),
         "settings": _content_settings(settings),
         "sources": storage.fingerprint([(v.video_id, v.content) for v in videos]),
@@ -338,7 +348,6 @@ def _group(frames: Iterator[Frame], length: int) -> Iterator[list[Frame]]:
         yield group
 
 
-def _write_index(uri: str, entries: list[VideoEntry]) -> None:
-    table = pa.Table.from_pylist([asdict(e) for e in entries])
+def _write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
     with storage.atomic_write(uri) as file:
-        pq.write_table(table, file)
+        pq.write_table(pa.Table.from_pylist(rows), file)

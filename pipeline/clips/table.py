@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.clips.schema import CODEC_KEY, Clip, decode_frame, decode_masks
 
 INDEX_FILE = "index.parquet"
+SOURCES_FILE = "sources.parquet"  # the videos that it was made of, those set aside included
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
 _KNOWN_FOOTERS = 256  # about 1 KB a row group each

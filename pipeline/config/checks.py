@@ -3,8 +3,46 @@
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Iterator
+from typing import Any
 
 from pipeline.config.sections import GENERATED_SPLITS, Config, Model, Training, ViT, parse_split
+from pipeline.redact import has_password
+
+
+def check_secrets(config: Config) -> list[str]:
+    """A config is printed, stored beside every result and shown by MLflow: no place for a password."""
+    found = [(key, text) for key, text in _texts(config.model_dump(mode="json")) if has_password(text)]
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if config.mlflow.tracking_uri is None and has_password(uri):
+        found.append(("MLFLOW_TRACKING_URI", uri))
+    return [
+        f"{key}: holds a password, which would be stored and shown with it; leave it out and {_way_out(key, text)}"
+        for key, text in found
+    ]
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a config with its key."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, key)
+
+
+def _way_out(key: str, uri: str) -> str:
+    if uri.startswith("postgres"):
+        return "set PGPASSWORD, or write it to ~/.pgpass"
+    if uri.startswith("s3:"):
+        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if key in ("mlflow.tracking_uri", "MLFLOW_TRACKING_URI"):
+        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    return "give it by the environment"
 
 
 def check_dataset(config: Config) -> list[str]:

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.checks import check_combinations, check_dataset, check_models
+from pipeline.config.checks import check_combinations, check_dataset, check_models, check_secrets
 from pipeline.config.sections import Config, ConfigError, ViT
+from pipeline.redact import redact
 
 
 def load_config(
@@ -39,7 +40,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} can't be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from error
+        raise ConfigError(redact(f"config file {str(path)!r} is not YAML: {error}")) from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"config file {str(path)!r} must hold sections, not {type(values).__name__}")
@@ -88,17 +89,18 @@ def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Con
     except ValidationError as error:
         # A union complains once for each of its members; a mapping was never meant to be a name.
         errors = [e for e in error.errors() if not (e["loc"][-1] == "str" and isinstance(e["input"], dict))]
-        raise ConfigError("\n".join(map(_explain, errors))) from None
-    problems = [*check_dataset(config), *check_models(config), *check_combinations(config)]
+        raise ConfigError(redact("\n".join(map(_explain, errors)))) from None
+    checks = (check_secrets, check_dataset, check_models, check_combinations)
+    problems = [problem for check in checks for problem in check(config)]
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(redact("\n".join(problems)))
     return config
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or "." not in key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        raise ConfigError(redact(f"override {override!r} is not of the form section.key=value"))
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
@@ -114,7 +116,7 @@ def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None
             node[section] = {}
         node = node[section]
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+            raise ConfigError(redact(f"override {override!r}: {section!r} is a value, not a section"))
     node[last] = value
 
 

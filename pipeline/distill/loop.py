@@ -29,9 +29,8 @@ from pipeline.heap import keep_freed_memory
 from pipeline.models import SlotModel, SlotModelConfig, save_public_checkpoint, save_slot_model
 from pipeline.progress import Progress, log
 from pipeline.targets import TargetSet, teacher_outputs
-from pipeline.tracking import RunLogger
+from pipeline.tracking import HISTORY_FILE, RunLogger
 
-HISTORY_FILE = "history.json"
 PUBLIC_CHECKPOINT = "teacher.ckpt"
 
 PREEMPTION_CHECK_STEPS = 5  # each check asks all workers

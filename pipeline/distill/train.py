@@ -183,7 +183,9 @@ def _train(
                 _train_to_the_end(spec, tags, run_tags, on_validation, train_callbacks)
                 return {**_summary(spec), "reused": False}
     log(f"{spec.label}: this run is finished, reusing {uri}")
-    return {**_summary(spec), "reused": True}
+    summary = _summary(spec)
+    tracking.complete_run(spec.config, uri, summary["mlflow_run"], wait=False)
+    return {**summary, "reused": True}
 
 
 def _train_to_the_end(
@@ -244,7 +246,7 @@ def _train_to_the_end(
             "tags": tags,
         },
     )
-    logger.end("FINISHED")
+    tracking.complete_run(config, uri, run_id)
 
 
 def _validation_clips(spec: TrainingSpec) -> str | None:
@@ -374,9 +376,13 @@ def arrow_filesystem(uri: str) -> Any:
 
 
 def git_revision() -> str:
-    """The commit of this checkout, or "unknown" outside of one."""
+    """`SLOTMATCH_REVISION` where it is set (a submitted job has no .git), else this checkout's commit or "unknown"."""
+    import os
     import subprocess
     from pathlib import Path
+
+    if os.environ.get("SLOTMATCH_REVISION"):
+        return os.environ["SLOTMATCH_REVISION"]
 
     try:
         result = subprocess.run(

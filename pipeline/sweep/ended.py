@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipeline import storage
 from pipeline.distill.loop import HISTORY_FILE
 from pipeline.distill.train import NonFiniteLoss
+from pipeline.redact import redact
 from pipeline.sweep.settings import Trial
 
 TRIALS_FOLDER = "trials"
@@ -49,7 +50,7 @@ def read_ended(sweep_uri: str, trial: Trial) -> Ended | None:
 
 def failed(trial: Trial, error: BaseException, seconds: float | None = None) -> Ended:
     """A non-finite loss comes back with the same seed; whatever else went wrong is worth another try."""
-    text = f"{type(error).__name__}: {error}"
+    text = redact(f"{type(error).__name__}: {error}")
     final = isinstance(error, NonFiniteLoss)
     return Ended("failed", trial.title, trial.run_uri, error=text, final=final, seconds=seconds)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from pipeline import storage, tracking
 from pipeline.config import Config
+from pipeline.mlflow_client import in_words, plain_client, why_denied
+from pipeline.progress import log
 from pipeline.sweep.ended import Ended
 from pipeline.sweep.settings import Trial
 
@@ -45,13 +47,23 @@ def _end_left_running(config: Config, sweep_uri: str, parent: str) -> None:
 
 
 def end_child(config: Config, run_uri: str, status: str) -> str | None:
-    """Ends the MLflow run of a run folder; returns its id, None where there is none."""
-    client, experiment = tracking.client(config), tracking.experiment_id(config)
-    found = client.search_runs([experiment], tracking.tag_filter(run_uri), max_results=1)
-    if not found:
+    """Ends the MLflow run of a run folder; returns its id, None where there is none.
+
+    A server that is away is not waited for, as other trials are running: what stays open is closed at the sweep's end.
+    """
+    try:
+        client = plain_client(config.tracking_uri)
+        experiment = client.get_experiment_by_name(config.mlflow.experiment)
+        found = client.search_runs([experiment.experiment_id], tracking.tag_filter(run_uri), max_results=1)
+        if not found:
+            return None
+        client.set_terminated(found[0].info.run_id, status)
+        return found[0].info.run_id
+    except Exception as error:  # whatever the server or the network does, the sweep goes on
+        log(
+            f"mlflow: the end of {storage.name(run_uri)} could not be sent ({why_denied(error) or in_words(error)})"
+        )
         return None
-    client.set_terminated(found[0].info.run_id, status)
-    return found[0].info.run_id
 
 
 def adopt(
@@ -59,7 +71,8 @@ def adopt(
 ) -> None:
     """Nests every trial's run below the parent, also those of students that were there before the sweep.
 
-    A run that was stopped is closed once more: its own process, which saw only its end, called it failed.
+    A run that was stopped is closed once more: its own process, which saw only its end, called it failed. One that
+    finished while the server was away gets what it missed.
     """
     from mlflow.exceptions import MlflowException
 
@@ -74,6 +87,8 @@ def adopt(
             for key, value in tags.items():
                 if known.get(key) != value:
                     client.set_tag(run_id, key, value)
+            if ended[trial.key].status == "finished":
+                tracking.complete_run(trial.config, trial.run_uri, run_id)
             if ended[trial.key].status == "stopped":
                 client.set_terminated(run_id, "KILLED")
 

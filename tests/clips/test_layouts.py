@@ -181,11 +181,13 @@ def test_the_other_place_of_coco(tmp_path):
 
 def test_names_that_lead_out_of_a_folder_are_set_aside(tmp_path):
     video = np.zeros((3, 48, 64, 3), np.uint8)
-    members = [(f"{key}.video.npy", npy_bytes(video)) for key in ("../../evil", "/evil", "deep/ok", "a\\b")]
+    members = [
+        (f"{key}.video.npy", npy_bytes(video)) for key in ("../../evil", "/evil", "deep/ok", "a\\b", "a\x01b")
+    ]
     write_tar(tmp_path / "tars/a-train-000000.tar", members)
     _, report = clip_set(find("webdataset", tmp_path / "tars"), tmp_path)
     assert [v["video_id"] for v in report["videos"]] == ["a-train-000000/deep/ok"]
-    assert len(report["bad"]) == 3
+    assert len(report["bad"]) == 4
     assert all("leads out of a folder" in b["reason"] for b in report["bad"])
 
     WRITERS["davis"](tmp_path / "davis")

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import yaml
+from services import MLflowServer
 
 from pipeline.config import resolve_config
 from pipeline.ray_session import ray_session
@@ -77,6 +78,20 @@ def shared_tiny(tmp_path_factory):
 def local_ray():
     with ray_session(resolve_config({"ray": {"num_cpus": 3}})):
         yield
+
+
+@pytest.fixture(scope="session")
+def _mlflow_server(tmp_path_factory):
+    server = MLflowServer(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def mlflow_server(_mlflow_server):
+    """A running MLflow server at `.uri`, which a test may `.kill()` and `.start()` again."""
+    _mlflow_server.start()
+    return _mlflow_server
 
 
 @pytest.fixture

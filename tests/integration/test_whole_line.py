@@ -6,6 +6,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.evaluate import SCORES
+from pipeline.lineage import trace
 from pipeline.models import load_slot_model
 from pipeline.report.write import write_report
 from pipeline.whole import NO_KD, SLOTMATCH, run_pipeline
@@ -37,6 +38,14 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     pulled = load_slot_model(tmp_path / "root" / "demo" / "champion")
     *_, (_, _, masks) = pulled.stream([frames])
     np.testing.assert_array_equal(pulled.label_maps(masks, (30, 40)).numpy(), labels)
+
+    origin = trace("models:/slotmatch@champion", config.tracking_uri)
+    assert origin.missing == []
+    assert origin.clips["dataset"]["kind"] == "synthetic"
+    assert len(origin.clips["video_ids"]) == 10
+    assert len(origin.evaluation_clips["video_ids"]) == 3
+    assert origin.teacher["files"]
+    assert origin.run["seed"] == str(config.distill.seed)
 
     report = write_report(config, latency_runs=1)
     assert report["records"] == len(first["scores"])

@@ -1,0 +1,40 @@
+"""A process of its own for test_mlflow_faults: CONFIG GO hold | CONFIG GO race SHARED_RUN RUN LUCKY_RUN SCORE"""
+
+import sys
+import time
+from pathlib import Path
+
+from students import evaluation
+
+from pipeline import registry_lock, tracking
+from pipeline.config import load_config, with_overrides
+from pipeline.registry import appoint, register
+
+
+def hold(config):
+    """Until it is killed."""
+    with registry_lock.registry_lock(tracking.client(config), config.mlflow.model_name):
+        print("holds it", flush=True)
+        time.sleep(1000)
+
+
+def race(config, go, shared, run, lucky, score):
+    """Registers by itself, then as a sweep of two students."""
+    registry_lock.SECONDS_UNTIL_BROKEN = 30.0
+    print("ready", flush=True)
+    while not Path(go).exists():
+        time.sleep(0.01)
+    register(config, shared, evaluation(0.25))
+    register(config, run, evaluation(float(score)))
+    swept = with_overrides(config, {"mlflow.model_name": f"{config.mlflow.model_name} swept"})
+    chosen = register(swept, run, evaluation(float(score)), contend=False)["version"]
+    rival = register(swept, lucky, evaluation(1 - float(score)), contend=False)["version"]
+    appoint(swept, chosen, {chosen, rival})
+
+
+if __name__ == "__main__":
+    _, config_file, go, what, *arguments = sys.argv
+    if what == "hold":
+        hold(load_config(config_file))
+    else:
+        race(load_config(config_file), go, *arguments)

@@ -1,0 +1,66 @@
+"""A real MLflow server that can be killed and started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class MLflowServer:
+    """`mlflow server` on loopback, with its database and files in a folder; always at the same address."""
+
+    def __init__(self, folder, *arguments, **environment):
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        self._command += ["--port", str(self.port), "--workers", "1", *arguments]
+        self._command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+        self._command += ["--artifacts-destination", str(folder / "files")]
+        # Runners of jobs that nobody gives it take more to start than the server itself.
+        self._environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
+        self._process = None
+
+    def start(self):
+        """Returns once it answers; nothing where it runs already."""
+        if self._process is not None:
+            return
+        with open(self.folder / "log", "ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env={**os.environ, **self._environment},
+                start_new_session=True,
+            )
+        end = time.monotonic() + 400
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"mlflow server: {(self.folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def _answers(self):
+        try:
+            urllib.request.urlopen(f"{self.uri}/health", timeout=5)
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def kill(self):
+        """SIGKILL of the server with all its workers."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(20)
+            self._process = None
