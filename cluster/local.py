@@ -178,7 +178,9 @@ class LocalCluster:
             for k, v in os.environ.items()
             if k not in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_SESSION_TOKEN")
         }
-        return {**kept, **self.environment, **own}
+        # What is submitted says `python`, and means the one with our packages.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+        return {**kept, "PATH": path, **self.environment, **own}
 
     def _start(self, name: str, command: list[str], own: dict[str, str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -78,12 +78,15 @@ class _ScoreActor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         index, shard = row["subject"], row["shard"]
-        scores = [
-            score_video(self.clips, video, self._predictor(index, video), self.protocol)
-            for video in self.by_shard[shard]
-        ]
-        _write_rows(storage.join(self.folders[index], ROWS_FOLDER, shard), scores)
-        return {"videos": len(scores)}
+        videos, uri = self.by_shard[shard], storage.join(self.folders[index], ROWS_FOLDER, shard)
+        # Ray runs a task again whose answer was lost with its node, though its rows may be there.
+        if not storage.exists(uri):
+            scores = [
+                score_video(self.clips, video, self._predictor(index, video), self.protocol)
+                for video in videos
+            ]
+            _write_rows(uri, scores)
+        return {"videos": len(videos)}
 
 
 def _annotated_videos(clips: ClipSet) -> dict[str, list[VideoEntry]]:

@@ -188,10 +188,9 @@ class TargetMaker:
         shapes = {name: (T, b.num_patches, b.feature_size) for name, b in backbones.items()}
         return _schema(slots_shape, shapes, self.config.targets.feature_dtype)
 
-    def write_shard(self, shard: str, folder: str) -> dict[str, int]:
+    def write_shard(self, shard: str, folder: str) -> None:
         """Computes and publishes the targets of one clip shard."""
         schema = self.schema()
-        clips = rows = 0
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / shard
             writer = pq.ParquetWriter(
@@ -206,11 +205,8 @@ class TargetMaker:
                 table = self._table(items, computed, schema)
                 limit = max(1, _ROW_GROUP_BYTES * len(table) // max(table.nbytes, 1))
                 writer.write_table(table, row_group_size=limit)
-                rows += len(items)
-                clips += sum(1 for _, k, _ in items if k == 0)
             writer.close()
             storage.upload_file(path, storage.join(folder, shard))
-        return {"clips": clips, "rows": rows}
 
     def _batches(self, shard: str) -> Iterator[list[tuple[Clip, int, View]]]:
         pending: list[tuple[Clip, int, View]] = []
@@ -304,7 +300,11 @@ class _ShardActor:
         shard = row["shard"]
         if self.verify:
             return {"shard": shard, **self.maker.verify_shard(shard, self.targets_uri, self.verify)}
-        return {"shard": shard, **self.maker.write_shard(shard, storage.join(self.targets_uri, SHARD_FOLDER))}
+        folder = storage.join(self.targets_uri, SHARD_FOLDER)
+        # Ray runs a task again whose answer was lost with its node, though its shard may be there.
+        if not storage.exists(storage.join(folder, shard)):
+            self.maker.write_shard(shard, folder)
+        return {"shard": shard}
 
 
 def find_targets(config: Config, clips: ClipSet) -> str:
@@ -385,7 +385,7 @@ def _fill(
     with Progress("cache", clips.manifest["clips"], "clips") as progress:
         progress.skip(sum(rows_of[s] for s in clips.shards if s in done))
         for report in _run(config, missing, maker, uri, verify=0.0):
-            progress.advance(report["clips"])
+            progress.advance(rows_of[report["shard"]])
     manifest = {
         "kind": "targets",
         "fingerprint": storage.name(uri),

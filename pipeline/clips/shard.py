@@ -232,7 +232,12 @@ def _run(config: Config, missing: list[tuple[str, list[VideoRef]]], folder: str)
 
 def _shard_task(row: dict[str, str], folder: str, settings: Clips) -> dict[str, str]:
     name, group = json.loads(row["work"])
-    report = write_shard([VideoRef(*v) for v in group], storage.join(folder, name), settings)
+    uri = storage.join(folder, name)
+    # Ray runs a task again whose answer was lost with its node, though its shard may be there.
+    if storage.exists(uri):
+        report = _read_report(uri)
+    else:
+        report = write_shard([VideoRef(*v) for v in group], uri, settings)
     return {"report": json.dumps(report)}
 
 

@@ -43,16 +43,25 @@ LONG_DISTILL = [
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A head, which runs drivers only, and two nodes with a CPU each."""
+def any_cluster(tmp_path_factory):
+    """A head, which runs drivers only, and two nodes with a CPU each, of which some may be dead."""
     # Ray's notices of nodes that go are looked for every second, not every five.
     fast = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     with running_cluster(tmp_path_factory.mktemp("cluster"), nodes=3, environment=fast) as cluster:
         yield cluster
 
 
-def back_again(cluster, name):
-    cluster.start_worker(name, 1, *SMALL_STORE)
+@pytest.fixture
+def cluster(any_cluster):
+    """All of its nodes alive."""
+    return whole(any_cluster)
+
+
+def whole(cluster):
+    for name in ("node-1", "node-2"):
+        if name not in cluster.pids:
+            cluster.start_worker(name, 1, *SMALL_STORE)
+    return cluster
 
 
 def new_shards(uri, more_than, job):
@@ -94,7 +103,6 @@ def test_shard_loses_a_worker_and_a_node(tiny, cluster):
     assert clips.manifest["bad"] == []
     after = published_shards(uri)
     assert {p: after[p] for p in before} == before
-    back_again(cluster, node)
 
 
 @pytest.mark.fault(fault="SIGKILL of a Data actor", stage="cache", checked="every row is there once")
@@ -126,12 +134,12 @@ def test_cache_loses_an_actor_and_a_node(tiny, cluster):
             assert (video, index) == (clips.read_clip(name, 0).video_id, 0)
     after = published_shards(uri)
     assert {p: after[p] for p in before} == before
-    back_again(cluster, node)
 
 
 @pytest.fixture(scope="module")
-def unbroken(shared_tiny, cluster):
+def unbroken(shared_tiny, any_cluster):
     """Clips and targets, and the losses of a distillation that nothing happens to."""
+    cluster = whole(any_cluster)
     config = shared_tiny(*LONG_DISTILL, "distill.name=unbroken", "distill.checkpoint_every=100")
     cluster.job("shard", config).finish()
     cluster.job("cache", config).finish()
@@ -155,7 +163,7 @@ def test_distillation_loses_a_node(shared_tiny, cluster, unbroken):
     wait_for(lambda: checkpoints(run) or not job.running())
     node, _ = worker_of(cluster, "RayTrainWorker")
     cluster.kill(node)
-    back_again(cluster, node)
+    whole(cluster)
     summary = job.finish()
     assert max(resumed_from(job.output())) >= 30
     assert storage.read_json(summary["history"]) == unbroken
@@ -186,7 +194,7 @@ def test_a_preemption_notice_makes_a_checkpoint_at_once(shared_tiny, cluster, un
     assert time.monotonic() - asked < seconds, "the node was gone before the checkpoint was there"
     time.sleep(max(0.0, seconds - (time.monotonic() - asked)))
     cluster.kill(node)
-    back_again(cluster, node)
+    whole(cluster)
     summary = job.finish()
     assert "is about to be taken away" in job.output()
     assert noticed[0] in resumed_from(job.output())
@@ -266,8 +274,7 @@ def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
     assert not storage.is_complete(uri)
 
     cluster.start_head(0, *SMALL_STORE)
-    for node in ("node-1", "node-2"):
-        back_again(cluster, node)
+    whole(cluster)
     fourth = cluster.submit("shard", config)
     made = new_shards(uri, 0, fourth)
     summary = fourth.finish()
