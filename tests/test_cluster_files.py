@@ -162,8 +162,9 @@ def test_a_rayjob_runs_an_entry_point_whose_config_resolves(path, monkeypatch, c
 
 def test_the_rayjobs_agree_on_data_storage_and_registry():
     settings = {a for p in RAYJOBS for a in shlex.split(read(p)["spec"]["entrypoint"]) if "=" in a}
-    assert {a.split("=")[0] for a in settings} == {"dataset.path", "storage.root", "mlflow.tracking_uri"}
-    assert len(settings) == 3
+    keys = {"dataset.path", "storage.root", "mlflow.tracking_uri", "ray.gpus"}
+    assert {a.split("=")[0] for a in settings} == keys
+    assert len(settings) == len(keys)
 
 
 def test_the_image_is_one_and_kustomize_names_its_registry():

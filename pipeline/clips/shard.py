@@ -234,10 +234,8 @@ def _shard_task(row: dict[str, str], folder: str, settings: Clips) -> dict[str, 
     name, group = json.loads(row["work"])
     uri = storage.join(folder, name)
     # Ray runs a task again whose answer was lost with its node, though its shard may be there.
-    if storage.exists(uri):
-        report = _read_report(uri)
-    else:
-        report = write_shard([VideoRef(*v) for v in group], uri, settings)
+    done = storage.exists(uri)
+    report = _read_report(uri) if done else write_shard([VideoRef(*v) for v in group], uri, settings)
     return {"report": json.dumps(report)}
 
 
