@@ -40,12 +40,12 @@ def ray_session(config: Config) -> Iterator[None]:
         "logging_level": logging.WARNING,
         "logging_config": ray.LoggingConfig(log_level="WARNING"),
     }
+    # Ray's C++ core reports at ERROR that actors of Ray Data and Train keep their arguments in the
+    # object store, for every one of them (ray#53727). Set the variable to see what it says.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # "local" and not None: a stale file of an earlier cluster must not decide where we run.
     # The dashboard stays on: without it, stopped Tune trials have been seen to leak their resources.
     if not address:
-        # Ray's C++ core reports at ERROR that actors of Ray Data and Train keep their arguments in the
-        # object store, for every one of them (ray#53727). Set the variable to see what it says.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options |= {"address": "local", "num_cpus": config.ray.num_cpus}
     else:
         options |= {"address": address}
