@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import ceil
 from pathlib import Path
@@ -241,7 +241,7 @@ def distill_cost(work: Workload, rates: Rates) -> Cost:
     """One student, with cached slots and live features of its own."""
     group = row_group_clips(work, rates) * work.clip_bytes(rates)
     target_group = target_group_rows(work) * work.target_bytes
-    opened = max(0.0, 1 - table._OPEN_FILES / work.shards)  # share of the reads that find their file closed
+    opened = max(0.0, 1 - table._KNOWN_FOOTERS / work.shards)  # share of the reads whose footer is not known
     footer_bytes, footer_gets = footers(work, rates)
     return Cost(
         "distill",
@@ -281,13 +281,13 @@ def workloads() -> list[Workload]:
     # A record holds 24 PNGs of 256² and their labels. Videos of ten minutes at 5 Mbit/s, in reads of 50 MiB.
     record, minutes = 24 * 1.2e5, 10
     length, size = 60 * minutes, 60 * minutes * 5e6 / 8
-    hours = {"aspect": 16 / 9, "source_bytes": size, "source_gets": ceil(size / PART_BYTES)}
     million = 10**6 * 60 // minutes
+    every = Workload("10⁶ hours, 24 fps", videos, million, 24 * length, 16 / 9, size, ceil(size / PART_BYTES))
     return [
         Workload("MOVi-E", movi, 9749, 24, 1.0, record, 2, scored_videos=250),
         Workload("YTVIS-2021", ytvis, 2985 - 300, 30, 16 / 9, 30 * 1.5e5, 30, scored_videos=300),
-        Workload("10⁶ hours, 24 fps", videos, million, 24 * length, **hours),
-        Workload("10⁶ hours, 1 of 24 fps", videos, million, length, **hours, decoded=24 * length),
+        every,
+        replace(every, name="10⁶ hours, 1 of 24 fps", frames=length, decoded=every.frames),
     ]
 
 

@@ -35,7 +35,7 @@ def test_requests_of_movi(movi):
     cache = costs.cache_cost(movi, RATES)
     assert cache.puts == 610 + 2
     assert cache.gets == pytest.approx(2 * 610 + 58_494 / 5)
-    opened = 1 - 100 / 610
+    opened = 1 - 256 / 610
     distill = costs.distill_cost(movi, RATES)
     assert distill.gets == pytest.approx(4_800_000 * (2 + 4 * opened))
     assert distill.read == pytest.approx(4_800_000 * (5 * 225_792 + 8 * 30_720 + opened * 2 * 65_536))

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,7 @@ from pipeline.clips.sources.files import RangeFile
 INDEX_FILE = "index.parquet"
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
-# Each loader thread has a reader for clips and one for targets; a process may often have 1,024 files open.
-_OPEN_FILES = 100
+_KNOWN_FOOTERS = 256  # about 1 KB a row group each
 _READ_AHEAD = 1 << 14  # bytes behind a read from S3
 
 
@@ -41,61 +40,69 @@ class VideoEntry:
     annotated: bool
 
 
-class _OpenShard:
-    """An open Parquet file, and where each of its row groups ends."""
+class _Footer(NamedTuple):
+    """What is remembered of a Parquet file: where its row groups are, and the rows up to each one's end."""
 
-    def __init__(self, uri: str) -> None:
-        # `pre_buffer` asks for a row group's columns at once.
-        self.file = pq.ParquetFile(_open(uri), pre_buffer=True, page_checksum_verification=True)
-        metadata = self.file.metadata
-        rows = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        self.ends = list(accumulate(rows))
-
-
-def _open(uri: str) -> IO[bytes]:
-    """A file to read anywhere in. s3fs by itself would read 50 MiB behind each clip, and keep them."""
-    if storage.is_remote(uri):
-        return RangeFile(uri, 0, storage.size(uri), ahead=_READ_AHEAD)  # type: ignore[return-value]
-    return storage.open_read(uri)
+    metadata: pq.FileMetaData
+    bytes: int
+    ends: list[int]
 
 
 class ShardReader:
-    """Random access to the rows of Parquet files; keeps the last few row groups and open files."""
+    """Random access to the rows of Parquet files.
+
+    Keeps the last few row groups and footers, but no file open: an open one holds what was last read of it, which
+    over thousands of shards is all memory.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._files: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._footers: OrderedDict[str, _Footer] = OrderedDict()
         self._groups: OrderedDict[tuple[str, int, tuple[str, ...] | None], pa.Table] = OrderedDict()
 
     def file(self, shard: str) -> pq.ParquetFile:
-        """Raises ValueError, naming the file, where it is missing, truncated or not Parquet."""
-        return self._open(shard).file
+        """Opens it; raises ValueError, naming the file, where it is missing, truncated or not Parquet."""
+        uri = storage.join(self.folder, shard)
+        known = self._footers.get(shard)
+        try:
+            size = known.bytes if known else storage.size(uri)
+            file = pq.ParquetFile(
+                _open(uri, size),
+                metadata=known.metadata if known else None,
+                pre_buffer=True,  # asks for a row group's columns at once
+                page_checksum_verification=True,
+            )
+        except FileNotFoundError as error:
+            raise ValueError(f"{uri}: the shard is missing though its folder is published") from error
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{uri}: the shard is damaged ({error})") from error
+        if known is None:
+            rows = (file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
+            self._footers[shard] = _Footer(file.metadata, size, list(accumulate(rows)))
+            if len(self._footers) > _KNOWN_FOOTERS:
+                self._footers.popitem(last=False)
+        self._footers.move_to_end(shard)
+        return file
 
-    def _open(self, shard: str) -> _OpenShard:
-        if shard not in self._files:
-            uri = storage.join(self.folder, shard)
-            try:
-                self._files[shard] = _OpenShard(uri)
-            except FileNotFoundError as error:
-                raise ValueError(f"{uri}: the shard is missing though its folder is published") from error
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{uri}: the shard is damaged ({error})") from error
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)[1].file.close(force=True)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+    def _ends(self, shard: str) -> list[int]:
+        if shard not in self._footers:
+            self.file(shard).close(force=True)
+        return self._footers[shard].ends
 
     def _read_group(self, shard: str, group: int, columns: list[str] | None) -> pa.Table:
+        file = self.file(shard)
         try:
-            return self.file(shard).read_row_group(group, columns=columns, use_threads=False)
+            return file.read_row_group(group, columns=columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(
                 f"{storage.join(self.folder, shard)}: row group {group} is damaged ({error})"
             ) from error
+        finally:
+            file.close(force=True)
 
     def row(self, shard: str, row: int, columns: list[str] | None = None) -> pa.Table:
         """One row as a table of length 1."""
-        ends = self._open(shard).ends
+        ends = self._ends(shard)
         group = bisect_right(ends, row)
         start = ends[group - 1] if group else 0
         key = (shard, group, tuple(columns) if columns else None)
@@ -108,10 +115,17 @@ class ShardReader:
 
     def rows(self, shard: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """All rows of a shard in order, each as a table of length 1; one row group in memory."""
-        for group in range(len(self._open(shard).ends)):
+        for group in range(len(self._ends(shard))):
             table = self._read_group(shard, group, columns)
             for row in range(len(table)):
                 yield table.slice(row, 1)
+
+
+def _open(uri: str, size: int) -> IO[bytes]:
+    """A file to read anywhere in. s3fs by itself would read 50 MiB behind each clip, and keep them."""
+    if storage.is_remote(uri):
+        return RangeFile(uri, 0, size, ahead=_READ_AHEAD)  # type: ignore[return-value]
+    return storage.open_read(uri)
 
 
 class ClipSet:

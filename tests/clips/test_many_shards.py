@@ -1,4 +1,4 @@
-"""A data set of many shards: few open files, and no more bytes read than a clip needs."""
+"""A data set of many shards: no open files, and no more bytes read than a clip needs."""
 
 import shutil
 from pathlib import Path
@@ -20,8 +20,8 @@ def clips(tmp_path):
     return make_clip_set(tmp_path / "clips", videos, videos_per_shard=6)
 
 
-def test_only_some_files_stay_open(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "_OPEN_FILES", 5)
+def test_no_file_stays_open(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_KNOWN_FOOTERS", 5)
     source = Path(clips.uri) / "data" / clips.shards[0]
     names = [f"copy-{i:02d}.parquet" for i in range(40)]
     for name in names:
@@ -34,8 +34,9 @@ def test_only_some_files_stay_open(clips, tmp_path, monkeypatch):
     for name in names:
         assert reader.row(name, 30).to_pylist() == expected
     ours = [f.path for f in process.open_files() if f.path.startswith(str(tmp_path / "copy-"))]
-    assert len(ours) <= 5
-    assert len([first, *rows]) == 36  # goes on though its file was closed meanwhile
+    assert ours == []
+    assert len(reader._footers) == 5
+    assert len([first, *rows]) == 36  # goes on though its footer was forgotten meanwhile
 
 
 def test_rows_are_found_in_any_row_group(clips):
