@@ -138,9 +138,13 @@ def upload_requests(size: float) -> int:
     return 1 if size < PART_BYTES else ceil(size / PART_BYTES) + 2
 
 
-def row_group_clips(work: Workload, rates: Rates) -> int:
-    """A row group is closed by the clip that reaches its limit."""
-    return ceil(work.config.clips.row_group_mb * MIB / work.clip_bytes(rates))
+def row_groups(work: Workload, rates: Rates) -> tuple[int, float]:
+    """Of the clips: how many there are, and the bytes of one. A group is closed by the clip that reaches its limit,
+    and by a video's end."""
+    of_a_video = ceil(work.frames / work.config.clips.clip_frames)
+    most = ceil(work.config.clips.row_group_mb * MIB / work.clip_bytes(rates))
+    groups = ceil(of_a_video / most)
+    return work.videos * groups, of_a_video / groups * work.clip_bytes(rates)
 
 
 def target_group_rows(work: Workload) -> int:
@@ -151,14 +155,18 @@ def target_group_rows(work: Workload) -> int:
 
 
 def footers(work: Workload, rates: Rates) -> tuple[float, float]:
-    """Bytes and requests of opening a clip shard and its targets: the size, and the footer in one or two reads."""
-    clips = work.clips / work.shards
-    groups = [
-        clips / row_group_clips(work, rates),
-        clips * work.config.targets.views / target_group_rows(work),
-    ]
-    sizes = [FOOTER_BYTES_A_GROUP * count for count in groups]
-    return sum(max(FOOTER_BYTES, size) for size in sizes), sum(2 + (size > FOOTER_BYTES) for size in sizes)
+    """Bytes and requests of a sample for footers, of a clip shard and its targets, that the reader does not remember.
+
+    Opening a file asks for its size, and for its footer in one or two reads.
+    """
+    target_groups = work.clips * work.config.targets.views / target_group_rows(work)
+    read = gets = 0.0
+    for groups in (row_groups(work, rates)[0], target_groups):
+        footer = FOOTER_BYTES_A_GROUP * groups / work.shards
+        forgotten = max(0.0, 1 - table._FOOTER_BYTES / (footer * work.shards))
+        read += forgotten * max(FOOTER_BYTES, footer)
+        gets += forgotten * (2 + (footer > FOOTER_BYTES))
+    return read, gets
 
 
 @cache
@@ -225,7 +233,7 @@ def cache_cost(work: Workload, rates: Rates) -> Cost:
     views = work.config.targets.views
     clips = shard_cost(work, rates).stored
     stored = work.clips * views * work.target_bytes
-    groups = work.clips / row_group_clips(work, rates)
+    groups, _ = row_groups(work, rates)
     return Cost(
         "cache",
         stored=stored,
@@ -239,15 +247,14 @@ def cache_cost(work: Workload, rates: Rates) -> Cost:
 
 def distill_cost(work: Workload, rates: Rates) -> Cost:
     """One student, with cached slots and live features of its own."""
-    group = row_group_clips(work, rates) * work.clip_bytes(rates)
+    _, group = row_groups(work, rates)
     target_group = target_group_rows(work) * work.target_bytes
-    opened = max(0.0, 1 - table._KNOWN_FOOTERS / work.shards)  # share of the reads whose footer is not known
     footer_bytes, footer_gets = footers(work, rates)
     return Cost(
         "distill",
         stored=count_parameters(work.models[1]) * FLOAT_BYTES,
-        read=work.samples * (group + target_group + opened * footer_bytes),
-        gets=work.samples * (2 + opened * footer_gets),
+        read=work.samples * (group + target_group + footer_bytes),
+        gets=work.samples * (2 + footer_gets),
         gpu_hours=_gpu_hours(work.samples * step_macs(work), rates.gpu_bf16, rates),
     )
 
@@ -258,7 +265,7 @@ def evaluate_cost(work: Workload, rates: Rates) -> Cost:
     macs = _model_macs(work.models[1], frames, True) / frames
     scored = work.scored_videos * work.frames
     shards = ceil(work.scored_videos / work.config.clips.videos_per_shard)
-    groups = scored / frames / row_group_clips(work, rates)
+    groups = work.scored_videos * row_groups(work, rates)[0] / work.videos
     return Cost(
         "evaluate",
         read=scored * work.pixels * rates.jpeg_bytes,

@@ -21,7 +21,9 @@ from pipeline.clips.sources.files import RangeFile
 INDEX_FILE = "index.parquet"
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
-_KNOWN_FOOTERS = 256  # about 1 KB a row group each
+_FOOTER_BYTES = (
+    4 << 20
+)  # of all that a reader remembers, as stored; in memory they are about four times as large
 _READ_AHEAD = 1 << 14  # bytes behind a read from S3
 
 
@@ -58,6 +60,7 @@ class ShardReader:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._footers: OrderedDict[str, _Footer] = OrderedDict()
+        self._footer_bytes = 0
         self._groups: OrderedDict[tuple[str, int, tuple[str, ...] | None], pa.Table] = OrderedDict()
 
     def file(self, shard: str) -> pq.ParquetFile:
@@ -79,8 +82,10 @@ class ShardReader:
         if known is None:
             rows = (file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
             self._footers[shard] = _Footer(file.metadata, size, list(accumulate(rows)))
-            if len(self._footers) > _KNOWN_FOOTERS:
-                self._footers.popitem(last=False)
+            self._footer_bytes += file.metadata.serialized_size
+            while self._footer_bytes > _FOOTER_BYTES and len(self._footers) > 1:
+                _, forgotten = self._footers.popitem(last=False)
+                self._footer_bytes -= forgotten.metadata.serialized_size
         self._footers.move_to_end(shard)
         return file
 
