@@ -27,9 +27,8 @@ ROOT = Path(__file__).parent.parent
 MIB = 2**20
 PART_BYTES = 50 * MIB  # s3fs: smaller files are one request, larger ones parts of this size
 FLOAT_BYTES = 4
-# Parquet: what pyarrow reads of a file's end at first, and what a row group adds to the footer (1,100 bytes were
-# found for clips, 890 for targets).
-FOOTER_BYTES, FOOTER_BYTES_A_GROUP = 64 * 2**10, 1100
+FOOTER_READ = 64 * 2**10  # bytes of a Parquet file's end that pyarrow reads at first
+CLIP_GROUP_FOOTER, TARGET_GROUP_FOOTER = 670, 890  # bytes that a row group adds to the footer, as found
 
 
 @dataclass(frozen=True)
@@ -161,11 +160,12 @@ def footers(work: Workload, rates: Rates) -> tuple[float, float]:
     """
     target_groups = work.clips * work.config.targets.views / target_group_rows(work)
     read = gets = 0.0
-    for groups in (row_groups(work, rates)[0], target_groups):
-        footer = FOOTER_BYTES_A_GROUP * groups / work.shards
-        forgotten = max(0.0, 1 - table._FOOTER_BYTES / (footer * work.shards))
-        read += forgotten * max(FOOTER_BYTES, footer)
-        gets += forgotten * (2 + (footer > FOOTER_BYTES))
+    clip_groups, _ = row_groups(work, rates)
+    for total in (CLIP_GROUP_FOOTER * clip_groups, TARGET_GROUP_FOOTER * target_groups):
+        footer = total / work.shards
+        forgotten = max(0.0, 1 - table._FOOTER_BYTES / total)
+        read += forgotten * max(FOOTER_READ, footer)
+        gets += forgotten * (2 + (footer > FOOTER_READ))
     return read, gets
 
 

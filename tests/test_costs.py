@@ -35,8 +35,8 @@ def test_requests_of_movi(movi):
     cache = costs.cache_cost(movi, RATES)
     assert cache.puts == 610 + 2
     assert cache.gets == 2 * 610 + 19_498
-    # All footers are 1,100 bytes for each of 19,498 and of 29,247 row groups; 4 MiB of each kind are remembered.
-    forgotten = (1 - 4 * 2**20 / (1100 * 19_498)) + (1 - 4 * 2**20 / (1100 * 29_247))
+    # All footers are 670 bytes for each of 19,498 row groups, 890 for each of 29,247; 4 MiB of each are remembered.
+    forgotten = (1 - 4 * 2**20 / (670 * 19_498)) + (1 - 4 * 2**20 / (890 * 29_247))
     distill = costs.distill_cost(movi, RATES)
     assert distill.gets == pytest.approx(4_800_000 * (2 + 2 * forgotten))
     assert distill.read == pytest.approx(4_800_000 * (3 * 225_792 + 8 * 30_720 + forgotten * 65_536))
