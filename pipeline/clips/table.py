@@ -53,8 +53,7 @@ class _Footer(NamedTuple):
 class ShardReader:
     """Random access to the rows of Parquet files.
 
-    Keeps the last few row groups and footers, but no file open: an open one holds what was last read of it, which
-    over thousands of shards is all memory.
+    Keeps the last few row groups and footers, but no file open: a training worker visits thousands of shards.
     """
 
     def __init__(self, folder: str) -> None:
