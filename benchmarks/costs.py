@@ -18,18 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import targets
 from pipeline.clips import table
+from pipeline.clips.sources import videos
 from pipeline.config import Config, load_config
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.report.costs import config_models
 from pipeline.report.efficiency import count_macs, count_parameters
+from pipeline.storage.s3 import PART_BYTES
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
-PART_BYTES = 50 * MIB  # s3fs: smaller files are one request, larger ones parts of this size
 FLOAT_BYTES = 4
-# Parquet: what pyarrow reads of a file's end at first, and what a row group adds to the footer (1,100 bytes were
-# found for clips, 890 for targets).
-FOOTER_BYTES, FOOTER_BYTES_A_GROUP = 64 * 2**10, 1100
+FOOTER_READ = 64 * 2**10  # bytes of a Parquet file's end that pyarrow reads at first
+CLIP_GROUP_FOOTER, TARGET_GROUP_FOOTER = 670, 890  # bytes that a row group adds to the footer, as found
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,21 @@ class Cost:
 
 def upload_requests(size: float) -> int:
     """One, or the parts with their begin and end."""
-    return 1 if size < PART_BYTES else ceil(size / PART_BYTES) + 2
+    return 1 if size <= PART_BYTES else ceil(size / PART_BYTES) + 2
 
 
-def row_group_clips(work: Workload, rates: Rates) -> int:
-    """A row group is closed by the clip that reaches its limit."""
-    return ceil(work.config.clips.row_group_mb * MIB / work.clip_bytes(rates))
+def upload_looks(size: float) -> int:
+    """Whether the file is there already; and its size, after an upload in parts."""
+    return 1 if size <= PART_BYTES else 2
+
+
+def row_groups(work: Workload, rates: Rates) -> tuple[int, float]:
+    """Of the clips: how many there are, and the bytes of one. A group is closed by the clip that reaches its limit,
+    and by a video's end."""
+    of_a_video = ceil(work.frames / work.config.clips.clip_frames)
+    most = ceil(work.config.clips.row_group_mb * MIB / work.clip_bytes(rates))
+    groups = ceil(of_a_video / most)
+    return work.videos * groups, of_a_video / groups * work.clip_bytes(rates)
 
 
 def target_group_rows(work: Workload) -> int:
@@ -151,14 +160,19 @@ def target_group_rows(work: Workload) -> int:
 
 
 def footers(work: Workload, rates: Rates) -> tuple[float, float]:
-    """Bytes and requests of opening a clip shard and its targets: the size, and the footer in one or two reads."""
-    clips = work.clips / work.shards
-    groups = [
-        clips / row_group_clips(work, rates),
-        clips * work.config.targets.views / target_group_rows(work),
-    ]
-    sizes = [FOOTER_BYTES_A_GROUP * count for count in groups]
-    return sum(max(FOOTER_BYTES, size) for size in sizes), sum(2 + (size > FOOTER_BYTES) for size in sizes)
+    """Bytes and requests of a sample for footers, of a clip shard and its targets, that the reader does not remember.
+
+    Opening a file asks for its size, and for its footer in one or two reads.
+    """
+    target_groups = work.clips * work.config.targets.views / target_group_rows(work)
+    read = gets = 0.0
+    clip_groups, _ = row_groups(work, rates)
+    for total in (CLIP_GROUP_FOOTER * clip_groups, TARGET_GROUP_FOOTER * target_groups):
+        footer = total / work.shards
+        forgotten = max(0.0, 1 - table._FOOTER_BYTES / total)
+        read += forgotten * max(FOOTER_READ, footer)
+        gets += forgotten * (2 + (footer > FOOTER_READ))
+    return read, gets
 
 
 @cache
@@ -215,8 +229,8 @@ def shard_cost(work: Workload, rates: Rates) -> Cost:
         stored=stored,
         read=work.videos * work.source_bytes,
         written=stored,
-        puts=work.shards * upload_requests(stored / work.shards) + 3,  # index, config, manifest
-        gets=work.videos * work.source_gets,
+        puts=work.shards * upload_requests(stored / work.shards) + 4,  # index, sources, config, manifest
+        gets=work.videos * work.source_gets + work.shards * upload_looks(stored / work.shards),
         core_hours=decoded * work.pixels / rates.shard_pixels / 3600,
     )
 
@@ -225,29 +239,29 @@ def cache_cost(work: Workload, rates: Rates) -> Cost:
     views = work.config.targets.views
     clips = shard_cost(work, rates).stored
     stored = work.clips * views * work.target_bytes
-    groups = work.clips / row_group_clips(work, rates)
+    groups, _ = row_groups(work, rates)
     return Cost(
         "cache",
         stored=stored,
         read=clips,
         written=stored,
         puts=work.shards * upload_requests(stored / work.shards) + 2,  # config, manifest
-        gets=2 * work.shards + groups,  # size and footer; a row group's columns at once
+        # Size and footer of the clips, a row group's columns at once, and what an upload asks for.
+        gets=(2 + upload_looks(stored / work.shards)) * work.shards + groups,
         gpu_hours=_gpu_hours(work.full_clips * views * teacher_macs(work), rates.gpu_fp32, rates),
     )
 
 
 def distill_cost(work: Workload, rates: Rates) -> Cost:
     """One student, with cached slots and live features of its own."""
-    group = row_group_clips(work, rates) * work.clip_bytes(rates)
+    _, group = row_groups(work, rates)
     target_group = target_group_rows(work) * work.target_bytes
-    opened = max(0.0, 1 - table._KNOWN_FOOTERS / work.shards)  # share of the reads whose footer is not known
     footer_bytes, footer_gets = footers(work, rates)
     return Cost(
         "distill",
         stored=count_parameters(work.models[1]) * FLOAT_BYTES,
-        read=work.samples * (group + target_group + opened * footer_bytes),
-        gets=work.samples * (2 + opened * footer_gets),
+        read=work.samples * (group + target_group + footer_bytes),
+        gets=work.samples * (2 + footer_gets),
         gpu_hours=_gpu_hours(work.samples * step_macs(work), rates.gpu_bf16, rates),
     )
 
@@ -258,12 +272,12 @@ def evaluate_cost(work: Workload, rates: Rates) -> Cost:
     macs = _model_macs(work.models[1], frames, True) / frames
     scored = work.scored_videos * work.frames
     shards = ceil(work.scored_videos / work.config.clips.videos_per_shard)
-    groups = scored / frames / row_group_clips(work, rates)
+    groups = work.scored_videos * row_groups(work, rates)[0] / work.videos
     return Cost(
         "evaluate",
         read=scored * work.pixels * rates.jpeg_bytes,
         puts=shards + 2,
-        gets=2 * shards + groups,
+        gets=3 * shards + groups,
         gpu_hours=_gpu_hours(scored * macs, rates.gpu_fp32, rates),
     )
 
@@ -275,14 +289,16 @@ def stage_costs(work: Workload, rates: Rates) -> list[Cost]:
 
 def workloads() -> list[Workload]:
     """The data sets of docs/scale.md."""
-    movi, ytvis, videos = (
+    movi, ytvis, folder = (
         load_config(ROOT / "configs" / f"{name}.yaml") for name in ("movi_e", "ytvis2021", "videos")
     )
-    # A record holds 24 PNGs of 256² and their labels. Videos of ten minutes at 5 Mbit/s, in reads of 50 MiB.
+    # A record holds 24 PNGs of 256² and their labels. Videos of ten minutes at 5 Mbit/s, in reads of `videos.AHEAD`.
     record, minutes = 24 * 1.2e5, 10
     length, size = 60 * minutes, 60 * minutes * 5e6 / 8
     million = 10**6 * 60 // minutes
-    every = Workload("10⁶ hours, 24 fps", videos, million, 24 * length, 16 / 9, size, ceil(size / PART_BYTES))
+    every = Workload(
+        "10⁶ hours, 24 fps", folder, million, 24 * length, 16 / 9, size, ceil(size / videos.AHEAD)
+    )
     return [
         Workload("MOVi-E", movi, 9749, 24, 1.0, record, 2, scored_videos=250),
         Workload("YTVIS-2021", ytvis, 2985 - 300, 30, 16 / 9, 30 * 1.5e5, 30, scored_videos=300),

@@ -253,7 +253,12 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, 
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / "shard.parquet"
         writer = pq.ParquetWriter(
-            local, schema, compression="none", use_dictionary=["video_id"], write_page_checksum=True
+            local,
+            schema,
+            compression="none",
+            use_dictionary=["video_id"],
+            write_statistics=["video_id"],  # the smallest and largest picture would be most of the footer
+            write_page_checksum=True,
         )
         for video in videos:
             spool = Path(scratch) / "video.arrow"

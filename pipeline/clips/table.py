@@ -22,7 +22,8 @@ INDEX_FILE = "index.parquet"
 SOURCES_FILE = "sources.parquet"  # the videos that it was made of, those set aside included
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
-_KNOWN_FOOTERS = 256  # about 1 KB a row group each
+# Of all that a reader remembers, as stored; in memory they are about four times as large.
+_FOOTER_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)  # a training worker holds one for each video
@@ -51,13 +52,13 @@ class _Footer(NamedTuple):
 class ShardReader:
     """Random access to the rows of Parquet files.
 
-    Keeps the last few row groups and footers, but no file open: an open one holds what was last read of it, which
-    over thousands of shards is all memory.
+    Keeps the last few row groups and footers, but no file open: a training worker visits thousands of shards.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._footers: OrderedDict[str, _Footer] = OrderedDict()
+        self._footer_bytes = 0
         self._groups: OrderedDict[tuple[str, int, tuple[str, ...] | None], pa.Table] = OrderedDict()
 
     def file(self, shard: str) -> pq.ParquetFile:
@@ -81,8 +82,10 @@ class ShardReader:
         if known is None:
             rows = (file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
             self._footers[shard] = _Footer(file.metadata, size, list(accumulate(rows)))
-            if len(self._footers) > _KNOWN_FOOTERS:
-                self._footers.popitem(last=False)
+            self._footer_bytes += file.metadata.serialized_size
+            while self._footer_bytes > _FOOTER_BYTES and len(self._footers) > 1:
+                _, forgotten = self._footers.popitem(last=False)
+                self._footer_bytes -= forgotten.metadata.serialized_size
         self._footers.move_to_end(shard)
         return file
 

@@ -20,8 +20,9 @@ def clips(tmp_path):
 
 
 def test_no_file_stays_open(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "_KNOWN_FOOTERS", 5)
     source = Path(clips.uri) / "data" / clips.shards[0]
+    footer = clips.reader.file(clips.shards[0]).metadata.serialized_size
+    monkeypatch.setattr(table, "_FOOTER_BYTES", 5 * footer)
     names = [f"copy-{i:02d}.parquet" for i in range(40)]
     for name in names:
         shutil.copyfile(source, tmp_path / name)

@@ -1,6 +1,7 @@
 """Real clusters of three Ray nodes that lose workers, nodes, drivers and their head in the middle of a stage."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,7 +262,7 @@ def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
 
     second = cluster.submit("shard", config)
     made = new_shards(uri, len(made) + 2, second)
-    stop = [ray, "job", "stop", next(w for w in second.output().split() if w.startswith("slotmatch-shard-"))]
+    stop = [ray, "job", "stop", re.search(r"slotmatch-shard-[\d-]+", second.output())[0]]
     subprocess.run(stop, env={**os.environ, **cluster.environment}, check=True, capture_output=True)
     assert second.end()[0] == 1
     assert not storage.is_complete(uri)

@@ -25,7 +25,7 @@ from pipeline.clips.sources.frames import label_masks, reason, target_size
 from pipeline.storage import FileInfo
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
-_AHEAD = 1 << 20  # bytes that are read at a time of a remote video
+AHEAD = 1 << 20  # bytes that are read at a time of a remote video
 
 # PyAV's logging callback takes the GIL from FFmpeg's threads and can deadlock inside Ray workers.
 # FFmpeg's own callback does not; `set_level` would bring PyAV's back.
@@ -185,7 +185,7 @@ def _read_folder(folder: str, short_side: int | None) -> FrameIterator:
 def _read_file(video: VideoRef, short_side: int | None) -> FrameIterator:
     remote = None
     if storage.is_remote(video.path):
-        remote = storage.RangeFile(video.path, 0, video.bytes, ahead=_AHEAD)
+        remote = storage.RangeFile(video.path, 0, video.bytes, ahead=AHEAD)
     try:
         if (video.bytes if remote else os.path.getsize(video.path)) == 0:
             raise BadVideo("the file is empty")
