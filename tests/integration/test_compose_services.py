@@ -31,7 +31,7 @@ from pipeline.registry import register
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 SECONDS = 250  # that a server may take to start; on a free machine it needs 15
-pytestmark = pytest.mark.timeout(600)  # two such starts
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # two such starts
 
 
 def _program(name):

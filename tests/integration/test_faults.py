@@ -71,6 +71,11 @@ def resumed_from(text):
     return [int(step) for step in re.findall(r"going on from step (\d+)", text)]
 
 
+@pytest.mark.fault(
+    fault="SIGKILL of the driver",
+    stage="shard",
+    checked="run again, it makes what is missing and nothing else",
+)
 def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
     config = tiny(
         "dataset.synthetic.videos=60",
@@ -90,6 +95,11 @@ def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
     assert ClipSet(uri).manifest["frames"] == 60 * 60
 
 
+@pytest.mark.fault(
+    fault="SIGKILL of the driver",
+    stage="cache",
+    checked="run again, it makes what is missing and nothing else",
+)
 def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
     config = tiny(
         "dataset.synthetic.videos=40",
@@ -112,7 +122,14 @@ def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
     assert {p: after[p] for p in before} == before
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three starts of Ray, on machines that may be busy
+@pytest.mark.fault(
+    fault="SIGKILL of a Train worker",
+    stage="distill",
+    checked="goes on from a checkpoint to the unbroken curve",
+)
+@pytest.mark.fault(fault="SIGKILL of the driver", stage="distill", checked="run again, the same")
 def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray):
     """SIGKILL of a Ray Train worker, then of the whole driver; then the job is run once more."""
     settings = [
@@ -159,6 +176,9 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     assert resumed == expected
 
 
+@pytest.mark.fault(
+    fault="NaN loss", stage="distill", checked="stops, says why, keeps the last good checkpoint"
+)
 def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, local_ray):
     from pipeline.distill.train import NonFiniteLoss, distill, train_teacher
     from pipeline.models import load_slot_model

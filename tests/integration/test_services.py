@@ -1,11 +1,15 @@
 """The whole line on a real S3 server, and on a real MLflow server."""
 
+import pytest
+
 from pipeline import storage, tracking
 from pipeline.models import load_slot_model
 from pipeline.registry import pull
 from pipeline.storage import join
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_line_on_s3_with_an_mlflow_server(tiny, job, s3, mlflow_server, tmp_path):
     root = join(s3, "runs")
     config = tiny(f"storage.root={root}", f"mlflow.tracking_uri={mlflow_server.uri}", "distill.workers=1")

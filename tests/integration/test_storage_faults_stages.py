@@ -28,7 +28,7 @@ RATES = {
     "stall in answer": 0.005,
 }
 STALLED_AFTER = 3  # seconds
-pytestmark = pytest.mark.timeout(900)  # the first test runs the line twice
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test runs the line twice
 FAULTS = "503, 500, 429, cut connections, stalls"
 
 

@@ -108,6 +108,9 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
 
 
 @pytest.mark.timeout(900)  # two starts of Ray, on machines that may be busy
+@pytest.mark.fault(
+    fault="SIGKILL of the Tune driver", stage="sweep", checked="run again, it trains only what had not ended"
+)
 def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
     variants = {"short": {"distill.steps": 10}, "long": {"distill.steps": 400}, "last": {"distill.steps": 9}}
     settings = [*BASE, "sweep.seeds=[0]", "distill.checkpoint_every=20", "ray.num_cpus=2"]
