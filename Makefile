@@ -38,7 +38,7 @@ test-fast: .venv/.installed
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/integration
 
 test-integration: .venv/.installed
-	$(BIN)/python -m pytest tests/integration tests/test_storage.py tests/test_storage_faults.py tests/test_lease.py
+	$(BIN)/python -m pytest -m "fault or slow"
 
 cluster-up: .venv/.installed
 	$(BIN)/python -m cluster.local up

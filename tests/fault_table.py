@@ -31,9 +31,19 @@ def pytest_runtest_makereport(item, call):
 def pytest_terminal_summary(terminalreporter):
     if not _ROWS:
         return
-    rows = sorted(_ROWS.values())
+    ends = {}  # of the tests of a row, which are several where there are parameters
+    for *row, result in _ROWS.values():
+        ends.setdefault(tuple(row), []).append(result)
+    rows = [(*row, _together(results)) for row, results in sorted(ends.items())]
     widths = [max(len(title), *(len(row[i]) for row in rows)) for i, title in enumerate(TITLES)]
     terminalreporter.section("faults")
     for row in (TITLES, tuple("-" * width for width in widths), *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         terminalreporter.write_line("  ".join(cells).rstrip())
+
+
+def _together(results):
+    bad = [result for result in results if result != "passed"]
+    if not bad:
+        return "passed" if len(results) == 1 else f"passed ({len(results)} tests)"
+    return "FAILED" if "FAILED" in bad else bad[0]
