@@ -142,7 +142,8 @@ class LocalCluster:
     def _start_ray(self, name: str, cpus: int, *options: str) -> None:
         ray = str(Path(sys.executable).with_name("ray"))
         command = [ray, "start", f"--num-cpus={cpus}", f"--node-ip-address={NODES}", "--block"]
-        command += ["--disable-usage-stats", *options]
+        # Its default is one port for all nodes, and without its agent a head takes no jobs.
+        command += [f"--dashboard-agent-listen-port={_free_port()}", "--disable-usage-stats", *options]
         # A busy machine takes longer than Ray's 30 s.
         self._start(name, command, {"RAY_raylet_start_wait_time_s": str(START_SECONDS)})
         self._wait(name, lambda: b"Ray runtime started" in self._log(name).read_bytes())
