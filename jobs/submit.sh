@@ -24,9 +24,10 @@ revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 for stage in ${stages//,/ }; do
   id="slotmatch-$stage-$(date +%Y%m%d-%H%M%S)-$$"
   echo "--- $stage: ray job stop $id ends it, ray job logs -f $id follows it" >&2
+  # `tee /dev/stderr` would empty a file that stderr goes to.
   code=0
   summary=$("$ray" job submit --submission-id "$id" --working-dir . --runtime-env "$environment" \
-    -- python -m "jobs.$stage" "$@" | tee /dev/stderr | { grep '^{"job": ' || true; } | tail -n 1) || code=$?
+    -- python -m "jobs.$stage" "$@" | tee >(cat >&2) | { grep '^{"job": ' || true; } | tail -n 1) || code=$?
   [ -z "$summary" ] || echo "$summary"
   # A job that was stopped is no error to `ray job submit`.
   if [ $code -ne 0 ] || [[ $summary != *'"status": "ok"'* ]]; then exit 1; fi
