@@ -118,7 +118,7 @@ def test_storage_that_fails_is_no_bad_video(folders, proxy, monkeypatch, video_i
     """FFmpeg would take a failed read for the end of the file, so that the video looked truncated."""
     from pipeline.clips.sources import videos
 
-    monkeypatch.setattr(videos, "_AHEAD", 4096)
+    monkeypatch.setattr(videos, "AHEAD", 4096)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     video = next(v for v in list_videos(folders[1], "masks") if v.video_id == video_id)
     frames = read_video(video)

@@ -1,6 +1,7 @@
 """Reading folders of video files and of frames: what is decoded, and what is set aside and why."""
 
 import itertools
+import os
 import re
 import struct
 from pathlib import Path
@@ -39,6 +40,8 @@ def write_video(
             frame.pts = pts[index] if pts else index
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    # SVT-AV1 makes a process of root's a real-time one, which starves all others from then on.
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
