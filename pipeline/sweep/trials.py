@@ -158,7 +158,9 @@ def _run_on_tune(
     from ray.tune.execution import class_cache
 
     # Tune would put AWS's keys into each trial's runtime environment, which Ray logs. They are the nodes' to have.
-    class_cache.ENV_VARS_TO_PROPAGATE -= {n for n in class_cache.ENV_VARS_TO_PROPAGATE if n.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE -= {
+        n for n in class_cache.ENV_VARS_TO_PROPAGATE if n.startswith("AWS_")
+    }
     # It looks for the result files that were turned off.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
