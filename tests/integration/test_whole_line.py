@@ -39,8 +39,11 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     *_, (_, _, masks) = pulled.stream([frames])
     np.testing.assert_array_equal(pulled.label_maps(masks, (30, 40)).numpy(), labels)
 
-    origin = trace("models:/slotmatch@champion", config.tracking_uri)
+    assert trace("models:/slotmatch@champion", config.tracking_uri).missing == []
+    origins = [trace(f"models:/slotmatch/{version}", config.tracking_uri) for version in first["versions"]]
+    origin = next(o for o in origins if o.run["method"] == "slotmatch")  # the other one has no teacher
     assert origin.missing == []
+    assert origin.targets["uri"] == first["targets"]
     assert origin.clips["dataset"]["kind"] == "synthetic"
     assert len(origin.clips["video_ids"]) == 10
     assert len(origin.evaluation_clips["video_ids"]) == 3
