@@ -14,6 +14,7 @@ from benchmarks.__main__ import main
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # starts Ray three times
 def test_quick_run_prints_every_row(tmp_path):
     results = tmp_path / "results.json"

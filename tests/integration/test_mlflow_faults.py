@@ -18,7 +18,10 @@ from pipeline.distill.train import distill
 from pipeline.mlflow_client import AccessDenied, ServerUnavailable
 from pipeline.registry import register
 
-pytestmark = pytest.mark.timeout(900)  # servers start many times, on machines that may be busy
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # servers start many times, on machines that may be busy
 RACER = Path(__file__).with_name("register_at_once.py")
 
 

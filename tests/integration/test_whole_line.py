@@ -12,6 +12,7 @@ from pipeline.report.write import write_report
 from pipeline.whole import NO_KD, SLOTMATCH, run_pipeline
 
 
+@pytest.mark.timeout(900)
 def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     config = tiny("distill.workers=1")
     first = run_pipeline(config)
