@@ -21,11 +21,11 @@ import boto3
 import pytest
 import torch
 import yaml
-from mlflow.exceptions import MlflowException
 from mlflow.server.auth.client import AuthServiceClient
 
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
+from pipeline.mlflow_client import AccessDenied
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
 from pipeline.registry import register
 
@@ -206,10 +206,10 @@ def objects(services):
 
 def test_the_pipeline_uses_the_services_as_a_user_of_its_own(services, sign_in, tmp_path):
     config = resolve_config({}, [f"storage.root={tmp_path}", f"mlflow.tracking_uri={services.url}"])
-    with pytest.raises(MlflowException, match="not authenticated"):
+    with pytest.raises(AccessDenied, match="wrong user or password"):
         tracking.experiment_id(config)
     sign_in("admin", "a wrong password")
-    with pytest.raises(MlflowException, match="not authenticated"):
+    with pytest.raises(AccessDenied, match="wrong user or password"):
         tracking.experiment_id(config)
     sign_in("admin", services.secrets["MLFLOW_ADMIN_PASSWORD"])
     AuthServiceClient(services.url).create_user("slotmatch", "the password of the nodes")
