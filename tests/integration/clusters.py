@@ -24,12 +24,12 @@ SMALL_STORE = ("--object-store-memory=200000000",)
 
 def is_alive(process):
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return process.status() != psutil.STATUS_ZOMBIE  # not every init process collects its orphans
     except psutil.NoSuchProcess:
         return False
 
 
-def wait_for(condition, seconds=150):
+def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()

@@ -3,27 +3,17 @@
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from clusters import is_alive, wait_for
 
 from pipeline import storage
 from pipeline.clips.shard import find_clips, shard
 from pipeline.clips.table import ClipSet
 from pipeline.distill.train import find_student
 from pipeline.targets import cache, find_targets
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.05)
-    pytest.fail(f"{condition} did not come true in {seconds} s")
 
 
 def published_shards(uri):
@@ -57,13 +47,6 @@ def command_line(process):
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return ""
-
-
-def is_alive(process):
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE  # not every init process collects its orphans
-    except psutil.NoSuchProcess:
-        return False
 
 
 def resumed_from(text):
