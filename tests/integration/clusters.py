@@ -8,7 +8,6 @@ import sys
 import time
 
 import psutil
-import pytest
 
 from cluster.local import LocalCluster
 
@@ -20,23 +19,6 @@ FAST_HEALTH_CHECKS = {
     "RAY_health_check_failure_threshold": "3",
 }
 SMALL_STORE = ("--object-store-memory=200000000",)
-
-
-def is_alive(process):
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE  # not every init process collects its orphans
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.05)
-    pytest.fail(f"{condition} did not come true in {seconds} s")
 
 
 def processes(cluster, node, title):

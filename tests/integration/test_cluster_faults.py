@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from clusters import SMALL_STORE, is_alive, processes, running_cluster, wait_for
-from test_faults import published_shards, resumed_from
+from clusters import SMALL_STORE, processes, running_cluster
+from helpers import GOLDEN_TEACHER, is_alive, published_shards, resumed_from, wait_for
 
 from pipeline import storage
 from pipeline.clips.shard import find_clips, shard
@@ -21,10 +21,7 @@ from pipeline.targets import TargetSet, find_targets
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TEACHER = [
-    "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
-    "teacher.num_heads=3",
-    "teacher.num_slots=null",
-    "teacher.slot_size=null",
+    *GOLDEN_TEACHER,
     "evaluate.split=null",
 ]
 LONG_SHARD = [

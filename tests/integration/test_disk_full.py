@@ -8,8 +8,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from clusters import running_cluster, wait_for
-from test_faults import published_shards
+from clusters import running_cluster
+from helpers import GOLDEN_TEACHER, published_shards, wait_for
 
 from pipeline import storage
 from pipeline.clips.shard import find_clips, shard
@@ -65,10 +65,7 @@ def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
         "clips.videos_per_shard=1",
         "clips.codec=raw",
         "targets.views=8",
-        "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
-        "teacher.num_heads=3",
-        "teacher.num_slots=null",
-        "teacher.slot_size=null",
+        *GOLDEN_TEACHER,
         "evaluate.split=null",
     )
 
@@ -123,10 +120,7 @@ FILLER = textwrap.dedent("""
 )
 def test_a_full_disk_under_the_spill(tiny, tmp_path):
     config = tiny(
-        "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
-        "teacher.num_heads=3",
-        "teacher.num_slots=null",
-        "teacher.slot_size=null",
+        *GOLDEN_TEACHER,
         "evaluate.split=null",
     )
     spill = (f"--object-spilling-directory={tmp_path / 'spill'}", "--object-store-memory=80000000")

@@ -1,24 +1,18 @@
 """Jobs that are killed are run again, and nothing is lost, repeated or half-written."""
 
 import os
-import re
 import signal
 from pathlib import Path
 
 import psutil
 import pytest
-from clusters import is_alive, wait_for
+from helpers import GOLDEN_TEACHER, kill_with_family, published_shards, resumed_from, wait_for
 
 from pipeline import storage
 from pipeline.clips.shard import find_clips, shard
 from pipeline.clips.table import ClipSet
 from pipeline.distill.train import find_student
 from pipeline.targets import cache, find_targets
-
-
-def published_shards(uri):
-    folder = Path(uri) / "data"
-    return {p: p.stat().st_mtime_ns for p in folder.glob("shard-*.parquet")} if folder.is_dir() else {}
 
 
 def kill_at_two_shards(process, uri):
@@ -28,30 +22,6 @@ def kill_at_two_shards(process, uri):
     kill_with_family(process)
     assert not storage.is_complete(uri)
     return published_shards(uri)
-
-
-def kill_with_family(process):
-    """SIGKILL of the driver, and the end of all that worked for it.
-
-    Ray's agents, which do no work, have been seen to outlive their node by minutes.
-    """
-    family = psutil.Process(process.popen.pid).children(recursive=True)
-    family = [p for p in family if "agent" not in command_line(p).lower()]
-    process.popen.send_signal(signal.SIGKILL)
-    process.popen.wait()
-    wait_for(lambda: not any(is_alive(member) for member in family), 60)
-
-
-def command_line(process):
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
-
-
-def resumed_from(text):
-    """The steps that "going on from step" lines name."""
-    return [int(step) for step in re.findall(r"going on from step (\d+)", text)]
 
 
 @pytest.mark.fault(
@@ -89,9 +59,7 @@ def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
         "dataset.synthetic.frames=24",
         "clips.videos_per_shard=1",
         "targets.views=4",
-        "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
-        "teacher.num_heads=3",
-        "teacher.num_slots=null",  # it counts its own
+        *GOLDEN_TEACHER,
         "targets.batch_size=2",
     )
     clips = ClipSet(shard(config, "")["uri"])

@@ -1,11 +1,11 @@
 """Data, Train and Tune spread over clusters of two and three real nodes give what one node gives."""
 
 import threading
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from clusters import processes, running_cluster
+from helpers import GOLDEN_TEACHER
 
 from pipeline import storage
 from pipeline.clips.shard import find_clips
@@ -16,10 +16,7 @@ from pipeline.targets import find_targets
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SWEEP = [
-    "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
-    "teacher.num_heads=3",
-    "teacher.num_slots=null",
-    "teacher.slot_size=null",
+    *GOLDEN_TEACHER,
     "dataset.synthetic.videos=24",
     "dataset.synthetic.frames=40",
     "clips.videos_per_shard=2",

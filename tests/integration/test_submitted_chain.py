@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
+from helpers import GOLDEN_TEACHER
 
 from pipeline.models import load_slot_model
 
@@ -22,10 +23,7 @@ PLANTED = {
 }
 KEPT_HERE = ("env", "state.json")  # where they are kept, for their owner alone
 SETTINGS = [
-    "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
-    "teacher.num_heads=3",
-    "teacher.num_slots=null",
-    "teacher.slot_size=null",
+    *GOLDEN_TEACHER,
     "distill.workers=2",
     "distill.cpus_per_worker=0.8",
     "sweep.grid={distill.beta: [0.1, 0.5]}",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_faults import kill_with_family, resumed_from, wait_for
+from helpers import GOLDEN_TEACHER, kill_with_family, resumed_from, wait_for
 
 from pipeline import storage, tracking
 from pipeline.clips.shard import shard
@@ -13,12 +13,8 @@ from pipeline.sweep.mlflow_runs import PARENT_TAG
 from pipeline.sweep.settings import plan_trials
 from pipeline.sweep.stage import SweepFailed, run_sweep
 
-TEACHER = str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt")
 BASE = [
-    f"teacher.checkpoint={TEACHER}",
-    "teacher.num_heads=3",
-    "teacher.num_slots=null",
-    "teacher.slot_size=null",
+    *GOLDEN_TEACHER,
     "evaluate.baselines=false",
 ]
 
