@@ -23,7 +23,7 @@ from pipeline.config import Config, load_config
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.report.costs import config_models
 from pipeline.report.efficiency import count_macs, count_parameters
-from pipeline.storage.s3 import PART_BYTES
+from pipeline.storage.s3 import PART_BYTES, PARTS_OF_A_SIZE, part_bytes
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -135,7 +135,13 @@ class Cost:
 
 def upload_requests(size: float) -> int:
     """One, or the parts with their begin and end."""
-    return 1 if size <= PART_BYTES else ceil(size / PART_BYTES) + 2
+    if size <= PART_BYTES:
+        return 1
+    parts = 0
+    while size > PARTS_OF_A_SIZE * part_bytes(parts):
+        size -= PARTS_OF_A_SIZE * part_bytes(parts)
+        parts += PARTS_OF_A_SIZE
+    return parts + ceil(size / part_bytes(parts)) + 2
 
 
 def upload_looks(size: float) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import secrets
 import shlex
@@ -199,7 +200,7 @@ class LocalCluster:
 
     def _wait(self, name: str, ready: Callable[[], bool]) -> None:
         end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and _is_running(self.pids[name]):
+        while time.monotonic() < end and _began(self.pids[name]) < math.inf:
             if ready():
                 return
             time.sleep(0.2)
@@ -258,7 +259,8 @@ class LocalCluster:
     def save(self) -> None:
         """Writes `state.json` and `env`; only their owner can read the passwords in them."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = {"pids": self.pids, "ports": self.ports, "environment": self.environment}
+        pids = {name: [pid, _began(pid)] for name, pid in self.pids.items()}
+        state = {"pids": pids, "ports": self.ports, "environment": self.environment}
         exports = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in sorted(self.environment.items()))
         exports += f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n"
         for name, content in (("state.json", json.dumps(state, indent=2) + "\n"), ("env", exports)):
@@ -273,16 +275,19 @@ class LocalCluster:
         with contextlib.suppress(FileNotFoundError):
             state = json.loads((folder / "state.json").read_text())
             cluster.environment, cluster.ports = state["environment"], state["ports"]
-            cluster.pids = {name: pid for name, pid in state["pids"].items() if _is_running(pid)}
+            # After a crash or a reboot a number may be another process's, which began at another time.
+            known = state["pids"].items()
+            cluster.pids = {name: pid for name, (pid, at) in known if abs(_began(pid) - at) < 5}
         return cluster
 
 
-def _is_running(pid: int) -> bool:
+def _began(pid: int) -> float:
+    """When a process began, in seconds since 1970; infinity where it has ended."""
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE
+        return math.inf if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.NoSuchProcess:
-        return False
+        return math.inf
 
 
 def _answers(port: int) -> bool:

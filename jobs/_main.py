@@ -12,9 +12,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from pipeline import storage
 from pipeline.config import Config, ConfigError, load_config, resolve_config
 from pipeline.progress import log
 from pipeline.ray_session import root_cause
@@ -84,7 +84,7 @@ def registry_uri(settings: dict[str, str]) -> str:
     """The tracking server or database, for jobs that take no config file."""
     chosen = {k: v for k, v in settings.items() if k in REGISTRY_SETTINGS}
     if "storage.root" in chosen:
-        chosen["storage.root"] = str(Path(chosen["storage.root"]).expanduser())
+        chosen["storage.root"] = storage.absolute(chosen["storage.root"])
     return resolve_config({}, [f"{k}={v}" for k, v in chosen.items()]).tracking_uri
 
 

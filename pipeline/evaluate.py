@@ -205,7 +205,7 @@ def _score_on_ray(
     with ray_session(config):
         import ray
 
-        options = actor_options(config.ray.teacher_cpus, len(rows))
+        options = actor_options(config, len(rows))
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         subjects, folders = [s for s, _ in work], [uri for _, uri in work]
         yield from dataset.map(

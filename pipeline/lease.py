@@ -1,7 +1,7 @@
 """One job at a time fills a folder: a note in it, which the job renews while it works.
 
 A courtesy and not a lock, as no object store has one that all others have too: whatever two jobs do at once, what
-they publish is whole and equal. The lease only keeps them from doing the same work twice.
+they publish is whole and, but for the rounding of GPUs, equal. The lease only keeps them from doing work twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pipeline.progress import log
 
 LEASE_FILE = "lease.json"
 RENEWED_EVERY = 5.0  # seconds
-ABANDONED_AFTER = 30.0  # seconds without a renewal, on the waiter's own clock
+# Seconds without a renewal, on the waiter's own clock: a renewal is two requests, each of which may stall once for
+# `SLOTMATCH_S3_TIMEOUT`.
+ABANDONED_AFTER = 90.0
 SECONDS_BETWEEN_LINES = 60.0
 
 

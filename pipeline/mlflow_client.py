@@ -18,6 +18,8 @@ from pipeline.redact import redact
 
 SECONDS_TO_WAIT = 120.0  # for a server that is away when a job begins or ends
 SECONDS_BETWEEN_CALLS = 2.0  # meanwhile
+ANSWER_WITHIN, TRANSFER_WITHIN = 20, 600  # seconds: a request, and one that sends or fetches a model
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _T = TypeVar("_T")
 
 
@@ -68,7 +70,7 @@ def plain_client(tracking_uri: str) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # We try again ourselves: MLflow repeats also what may have been done already, and takes minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault(_TIMEOUT, str(ANSWER_WITHIN))
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
@@ -88,6 +90,23 @@ def plain_client(tracking_uri: str) -> Any:
             log(f"mlflow: creating {database}")
             made.search_experiments(max_results=1)
     return made
+
+
+@contextlib.contextmanager
+def slow_transfers() -> Iterator[None]:
+    """Has MLflow wait longer for answers in the block: a server that passes a file on answers when all is stored.
+
+    `MLFLOW_HTTP_REQUEST_TIMEOUT`, where it is set, holds for these too.
+    """
+    before = os.environ.get(_TIMEOUT)
+    if before not in (None, str(ANSWER_WITHIN)):
+        yield
+        return
+    os.environ[_TIMEOUT] = str(TRANSFER_WITHIN)
+    try:
+        yield
+    finally:
+        os.environ[_TIMEOUT] = str(ANSWER_WITHIN)
 
 
 class PatientClient:
@@ -167,9 +186,9 @@ def _status(error: Exception) -> int | None:
     """The HTTP status that stands behind an error; None where no request was answered."""
     from mlflow.exceptions import MlflowException, RestException
 
-    response = getattr(error, "response", None)
-    if response is not None:
-        return int(response.status_code)
+    answered = getattr(getattr(error, "response", None), "status_code", None)
+    if answered is not None:
+        return int(answered)
     # MLflow calls everything that went wrong on the way INTERNAL_ERROR, which is 500.
     if isinstance(error, RestException) or error_code(error) not in ("", "INTERNAL_ERROR"):
         return int(error.get_http_status_code()) if isinstance(error, MlflowException) else None

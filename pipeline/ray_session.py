@@ -59,28 +59,40 @@ def ray_session(config: Config) -> Iterator[None]:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "progress bars disabled"
-        if config.ray.gpus:
-            _await_gpus(config.ray.gpus)
         yield
     finally:
-        if config.ray.gpus and ray.is_initialized():
-            _request_gpus(0)
         ray.shutdown()
 
 
-def _await_gpus(count: int) -> None:
-    """Asks an autoscaling cluster for GPUs and waits for them, as stages use what is there when they begin.
+def gpus_to_use(config: Config) -> int:
+    """GPUs of the connected cluster, once there are `ray.gpus` of them.
+
+    Stages use what is there when they begin, so an autoscaling cluster is asked for as many first, and waited for.
 
     Raises:
         TimeoutError: they have not come in `GPUS_WITHIN` seconds.
     """
+    wanted = config.ray.gpus
+    if _cluster_gpus() < wanted:
+        # A request that ends with this job, whatever ends it; `request_resources` would outlive it, and there is
+        # but one of those in a cluster, which the next job's replaces.
+        from ray.util import placement_group, remove_placement_group
+
+        request = placement_group([{"GPU": 1}] * wanted)
+        try:
+            _await_gpus(wanted)
+        finally:
+            remove_placement_group(request)
+    return _cluster_gpus()
+
+
+def _await_gpus(count: int) -> None:
     began = said = time.monotonic()
-    _request_gpus(count)
-    while (there := cluster_gpus()) < count:
+    while (there := _cluster_gpus()) < count:
         now = time.monotonic()
         if now - began > GPUS_WITHIN:
             raise TimeoutError(
-                f"ray.gpus: {there} of {count} GPUs are there after {GPUS_WITHIN:.0f} s; nearest valid: {there or None}"
+                f"ray.gpus: {there} of {count} GPUs are there after {GPUS_WITHIN:.0f} s; nearest valid: {there}"
             )
         if now - said > SECONDS_BETWEEN_LINES or said == began:
             said = now
@@ -88,27 +100,21 @@ def _await_gpus(count: int) -> None:
         time.sleep(1)
 
 
-def _request_gpus(count: int) -> None:
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[{"GPU": 1}] * count)
-
-
-def cluster_gpus() -> int:
-    """GPUs of the connected cluster."""
+def _cluster_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def actor_options(cpus: float, tasks: int) -> dict[str, Any]:
+def actor_options(config: Config, tasks: int) -> dict[str, Any]:
     """Resources and pool of actors that run a model over `tasks` rows: a GPU each where there are any."""
     import ray
     from ray.data import ActorPoolStrategy
 
-    gpus = cluster_gpus()
+    gpus = gpus_to_use(config)
     if gpus:
         return {"num_gpus": 1, "compute": ActorPoolStrategy(size=min(gpus, tasks))}
+    cpus = config.ray.teacher_cpus
     total = ray.cluster_resources().get("CPU", 1)
     # Some CPU must stay free, or Ray Data waits for ever without a word.
     most = max(1, int((total - 0.2) // cpus))

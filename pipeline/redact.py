@@ -13,7 +13,9 @@ from typing import Any
 from urllib.parse import quote
 
 HIDDEN = "***"
-_SHORTEST = 6  # letters of a value that is replaced: "true" and "1234" would be found in every other word
+# Letters of a value that is replaced: "true" and "1234" would be found in every other word. The key's id is
+# no secret and may be a word, such as the bucket's name; those of AWS are hidden all the same.
+_SHORTEST, _SHORTEST_KEY_ID = 6, 16
 
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:PASSWORD|PASSWD|PASSPHRASE|TOKEN|SECRET|SECRET_KEY|ACCESS_KEY|ACCESS_KEY_ID|API_KEY|CREDENTIALS)$"
@@ -21,7 +23,8 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _PATTERNS = (
-    re.compile(r"(\w[\w+.-]*://[^\s/:@'\"]*:)[^\s/'\"]+(?=@)"),  # scheme://user:password@
+    # scheme://user:password@, but not scheme://host:port/…@…
+    re.compile(r"(\w[\w+.-]*://[^\s/:@'\"]*:)(?!\d+[/,;)])[^\s'\"]+(?=@)"),
     re.compile(r"((?:X-Amz-(?:Signature|Credential|Security-Token))=)[^\s&'\"]+", re.IGNORECASE),
     re.compile(r"([?&](?:password|passwd|token|secret|access_token|api_key)=)[^\s&'\"]+", re.IGNORECASE),
     re.compile(r"(\bAuthorization['\"]?\s*[:=]\s*['\"]?)[^'\"\n]+", re.IGNORECASE),
@@ -39,16 +42,20 @@ def redact(text: str) -> str:
 
 def _secrets() -> list[str]:
     """As they are and as they stand in URLs, the longest first: one may be part of another."""
-    values = {v for k, v in os.environ.items() if len(v) >= _SHORTEST and _SECRET_NAME.search(k)}
+    values = {v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= _shortest(k)}
     return sorted(values | {quote(v, safe="") for v in values}, key=len, reverse=True)
 
 
+def _shortest(variable: str) -> int:
+    return _SHORTEST_KEY_ID if variable.upper().endswith("ACCESS_KEY_ID") else _SHORTEST
+
+
 def redacted(values: Any) -> Any:
-    """Plain values (as of JSON) with every text in them redacted."""
+    """Plain values (as of JSON) with every text in them redacted, but for the keys of mappings."""
     if isinstance(values, str):
         return redact(values)
     if isinstance(values, Mapping):
-        return {redacted(key): redacted(value) for key, value in values.items()}
+        return {key: redacted(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [redacted(value) for value in values]
     return values

@@ -24,7 +24,7 @@ import numpy as np
 from pipeline import registry_model, storage, tracking
 from pipeline.builders import MODEL_FOLDER
 from pipeline.config import Config
-from pipeline.mlflow_client import ServerUnavailable, error_code, patiently
+from pipeline.mlflow_client import ServerUnavailable, error_code, patiently, slow_transfers
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.progress import log
 from pipeline.registry_lock import registry_lock
@@ -92,7 +92,8 @@ def _register(
     source = run_id = None
     if _version_of_run(client, name, run_uri) is None:  # uploads keep nobody else waiting
         run_id = _mlflow_run(config, run_uri, manifest)
-        source = _upload(client, run_uri, run_id)
+        with slow_transfers():
+            source = _upload(client, run_uri, run_id)
     champion, reason = False, "it does not contend for the alias"
     with registry_lock(client, name) as client:
         version = _version_of_run(client, name, run_uri)
@@ -283,7 +284,8 @@ def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
         fetch = functools.partial(
             download_artifacts, artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri
         )
-        folder = Path(patiently(tracking_uri, fetch))
+        with slow_transfers():
+            folder = Path(patiently(tracking_uri, fetch))
         weights = sorted((folder / "artifacts").rglob(WEIGHTS_FILE))
         if not weights:
             raise ValueError(f"{model_uri} holds no {WEIGHTS_FILE}: it was not registered by this pipeline")
@@ -310,9 +312,11 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
     return uri, dict(found.tags)
 
 
-def _fetch(version: Any, folder: str, tracking_uri: str) -> None:
+def _fetch(version: Any, folder: str, tracking_uri: str, *, replace: bool = False) -> None:
     """Writes a version's safetensors and config, and where they come from, into a folder."""
     with downloaded(f"models:/{version.name}/{version.version}", tracking_uri) as source:
+        if replace:  # an earlier version's folder is unfinished until all of it is the new one's
+            storage.delete(storage.join(folder, storage.MANIFEST))
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             storage.upload_file(source / file, storage.join(folder, file))
     origin = {"name": version.name, "version": version.version, "tags": dict(version.tags)}
@@ -320,7 +324,10 @@ def _fetch(version: Any, folder: str, tracking_uri: str) -> None:
 
 
 def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:
-    """Writes a registered model's safetensors, config and origin into `folder`; errors as in `downloaded`."""
-    target = str(Path(folder).absolute())
-    _fetch(find_version(model_uri, tracking_uri), target, tracking_uri)
+    """Writes a registered model's safetensors, config and origin into a local or remote folder.
+
+    An earlier version there is replaced. Errors as in `downloaded`.
+    """
+    target = storage.absolute(str(folder))
+    _fetch(find_version(model_uri, tracking_uri), target, tracking_uri, replace=True)
     return {"uri": target, "model": model_uri}

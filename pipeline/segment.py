@@ -14,12 +14,15 @@ import av
 import numpy as np
 from PIL import Image
 
+from pipeline import storage
 from pipeline.clips.sources import Frame, VideoRef, read_video
 from pipeline.figures import overlay, slot_colours
 from pipeline.models import SlotModel
 from pipeline.progress import Progress
 
 SHEET_FRAMES = 12
+KINDS = {"overlay": "overlay.mp4", "labels": "labels", "sheet": "sheet.png"}  # what is written of a video
+_HEADER = 1 << 20  # bytes that are read at a time of a remote file to find its frame rate
 
 
 def segment(
@@ -30,20 +33,28 @@ def segment(
     max_side: int = 1280,
     chunk_frames: int = 8,
 ) -> dict[str, Any]:
-    """Writes `OUT/NAME_overlay.mp4`, `OUT/NAME_labels/000000.png …` and `OUT/NAME_sheet.png`.
+    """Writes `OUT/NAME_overlay.mp4`, `OUT/NAME_labels/000000.png …` and `OUT/NAME_sheet.png`, here or remote.
 
     The whole frame is resized to the model's square input, its masks back to the frame. Memory does not
     grow with the video's length. Label images are palette PNGs whose index is the slot.
 
     Args:
-        video: a video file, a folder of frames, or a video of a data set.
+        video: a video file or a folder of frames, local or remote, or a video of a data set.
         max_side: longest side of the overlay and the labels in pixels; larger videos are scaled down.
 
     Raises:
         FileNotFoundError: no such video.
         BadVideo: it can't be decoded.
     """
-    reference, out = video if isinstance(video, VideoRef) else _reference(video), Path(out)
+    reference = video if isinstance(video, VideoRef) else _reference(str(video))
+    if storage.is_remote(str(out)):
+        with tempfile.TemporaryDirectory() as local:
+            done = segment(model, reference, local, max_side=max_side, chunk_frames=chunk_frames)
+            places = {kind: storage.join(str(out), Path(done[kind]).name) for kind in KINDS}
+            storage.delete(places["labels"])
+            storage.upload_tree(local, str(out))
+        return {**done, "uri": str(out), **places}
+    out = Path(out)
     # An id comes from a data set, and shall name no other folder.
     name = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in reference.video_id)
     fps, expected, short_side = _probe(reference, max_side)
@@ -67,22 +78,25 @@ def segment(
                     sheet.add(progress.done, frame, picture)
                     progress.advance()
         sheet.draw().save(Path(scratch) / "sheet.png")
-        results = {kind: out / f"{name}_{kind}" for kind in ("overlay.mp4", "labels", "sheet.png")}
+        results = {kind: out / f"{name}_{file}" for kind, file in KINDS.items()}
         shutil.rmtree(results["labels"], ignore_errors=True)
         for kind, target in results.items():
-            (Path(scratch) / kind).replace(target)
+            (Path(scratch) / KINDS[kind]).replace(target)
     return {
         "uri": str(out.absolute()),
         "frames": progress.done,
-        **{kind.split(".")[0]: str(target) for kind, target in results.items()},
+        **{kind: str(target) for kind, target in results.items()},
     }
 
 
-def _reference(video: str | Path) -> VideoRef:
-    path = Path(video)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no video {str(path)!r}")
-    return VideoRef(path.stem, str(path))
+def _reference(video: str) -> VideoRef:
+    if not storage.exists(video):
+        raise FileNotFoundError(f"there is no video {video!r}")
+    is_folder = storage.is_folder(video)
+    details = {"folder": True} if is_folder else {}
+    return VideoRef(
+        Path(storage.name(video)).stem, video, bytes=0 if is_folder else storage.size(video), details=details
+    )
 
 
 def _save_labels(labels: np.ndarray, path: Path) -> None:
@@ -93,10 +107,12 @@ def _save_labels(labels: np.ndarray, path: Path) -> None:
 
 def _probe(video: VideoRef, max_side: int) -> tuple[Fraction, int | None, int | None]:
     """Frame rate, number of frames where the file declares it, and the short side to decode to."""
-    if video.kind != "videos" or Path(video.path).is_dir():
+    if video.kind != "videos" or video.details.get("folder") or Path(video.path).is_dir():
         return Fraction(12), None, None
     try:
-        with av.open(video.path) as container:
+        remote = storage.is_remote(video.path)
+        file = storage.RangeFile(video.path, 0, video.bytes, ahead=_HEADER) if remote else video.path
+        with av.open(file) as container:
             stream = container.streams.video[0]
             rate = Fraction(stream.average_rate or 25).limit_denominator(60_000)
             sides = sorted((stream.codec_context.width, stream.codec_context.height))

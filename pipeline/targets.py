@@ -410,7 +410,7 @@ def _run(
     with ray_session(config):
         import ray
 
-        options = actor_options(config.ray.teacher_cpus, len(shards))
+        options = actor_options(config, len(shards))
         dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
         yield from dataset.map(
             _ShardActor,  # type: ignore[arg-type]

@@ -63,15 +63,23 @@ def tag_filter(run_uri: str) -> str:
 def start_run(config: Config, run_uri: str, name: str, tags: dict[str, str]) -> str:
     """The id of the MLflow run that belongs to a run folder: found again, or created.
 
-    Parameters are the resolved config's values. Errors as in `client_of`.
+    Parameters are the resolved config's values; a run that was found gets those that it lacks. Errors as in
+    `client_of`.
     """
     mlflow, experiment = client(config), experiment_id(config)
     found = mlflow.search_runs([experiment], filter_string=tag_filter(run_uri), max_results=1)
     if found:
-        run_id = found[0].info.run_id
-        mlflow.update_run(run_id, status="RUNNING")
-        return run_id
-    run = mlflow.create_run(experiment, run_name=name, tags={RUN_TAG: run_uri, **tags})
+        run = found[0]
+        mlflow.update_run(run.info.run_id, status="RUNNING")
+    else:
+        run = mlflow.create_run(experiment, run_name=name, tags={RUN_TAG: run_uri, **tags})
+    params = [param for param in _params(config) if param.key not in run.data.params]
+    for start in range(0, len(params), 100):
+        mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
+    return run.info.run_id
+
+
+def _params(config: Config) -> list[Any]:
     from mlflow.entities import Param
 
     flat = {}
@@ -81,10 +89,7 @@ def start_run(config: Config, run_uri: str, name: str, tags: dict[str, str]) -> 
                 flat.update({f"{section}.{key}.{k}": v for k, v in value.items()})
             else:
                 flat[f"{section}.{key}"] = value
-    params = [Param(re.sub(r"[^\w\-. :/]", "_", k), redact(str(v))[:500]) for k, v in flat.items()]
-    for start in range(0, len(params), 100):
-        mlflow.log_batch(run.info.run_id, params=params[start : start + 100])
-    return run.info.run_id
+    return [Param(re.sub(r"[^\w\-. :/]", "_", k), redact(str(v))[:500]) for k, v in flat.items()]
 
 
 def _send(client: Any, *, run_id: str | None, metrics: list[Any]) -> None:

@@ -54,7 +54,7 @@ def _wait_for(port, process, log):
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory):
     """`s3://bucket` on an S3 server of our own, with the environment that leads s3fs there."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'slotmatch[s3]')")
+    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install -c constraints.txt '.[s3]')")
     import s3fs
 
     rclone = _rclone()

@@ -37,7 +37,7 @@ class FaultProxy:
         requests: (method, path with query) of all that came, faults included.
         received, sent: bytes of bodies.
         injected: how often each fault was done.
-        denied: parts of a path with its query to which the answer is 403.
+        denied: parts of a path with its query to which the answer is `refusal`: its status, code and message.
     """
 
     def __init__(self, port, seed=0):
@@ -68,6 +68,7 @@ class FaultProxy:
     def calm(self):
         """No faults from here on."""
         self.rates, self.denied, self._planned = {}, [], []
+        self.refusal = REFUSED
 
     def reset(self):
         """Counts from zero."""
@@ -142,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.cut()
         body = self.rfile.read(length)
         if fault == "denied":
-            return self.refuse(*REFUSED)
+            return self.refuse(*self.proxy.refusal)
         if fault in ERRORS:
             return self.refuse(*ERRORS[fault])
         if fault == "stall":

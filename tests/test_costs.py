@@ -44,7 +44,10 @@ def test_requests_of_movi(movi):
     assert distill.read == pytest.approx(4_800_000 * (3 * 225_792 + 8 * 30_720 + forgotten * 65_536))
 
 
-@pytest.mark.parametrize(("mib", "requests"), [(1, 1), (8, 1), (9, 4), (120, 17)])
+@pytest.mark.parametrize(
+    ("mib", "requests"),
+    [(1, 1), (8, 1), (9, 4), (120, 17), (8000, 1002), (8001, 1003), (8016 + 16 * 999, 2002)],
+)
 def test_large_files_go_up_in_parts(mib, requests):
     assert costs.upload_requests(mib * 2**20) == requests
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError, resolve_config
-from pipeline.redact import has_password, redact
+from pipeline.redact import has_password, redact, redacted
 from pipeline.sweep.ended import failed
 from pipeline.sweep.settings import Setting, Trial
 
@@ -32,11 +32,17 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_values_of_secret_variables_are_hidden(monkeypatch, name):
-    monkeypatch.setenv(name, "pa/ss+word")
-    assert redact("login with pa/ss+word failed") == "login with *** failed"
-    assert redact("?key=pa%2Fss%2Bword&x=1") == "?key=***&x=1"
+    monkeypatch.setenv(name, "pa/ss+word/of/20/let")
+    assert redact("login with pa/ss+word/of/20/let failed") == "login with *** failed"
+    assert redact("?key=pa%2Fss%2Bword%2Fof%2F20%2Flet&x=1") == "?key=***&x=1"
     monkeypatch.setenv(name, "short")
     assert redact("a short word") == "a short word"
+
+
+def test_a_key_id_that_is_a_word_hides_nothing_else(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "slotmatch")
+    summary = {"uri": "s3://slotmatch/demo", "model": "models:/slotmatch/3", "slotmatch": 1}
+    assert redacted(summary) == summary
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,7 @@ def test_values_of_secret_variables_are_hidden(monkeypatch, name):
         ("can't connect to postgresql://me:hunter2@db:5432/mlflow", "hunter2"),
         ("http://me:hunt@er2@host/path", "hunt@er2"),
         ("http://:hunter2@host", "hunter2"),
+        ("postgresql+psycopg2://mlflow:aB3/xY9+kk=@db/mlflow", "xY9"),
         ("GET https://b.s3.aws.com/k?X-Amz-Credential=AKIA1%2Fx&X-Amz-Signature=0a1b&y", "AKIA1"),
         ("GET https://b.s3.aws.com/k?X-Amz-Credential=AKIA1%2Fx&X-Amz-Signature=0a1b&y", "0a1b"),
         ("headers {'Authorization': 'Basic YTpi', 'Accept': '*'}", "YTpi"),

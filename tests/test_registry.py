@@ -84,6 +84,37 @@ def test_pull_gives_the_same_weights_without_mlflow(config, finished_run, tmp_pa
             assert torch.equal(a, b)
 
 
+def test_pull_to_object_storage_over_an_earlier_version(config, finished_run, s3, tmp_path, monkeypatch):
+    first, second = finished_run("one"), finished_run("another")
+    target = storage.join(s3, tmp_path.name)
+    for number, run in enumerate((first, second), 1):
+        register(config, run, None)
+        done = pull(f"models:/slotmatch/{number}", target, config.tracking_uri)
+        assert done["uri"] == target
+        weights = storage.read_bytes(f"{target}/model.safetensors")
+        assert weights == storage.read_bytes(f"{run}/model/model.safetensors")
+        assert storage.read_manifest(target)["version"] == number
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "upload_file", cut)
+    with pytest.raises(KeyboardInterrupt):
+        pull("models:/slotmatch/1", target, config.tracking_uri)
+    with pytest.raises(storage.IncompleteError):
+        storage.read_manifest(target)
+
+
+def test_a_run_whose_parameters_were_lost_gets_them(config):
+    created = tracking.client(config).create_run(
+        tracking.experiment_id(config), tags={tracking.RUN_TAG: "runs/a"}
+    )
+    assert tracking.start_run(config, "runs/a", "a", {}) == created.info.run_id
+    params = tracking.client(config).get_run(created.info.run_id).data.params
+    assert params["distill.beta"] == str(config.distill.beta)
+    assert tracking.start_run(config, "runs/a", "a", {}) == created.info.run_id
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [

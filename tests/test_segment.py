@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import storage
 from pipeline.clips.sources import BadVideo, VideoRef
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 from pipeline.segment import segment
@@ -61,6 +62,30 @@ def test_large_and_odd_videos_are_scaled_down(model, tmp_path):
     with av.open(done["overlay"]) as container:
         context = container.streams.video[0].codec_context
         assert max(context.width, context.height) <= 101
+
+
+def test_a_remote_video_to_a_remote_folder(model, tmp_path, s3):
+    write_video(tmp_path / "a.mp4", 5, 80, 48)
+    root = storage.join(s3, tmp_path.name)
+    storage.upload_file(tmp_path / "a.mp4", f"{root}/a.mp4")
+    storage.write_bytes(f"{root}/out/a_labels/000009.png", b"of a longer video")
+    done = segment(model, f"{root}/a.mp4", f"{root}/out")
+    assert done["overlay"] == f"{root}/out/a_overlay.mp4"
+    assert storage.list_names(done["labels"]) == [f"{i:06d}.png" for i in range(5)]
+    assert storage.list_names(f"{root}/out") == ["a_labels", "a_overlay.mp4", "a_sheet.png"]
+    with storage.local_copy(done["overlay"]) as path, av.open(path) as container:
+        assert float(container.streams.video[0].average_rate) == 10
+    with pytest.raises(FileNotFoundError, match=f"there is no video '{root}/b.mp4'"):
+        segment(model, f"{root}/b.mp4", f"{root}/out")
+
+
+def test_a_remote_folder_of_frames(model, tmp_path, s3):
+    for index in range(3):
+        Image.new("RGB", (48, 32), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    storage.upload_tree(tmp_path, storage.join(s3, tmp_path.name, "dance"))
+    done = segment(model, storage.join(s3, tmp_path.name, "dance"), tmp_path / "out")
+    assert done["frames"] == 3
+    assert done["overlay"] == str(tmp_path / "out" / "dance_overlay.mp4")
 
 
 def test_a_broken_video_leaves_no_overlay(model, tmp_path):

@@ -134,6 +134,15 @@ def test_what_may_pass_is_tried_again(root, proxy, operation, method, fault):
     assert proxy.injected[fault] >= 1
 
 
+def test_parts_grow_with_their_number(root, proxy, monkeypatch):
+    monkeypatch.setattr(s3, "PARTS_OF_A_SIZE", 2)
+    content = os.urandom(9 * PART)
+    with storage.atomic_write(join(root, "new")) as file:
+        file.write(content)
+    assert storage.read_bytes(join(root, "new")) == content
+    assert proxy.count("PUT", "partNumber") == 5  # of 1, 1, 2, 2 and 3 of at most 4
+
+
 @pytest.mark.parametrize("query", ["uploads", "partNumber=2", "uploadId"])
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 @pytest.mark.parametrize("fault", ["503", "answer lost", "cut in upload"])
@@ -276,7 +285,8 @@ def test_no_permission(root, proxy, operation):
     proxy.denied = [uri.removeprefix("s3://bucket/"), "?delete"]
     with pytest.raises(storage.AccessError, match=AS_TESTKEY) as error:
         act()
-    assert len(proxy.requests) == 1
+    # The answer to a HEAD says nothing, so a listing is asked for the reason.
+    assert len(proxy.requests) == (2 if operation == "delete" else 1)
     assert isinstance(error.value, PermissionError)
     wanted = "read" if operation == "delete" else operation  # it looks before it deletes
     assert str(error.value).startswith(f"{uri}: {wanted} refused by {proxy.url} with 403")
@@ -323,6 +333,13 @@ def test_wrong_credentials(root, proxy, monkeypatch, name, value, identity):
     assert len(proxy.requests) == 1
     assert "secret" not in str(error.value).replace("AWS_SECRET", "")
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("operation", [storage.is_complete, storage.size, storage.read_bytes])
+def test_credentials_that_have_expired(root, proxy, operation):
+    proxy.denied, proxy.refusal = [""], (400, "ExpiredToken", "The provided token has expired.")
+    with pytest.raises(storage.AccessError, match=rf"400 ExpiredToken .*, {AS_TESTKEY}"):
+        operation(root)
 
 
 @pytest.fixture

@@ -70,7 +70,9 @@ def load_checkpoint(uri: str, objective: Objective, optimizer: torch.optim.Optim
         try:
             objective.model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
             objective.heads.load_state_dict(load_file(Path(folder) / HEADS_FILE))
-            optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", weights_only=True))
+            # A run that began on a GPU may go on without one; the optimizer moves its state to the parameters.
+            state = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state)
             manifest: dict[str, Any] = json.loads((Path(folder) / storage.MANIFEST).read_text())
             history = json.loads((Path(folder) / "history.json").read_text())
         except Exception as error:

@@ -342,6 +342,9 @@ def _mean_over_workers(values: dict[str, float], world_size: int, device: torch.
 
 
 def _publish_model(spec: TrainingSpec, model: SlotModel, history: list[dict[str, float]]) -> None:
+    if storage.is_complete(spec.run_uri):
+        log(f"{spec.label}: another job has published this run meanwhile; its model stays")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         save_slot_model(model, scratch)
         storage.upload_folder(scratch, storage.join(spec.run_uri, MODEL_FOLDER))

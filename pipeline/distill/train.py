@@ -31,7 +31,7 @@ from pipeline.distill.loop import HISTORY_FILE, OnValidation, TrainingSpec, buil
 from pipeline.distill.validation import Validation
 from pipeline.lease import lease
 from pipeline.progress import log
-from pipeline.ray_session import cluster_gpus, ray_session
+from pipeline.ray_session import gpus_to_use, ray_session
 from pipeline.targets import TargetSet, find_targets
 
 
@@ -230,22 +230,23 @@ def _train_to_the_end(
             f"{spec.label}: the gradient was not finite in step {result['step'] + 1}; the last good checkpoint "
             f"is kept in {uri}. Lower the learning rate ({spec.settings.learning_rate:g}), or set precision=fp32"
         )
-    storage.publish(
-        uri,
-        {
-            "kind": spec.role,
-            "fingerprint": storage.name(uri),
-            "created": storage.timestamp(),
-            "clips_uri": spec.clips_uri,
-            "targets_uri": spec.targets_uri,
-            "teacher_uri": spec.teacher_uri,
-            "mlflow_run": run_id,
-            "steps": spec.settings.steps,
-            "seconds": round(time.monotonic() - started, 1),
-            "losses": result["history"][-1] if result["history"] else {},
-            "tags": tags,
-        },
-    )
+    if not storage.is_complete(uri):  # what is published is never changed, whoever was faster
+        storage.publish(
+            uri,
+            {
+                "kind": spec.role,
+                "fingerprint": storage.name(uri),
+                "created": storage.timestamp(),
+                "clips_uri": spec.clips_uri,
+                "targets_uri": spec.targets_uri,
+                "teacher_uri": spec.teacher_uri,
+                "mlflow_run": run_id,
+                "steps": spec.settings.steps,
+                "seconds": round(time.monotonic() - started, 1),
+                "losses": result["history"][-1] if result["history"] else {},
+                "tags": tags,
+            },
+        )
     tracking.complete_run(config, uri, run_id)
 
 
@@ -321,7 +322,7 @@ def _fit_on_ray(spec: TrainingSpec, callbacks: Sequence[Any]) -> dict[str, Any]:
     # Ray keeps only its own bookkeeping here; the checkpoints are ours. A name of its own for every
     # attempt: Ray would take a finished run of the same name for one to be resumed.
     name = f"{spec.role}-{uuid.uuid4().hex[:12]}"
-    gpus = cluster_gpus()
+    gpus = gpus_to_use(config)
     _check_resources(settings, gpus)
     worker: Any = _worker
     run_config: Any = ray.train.RunConfig  # typed as the older one, which has no logging_config

@@ -23,6 +23,9 @@ from pipeline.storage.errors import AccessError, MissingBucketError, StorageErro
 TRIES = 6
 FIRST_WAIT, WAIT_FACTOR, LONGEST_WAIT = 0.2, 3.0, 20.0  # seconds: 0.2, 0.6, 1.8, 5.4, 16.2; then 20
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0  # seconds
+# How often a node's credentials are asked for, where the machine has a role: by default once, within a second,
+# which is too little when all workers of a node begin at once.
+METADATA_TRIES, METADATA_TIMEOUT = 3, 2
 _CONNECTIONS = 32
 _T = TypeVar("_T")
 
@@ -66,6 +69,12 @@ def _connection(environment: tuple[tuple[str, str], ...], read_timeout: float) -
     # Ray's workers show what it says at INFO: where it has found its settings.
     logging.getLogger("botocore").setLevel(logging.WARNING)
     session = botocore.session.get_session()
+    for variable, value in (
+        ("metadata_service_num_attempts", METADATA_TRIES),
+        ("metadata_service_timeout", METADATA_TIMEOUT),
+    ):
+        if f"AWS_{variable.upper()}" not in os.environ:
+            session.set_config_variable(variable, value)
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},
         max_pool_connections=_CONNECTIONS,
@@ -89,13 +98,27 @@ def settings(read_timeout: float) -> dict[str, Any]:
 
 
 def tries() -> int:
-    """How often a request is tried at most."""
-    return int(os.environ.get("AWS_MAX_ATTEMPTS") or TRIES)
+    """How often a request is tried at most.
+
+    Raises:
+        ValueError: `AWS_MAX_ATTEMPTS` is no whole number above 0.
+    """
+    text = os.environ.get("AWS_MAX_ATTEMPTS") or str(TRIES)
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"AWS_MAX_ATTEMPTS: {text!r} is not a whole number above 0")
+    return int(text)
 
 
 def timeout() -> float:
-    """Seconds without a byte after which a request has failed."""
-    return float(os.environ.get("SLOTMATCH_S3_TIMEOUT") or READ_TIMEOUT)
+    """Seconds without a byte after which a request has failed.
+
+    Raises:
+        ValueError: `SLOTMATCH_S3_TIMEOUT` is no number above 0.
+    """
+    text = os.environ.get("SLOTMATCH_S3_TIMEOUT") or str(READ_TIMEOUT)
+    if not re.fullmatch(r"\d+\.?\d*", text) or not float(text):
+        raise ValueError(f"SLOTMATCH_S3_TIMEOUT: {text!r} is not a number of seconds above 0, such as 30")
+    return float(text)
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -118,12 +141,13 @@ def request(operation: str, uri: str, call: Callable[[Any], _T]) -> _T:
     """
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
 
     most = tries()
     for number in range(1, most + 1):
         try:
             return call(_connect().client)
-        except (BotoCoreError, ClientError, ResponseParserError, OSError) as error:
+        except (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError) as error:
             if not _is_transient(error):
                 raise _permanent(error, operation, uri) from error
             if number == most:
@@ -155,10 +179,11 @@ def _is_transient(error: BaseException) -> bool:
         IncompleteReadError,
     )
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError  # of the body of an answer, as from TLS
 
     if isinstance(error, ClientError):
         return status(error) in _TRANSIENT_STATUS or code(error) in _TRANSIENT_CODES
-    network = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError, OSError)
+    network = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError, HTTPError, OSError)
     return isinstance(error, network)
 
 
@@ -189,7 +214,9 @@ def _permanent(error: BaseException, operation: str, uri: str) -> OSError:
         if status(error) in _REFUSED_STATUS or code(error) in _REFUSED_CODES:
             return AccessError(f"{uri}: {operation} refused by {endpoint()} with {reason}, as {_identity()}")
     elif _is_about_credentials(error):
-        return AccessError(f"{uri}: {operation} failed at {endpoint()}: {reason}; {_identity()}")
+        denied = AccessError(f"{uri}: {operation} failed at {endpoint()}: {reason}; {_identity()}")
+        _connection.cache_clear()  # a client that found none never looks again
+        return denied
     return StorageError(f"{uri}: {operation} failed at {endpoint()}: {reason}, as {_identity()}")
 
 

@@ -15,7 +15,10 @@ from pipeline.progress import log
 from pipeline.storage.client import endpoint, request, settings, split, status, timeout, tries
 from pipeline.storage.errors import StorageError
 
-PART_BYTES = 8 << 20  # of a multipart upload, of which S3 takes 10,000 of 5 MiB or more
+PART_BYTES = 8 << 20  # of a multipart upload, at first; 5 MiB is the least that S3 takes
+PARTS_OF_A_SIZE = (
+    1000  # then they are twice as large: S3 takes 10,000 parts, and so 8 TiB, more than an object may have
+)
 _T = TypeVar("_T")
 
 
@@ -32,7 +35,7 @@ def size(uri: str) -> int:
     """Bytes of an object; raises FileNotFoundError, or MissingBucketError where that is why."""
     bucket, key = split(uri)
     try:
-        return int(request("read", uri, lambda c: c.head_object(Bucket=bucket, Key=key))["ContentLength"])
+        return int(_head(uri)["ContentLength"])
     except FileNotFoundError:
         # The answer to HEAD has no body that could say what is missing.
         request("read", uri, lambda c: c.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1))
@@ -40,14 +43,36 @@ def size(uri: str) -> int:
 
 
 def is_object(uri: str) -> bool:
-    bucket, key = split(uri)
+    key = split(uri)[1]
     if not key or key.endswith("/"):
         return False
     try:
-        request("read", uri, lambda c: c.head_object(Bucket=bucket, Key=key))
+        _head(uri)
     except FileNotFoundError:
         return False
     return True
+
+
+def _head(uri: str) -> dict[str, Any]:
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(uri)
+
+    def call(client: Any) -> dict[str, Any]:
+        try:
+            return client.head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            # Its answer has no body that could say why, such as credentials that have expired.
+            if status(error) in (400, 403):
+                client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+            raise
+
+    return request("read", uri, call)
+
+
+def part_bytes(number: int) -> int:
+    """Bytes of an upload's part, counted from 0."""
+    return PART_BYTES << number // PARTS_OF_A_SIZE
 
 
 def is_folder(uri: str) -> bool:
@@ -173,9 +198,9 @@ class Upload(io.RawIOBase):
         length = memoryview(data).nbytes
         self._pending += data
         self._bytes += length
-        while len(self._pending) > PART_BYTES:
-            self._send_part(bytes(self._pending[:PART_BYTES]))
-            del self._pending[:PART_BYTES]
+        while len(self._pending) > (size := part_bytes(len(self._parts))):
+            self._send_part(bytes(self._pending[:size]))
+            del self._pending[:size]
         return length
 
     def _request(self, call: Callable[[Any, dict[str, Any]], _T]) -> _T:

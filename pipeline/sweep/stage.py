@@ -23,7 +23,7 @@ from pipeline.evaluate import Subject
 from pipeline.lease import lease
 from pipeline.models import CheckpointHints
 from pipeline.progress import log
-from pipeline.ray_session import ray_session
+from pipeline.ray_session import gpus_to_use, ray_session
 from pipeline.records import SCORES
 from pipeline.registry import appoint, register
 from pipeline.report.charts import chart_png
@@ -92,6 +92,8 @@ def run_sweep(config: Config) -> dict[str, Any]:
     with ray_session(config):
         plan = plan or _prepare(config, trials)
         with lease(plan.uri, "sweep"):
+            if _left(plan):
+                gpus_to_use(config)  # as many trials run at a time as there is room for now
             return _conclude(config, plan)
 
 

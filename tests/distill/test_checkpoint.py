@@ -58,6 +58,18 @@ def test_a_resumed_run_has_the_identical_curve(run_uri):
     assert train(objective, optimizer, 4, 8) == unbroken[4:]
 
 
+def test_a_run_that_began_on_a_gpu_goes_on_without_one(tmp_path, monkeypatch):
+    objective, optimizer = make()
+    train(objective, optimizer, 0, 2)
+    # The label that torch gives to tensors on a GPU.
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    uri = save_checkpoint(str(tmp_path), objective, optimizer, TrainingState(2, []), keep=2)
+    unbroken = train(objective, optimizer, 2, 4)
+    objective, optimizer = make(seed=1)
+    load_checkpoint(uri, objective, optimizer)
+    assert train(objective, optimizer, 2, 4) == unbroken
+
+
 def test_only_the_newest_are_kept(run_uri):
     objective, optimizer = make()
     assert latest_checkpoint(run_uri) is None
