@@ -40,7 +40,7 @@ from pipeline.report.table import DASH
 SIDE, FRAMES, CLIP_FRAMES = 16, 8, 4
 CLIPS = FRAMES // CLIP_FRAMES  # of a video
 ORIGINALS = 4  # videos that differ
-BATCHES = 100  # that a training worker reads
+STEPS = (100, 1000, 2000)  # of a training worker, after which its memory is looked at
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Point:
     videos: int
     shard: StageCost
     cache: StageCost
-    worker_memory: float  # MiB
+    worker_memory: tuple[float, ...]  # MiB after each of STEPS
 
     @property
     def clips(self) -> int:
@@ -130,7 +130,7 @@ def _bytes(folder: str) -> int:
 
 
 def read_batches(clips_uri: str, targets_uri: str) -> dict[str, Any]:
-    """Reads batches as a training worker does; how much more memory it holds afterwards, in MiB."""
+    """Reads batches as a training worker does; how much more memory it holds after each of STEPS, in MiB."""
     from pipeline.config import Targets
     from pipeline.distill.data import Loader, Sampler
 
@@ -142,11 +142,9 @@ def read_batches(clips_uri: str, targets_uri: str) -> dict[str, Any]:
         list(loader)
     before = _settled()
     sampler = Sampler(ClipSet(clips_uri).videos, seed=0, batch_size=4, views=1)
-    with Loader(clips_uri, targets_uri, sampler, stop=BATCHES, **options) as loader:
-        for _ in loader:
-            pass
-        after = _settled()
-    return {"memory": after - before}
+    with Loader(clips_uri, targets_uri, sampler, stop=STEPS[-1], **options) as loader:
+        memory = [_settled() - before for step, _ in enumerate(loader, 1) if step in STEPS]
+    return {"memory": memory}
 
 
 def open_index(clips_uri: str) -> dict[str, Any]:
@@ -185,7 +183,7 @@ def measure(videos: int, scratch: Path) -> Point:
     found = ClipSet(clips_uri).manifest
     assert (found["videos"], found["clips"]) == (videos, CLIPS * videos)
     worker = _in_new_process("worker", clips_uri, cached["uri"])
-    return Point(videos, StageCost(**sharded["cost"]), StageCost(**cached["cost"]), worker["memory"])
+    return Point(videos, StageCost(**sharded["cost"]), StageCost(**cached["cost"]), tuple(worker["memory"]))
 
 
 def measure_index(videos: int, scratch: Path) -> dict[str, Any]:
@@ -258,7 +256,9 @@ def scale_table(points: list[Point]) -> list[str]:
             f"`{name}`, bytes a clip", [c.bytes / p.clips for c, p in zip(costs, points, strict=True)], ",.0f"
         )
         row(f"`{name}`, driver's peak, MiB", [c.peak for c in costs], ".0f")
-    row("training worker, MiB for the data", [p.worker_memory for p in points], ".1f")
+    for i, steps in enumerate(STEPS):
+        name = f"training worker, MiB for the data of {steps:,} steps"
+        row(name, [p.worker_memory[i] for p in points], ".1f", ratio=False)
     return lines
 
 

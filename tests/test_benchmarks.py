@@ -41,13 +41,16 @@ def test_quick_run_prints_every_row(tmp_path):
 
 def test_ratios_are_to_the_first_number_of_videos():
     small = scale.Point(
-        10, scale.StageCost(2.0, math.nan, 100.0, 200), scale.StageCost(3.0, 0.5, 200.0, 400), 4.0
+        10, scale.StageCost(2.0, math.nan, 100.0, 200), scale.StageCost(3.0, 0.5, 200.0, 400), (4.0, 5.0, 5.5)
     )
     large = scale.Point(
-        100, scale.StageCost(4.7, 0.01, 110.0, 1800), scale.StageCost(9.3, 1.0, 200.0, 4000), 4.0
+        100, scale.StageCost(4.7, 0.01, 110.0, 1800), scale.StageCost(9.3, 1.0, 200.0, 4000), (4.0, 5.0, 5.5)
     )
     larger = scale.Point(
-        1000, scale.StageCost(31.7, 0.02, 110.0, 18000), scale.StageCost(72.3, 1.0, 200.0, 40000), 4.0
+        1000,
+        scale.StageCost(31.7, 0.02, 110.0, 18000),
+        scale.StageCost(72.3, 1.0, 200.0, 40000),
+        (4.0, 5.0, 5.5),
     )
     lines = scale.scale_table([small, large, larger])
     assert lines[0] == "|  | 10 videos, 20 clips | 100 videos, 200 clips | 1,000 videos, 2,000 clips |"
@@ -55,6 +58,7 @@ def test_ratios_are_to_the_first_number_of_videos():
     assert "| `shard`, ms a clip, first file to last | – | 10.00 | 20.00 (2.00×) |" in lines
     assert "| `shard`, ms a further clip, whole calls | – | 15.00 | 15.00 (1.00×) |" in lines
     assert "| `shard`, bytes a clip | 10 | 9 (0.90×) | 9 (0.90×) |" in lines
+    assert "| training worker, MiB for the data of 1,000 steps | 5.0 | 5.0 | 5.0 |" in lines
     assert "| `shard`, driver's peak, MiB | 100 | 110 (1.10×) | 110 (1.10×) |" in lines
 
 

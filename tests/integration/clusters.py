@@ -10,6 +10,7 @@ import time
 import psutil
 
 from cluster.local import LocalCluster
+from pipeline.config import with_overrides
 
 # A killed node is noticed in seconds, not in half a minute.
 FAST_HEALTH_CHECKS = {
@@ -95,7 +96,7 @@ class Cluster(LocalCluster):
 
     def _config(self, config):
         path = self._next("yaml")
-        path.write_text(config.to_yaml())
+        path.write_text(with_overrides(config, {"ray.teacher_cpus": 0.8}).to_yaml())
         return path
 
     def _next(self, suffix):

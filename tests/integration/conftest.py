@@ -51,6 +51,9 @@ TINY = {
         "checkpoint_every": 4,
     },
     "evaluate": {"split": "validation"},
+    # One actor a stage on `local_ray`: each imports torch and timm, 5 s of a core, which is most of what a test costs.
+    # Clusters (clusters.py), whose nodes have one CPU, and the demo have one for each core.
+    "ray": {"teacher_cpus": 1.5},
 }
 
 
