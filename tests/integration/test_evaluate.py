@@ -10,7 +10,7 @@ import torch
 from clip_sets import make_clip_set, random_video
 from layouts import write_davis
 
-from pipeline import stages, storage
+from pipeline import mlflow_client, stages, storage
 from pipeline.clips.shard import find_clips
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, resolve_config
@@ -123,7 +123,10 @@ def test_another_protocol_is_another_evaluation(tiny, local_ray, clips, model_ur
     assert {r.protocol["name"] for r in find_records(config)} == {"slotcontrast", "paper, masks=attention"}
 
 
-def test_a_tracking_server_that_is_down_loses_no_scores(tiny, local_ray, clips, model_uri, capfd):
+def test_a_tracking_server_that_is_down_loses_no_scores(
+    tiny, local_ray, clips, model_uri, monkeypatch, capfd
+):
+    monkeypatch.setattr(mlflow_client, "SECONDS_TO_WAIT", 0.5)
     subject = {"mine": Subject(model_uri)}
     down = tiny("mlflow.tracking_uri=http://127.0.0.1:9")
     scores = evaluate(down, clips.uri, subject)["mine"]["scores"]
