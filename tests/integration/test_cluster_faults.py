@@ -190,8 +190,7 @@ def test_a_preemption_notice_makes_a_checkpoint_at_once(shared_tiny, cluster, un
     assert job.running()
     assert noticed[0] < 300
     assert time.monotonic() - asked < seconds, "the node was gone before the checkpoint was there"
-    time.sleep(max(0.0, seconds - (time.monotonic() - asked)))
-    cluster.kill(node)
+    cluster.kill(node)  # before its time, as on a fast machine the training would end before that
     whole(cluster)
     summary = job.finish()
     assert "is about to be taken away" in job.output()
