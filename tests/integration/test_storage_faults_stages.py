@@ -48,7 +48,9 @@ class Line:
         # A process of its own: workers of a Ray that runs already would not know of the server.
         config, out, log = folder / "faulty.yaml", folder / "faulty.json", folder / "faulty.log"
         config.write_text(self.config.to_yaml())
-        environment = {**os.environ, "SLOTMATCH_S3_TIMEOUT": str(STALLED_AFTER)}
+        # As many threads as in this process (tests/conftest.py): sums are rounded by how they are split.
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**os.environ, **threads, "SLOTMATCH_S3_TIMEOUT": str(STALLED_AFTER)}
         script = Path(__file__).with_name("stages_in_turn.py")
         with open(log, "wb") as errors:
             code = subprocess.run(
