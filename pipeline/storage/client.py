@@ -149,7 +149,10 @@ def request(operation: str, uri: str, call: Callable[[Any], _T]) -> _T:
             return call(_connect().client)
         except (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError) as error:
             if not _is_transient(error):
-                raise _permanent(error, operation, uri) from error
+                failure = _permanent(error, operation, uri)
+                if _is_about_credentials(error):
+                    _connection.cache_clear()  # a client that found none never looks again
+                raise failure from error
             if number == most:
                 raise UnavailableError(
                     f"{uri}: {operation} failed {most} times at {endpoint()}, last with: {_reason(error)}"
@@ -214,9 +217,7 @@ def _permanent(error: BaseException, operation: str, uri: str) -> OSError:
         if status(error) in _REFUSED_STATUS or code(error) in _REFUSED_CODES:
             return AccessError(f"{uri}: {operation} refused by {endpoint()} with {reason}, as {_identity()}")
     elif _is_about_credentials(error):
-        denied = AccessError(f"{uri}: {operation} failed at {endpoint()}: {reason}; {_identity()}")
-        _connection.cache_clear()  # a client that found none never looks again
-        return denied
+        return AccessError(f"{uri}: {operation} failed at {endpoint()}: {reason}; {_identity()}")
     return StorageError(f"{uri}: {operation} failed at {endpoint()}: {reason}, as {_identity()}")
 
 

@@ -16,9 +16,8 @@ from pipeline.storage.client import endpoint, request, settings, split, status, 
 from pipeline.storage.errors import StorageError
 
 PART_BYTES = 8 << 20  # of a multipart upload, at first; 5 MiB is the least that S3 takes
-PARTS_OF_A_SIZE = (
-    1000  # then they are twice as large: S3 takes 10,000 parts, and so 8 TiB, more than an object may have
-)
+# Then they are twice as large: S3 takes 10,000 parts, and so 8 TB, which is more than an object may have.
+PARTS_OF_A_SIZE = 1000
 _T = TypeVar("_T")
 
 

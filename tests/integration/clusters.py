@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-import psutil
+from helpers import command_line
 
 from cluster.local import LocalCluster
 from pipeline.config import with_overrides
@@ -24,12 +24,7 @@ SMALL_STORE = ("--object-store-memory=200000000",)
 
 def processes(cluster, node, title):
     """Processes of a node by what Ray calls them, `ray::RayTrainWorker…`."""
-    found = []
-    for process in cluster.family(node):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    return [process for process in cluster.family(node) if title in command_line(process)]
 
 
 class ClusterJob:
