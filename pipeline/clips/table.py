@@ -22,7 +22,7 @@ INDEX_FILE = "index.parquet"
 SOURCES_FILE = "sources.parquet"  # the videos that it was made of, those set aside included
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
-# Of all that a reader remembers, as stored; in memory they are about four times as large.
+# Of all that a reader remembers, as stored; in memory they are about eleven times as large.
 _FOOTER_BYTES = 4 << 20
 
 
