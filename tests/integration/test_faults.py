@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import GOLDEN_TEACHER, kill_with_family, published_shards, resumed_from, wait_for
+from helpers import GOLDEN_TEACHER, command_line, kill_with_family, published_shards, resumed_from, wait_for
 
 from pipeline import storage
 from pipeline.clips.shard import find_clips, shard
@@ -110,7 +110,7 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     worker = next(
         child
         for child in psutil.Process(process.popen.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(child.cmdline())
+        if "RayTrainWorker" in command_line(child)
     )
     worker.send_signal(signal.SIGKILL)
     wait_for(lambda: len(list(checkpoints.glob(f"*/{storage.MANIFEST}"))) >= 4)
