@@ -73,9 +73,9 @@ def _created(folder: Path) -> Path:
 
 def score(folder: str, side: int) -> tuple[float, float]:
     """Seconds of scoring the video of a clip set, and this process's peak of memory in MiB."""
+    from pipeline.evaluate.protocols import PRESETS
+    from pipeline.evaluate.scoring import model_predictor, score_video
     from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
-    from pipeline.protocols import PRESETS
-    from pipeline.scoring import model_predictor, score_video
 
     vit = {"patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3}
     model = SlotModel(SlotModelConfig(BackboneConfig(None, side, vit), 7, 64, decoder_hidden_sizes=(64,)))

@@ -30,11 +30,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.memory import memory_mib
 from pipeline import storage
-from pipeline.clips.shard import shard
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.stage import shard
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet, VideoEntry
 from pipeline.config import Config, resolve_config
-from pipeline.progress import log
+from pipeline.log import log
 from pipeline.report.table import DASH
 
 SIDE, FRAMES, CLIP_FRAMES = 16, 8, 4
@@ -104,8 +104,8 @@ def make_config(scratch: Path) -> Config:
 
 def drive(stage: str, scratch: Path, clips_uri: str = "") -> dict[str, Any]:
     """Runs a stage over the videos in `scratch`; this process is the driver."""
-    from pipeline.ray_session import ray_session
-    from pipeline.targets import cache
+    from pipeline.compute import ray_session
+    from pipeline.targets.stage import cache
 
     config = make_config(scratch)
     with ray_session(config):

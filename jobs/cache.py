@@ -10,7 +10,7 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.stages import cache_stage
+    from pipeline.targets.stage import cache_stage
 
     return cache_stage(config)
 

@@ -10,7 +10,7 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.stages import distill_stage
+    from pipeline.distill.stage import distill_stage
 
     return distill_stage(config)
 

@@ -10,7 +10,7 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.stages import evaluate_stage
+    from pipeline.evaluate.stage import evaluate_stage
 
     return evaluate_stage(config)
 

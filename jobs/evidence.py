@@ -10,13 +10,13 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.evidence import run_evidence
+    from pipeline.sweep.evidence import run_evidence
 
     return run_evidence(config)
 
 
 def check(config: Config) -> None:
-    from pipeline.evidence import check_evidence
+    from pipeline.sweep.evidence import check_evidence
 
     check_evidence(config)
 

@@ -26,7 +26,7 @@ def main() -> int:
 
     def work() -> dict[str, object]:
         nonlocal complete
-        from pipeline.lineage import trace
+        from pipeline.registry.lineage import trace
 
         if words:
             raise ConfigError(f"{words[0]!r} is not of the form key=value")

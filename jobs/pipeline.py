@@ -10,7 +10,7 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.whole import run_pipeline
+    from pipeline.line import run_pipeline
 
     return run_pipeline(config)
 

@@ -23,7 +23,7 @@ def main() -> int:
     words, settings = split_settings(arguments.settings)
 
     def work() -> dict[str, object]:
-        from pipeline.registry import pull
+        from pipeline.registry.stage import pull
 
         if words:
             raise ConfigError(f"{words[0]!r} is not of the form key=value")

@@ -10,7 +10,7 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.stages import register_stage
+    from pipeline.registry.stage import register_stage
 
     return register_stage(config)
 

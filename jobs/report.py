@@ -36,7 +36,7 @@ def main() -> int:
         return 0
 
     def work() -> dict[str, object]:
-        from pipeline.report.write import write_report
+        from pipeline.report.stage import write_report
 
         return write_report(config, arguments.folder, latency_runs=arguments.latency_runs)
 

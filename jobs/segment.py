@@ -48,10 +48,11 @@ def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
         raise ConfigError(f"max_side: {side!r} is not a whole number above 0")
     config = _hints_config(settings)
 
-    from pipeline.builders import best_device, checkpoint_hints
+    from pipeline.compute import best_device
     from pipeline.models import HintError, load_slot_model
-    from pipeline.registry import downloaded
-    from pipeline.segment import segment
+    from pipeline.models.build import checkpoint_hints
+    from pipeline.segment.stage import segment
+    from pipeline.tracking.versions import downloaded
 
     with contextlib.ExitStack() as stack:
         path: Any = settings["model"]

@@ -10,7 +10,7 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.stages import shard_stage
+    from pipeline.clips.stage import shard_stage
 
     return shard_stage(config)
 

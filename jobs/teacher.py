@@ -10,7 +10,7 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.stages import teacher_stage
+    from pipeline.distill.stage import teacher_stage
 
     return teacher_stage(config)
 

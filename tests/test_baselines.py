@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.baselines import BASELINES, colour_kmeans, grid, one_slot
+from pipeline.evaluate.baselines import BASELINES, colour_kmeans, grid, one_slot
 
 
 def run(predictor, *chunks, size=None):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.bound import reconstruction_bound
+from pipeline.distill.bound import reconstruction_bound
 from pipeline.models.decoders import MLPDecoder, SlotMixerDecoder
 
 N, D, P, FEATURES = 3, 8, 9, 6

@@ -4,13 +4,12 @@ import pytest
 import torch
 from clip_sets import make_clip_set
 
-from pipeline.builders import build_student, build_teacher, load_teacher, model_config
+from pipeline.artifacts.identity import find_targets
 from pipeline.config import ConfigError, resolve_config
-from pipeline.distill.train import find_student
-from pipeline.evaluate import Subject
+from pipeline.distill.stage import find_student
+from pipeline.evaluate.subjects import Subject, teacher_subject
 from pipeline.models import BackboneConfig, CheckpointHints, SlotModel, SlotModelConfig, save_slot_model
-from pipeline.stages import teacher_subject
-from pipeline.targets import find_targets
+from pipeline.models.build import build_student, build_teacher, load_teacher, model_config
 
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 SECTION = {"backbone": VIT, "backbone_weights": "random", "image_size": 16, "decoder_hidden_sizes": [8]}

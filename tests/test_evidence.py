@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError, load_config
-from pipeline.evidence import BEGIN, END, Comparison, _update, check_evidence, compare, parse_claim
+from pipeline.sweep.evidence import BEGIN, END, Comparison, _update, check_evidence, compare, parse_claim
 from pipeline.sweep.results import Result
 from pipeline.sweep.settings import Setting
 

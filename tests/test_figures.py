@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline import figures
-from pipeline.figures import (
+from pipeline.segment.figures import (
     Panel,
     comparison,
     match_labels,

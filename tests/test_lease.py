@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import lease as lease_module
 from pipeline import storage
-from pipeline.lease import LEASE_FILE, lease
+from pipeline.artifacts.once import LEASE_FILE, lease
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -14,8 +14,8 @@ from students import evaluation, make_finished_run
 from jobs import lineage as job
 from pipeline import storage
 from pipeline.config import resolve_config
-from pipeline.lineage import trace
-from pipeline.registry import register
+from pipeline.registry.lineage import trace
+from pipeline.registry.stage import register
 
 CHAMPION = "models:/slotmatch@champion"
 

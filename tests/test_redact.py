@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError, resolve_config
-from pipeline.redact import has_password, redact, redacted
+from pipeline.log import has_password, redact, redacted
 from pipeline.sweep.ended import failed
 from pipeline.sweep.settings import Setting, Trial
 

@@ -7,7 +7,7 @@ from students import evaluation, make_finished_run
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
 from pipeline.models import load_slot_model
-from pipeline.registry import appoint, pull, register
+from pipeline.registry.stage import appoint, pull, register
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def finished_run(config, tmp_path):
 
 
 def champion(config):
-    return int(tracking.client(config).get_model_version_by_alias("slotmatch", "champion").version)
+    return int(tracking.connect(config).get_model_version_by_alias("slotmatch", "champion").version)
 
 
 def test_the_alias_moves_only_to_a_better_score_on_the_same_evaluation(config, finished_run):
@@ -65,7 +65,7 @@ def test_registering_a_run_again_makes_no_second_version(config, finished_run):
     first = register(config, uri, None)
     again = register(config, uri, evaluation(0.3))
     assert first["version"] == again["version"] == 1
-    tags = tracking.client(config).get_model_version("slotmatch", "1").tags
+    tags = tracking.connect(config).get_model_version("slotmatch", "1").tags
     assert tags["score.video_mbo"] == "0.300000"
 
 
@@ -106,11 +106,11 @@ def test_pull_to_object_storage_over_an_earlier_version(config, finished_run, s3
 
 
 def test_a_run_whose_parameters_were_lost_gets_them(config):
-    created = tracking.client(config).create_run(
+    created = tracking.connect(config).create_run(
         tracking.experiment_id(config), tags={tracking.RUN_TAG: "runs/a"}
     )
     assert tracking.start_run(config, "runs/a", "a", {}) == created.info.run_id
-    params = tracking.client(config).get_run(created.info.run_id).data.params
+    params = tracking.connect(config).get_run(created.info.run_id).data.params
     assert params["distill.beta"] == str(config.distill.beta)
     assert tracking.start_run(config, "runs/a", "a", {}) == created.info.run_id
 
@@ -150,7 +150,7 @@ def test_the_one_that_was_chosen_replaces_its_rivals_but_no_better_champion(conf
         done = register(config, run, evaluation(score), contend=False, more_tags={"sweep": "s"})
         assert not done["champion"]
         versions[name] = done["version"]
-    assert tracking.client(config).get_model_version("slotmatch", "1").tags["sweep"] == "s"
+    assert tracking.connect(config).get_model_version("slotmatch", "1").tags["sweep"] == "s"
     rivals = set(versions.values())
     assert appoint(config, versions["lucky"], rivals)[0]
     holds, reason = appoint(config, versions["chosen"], rivals)

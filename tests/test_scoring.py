@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from clip_sets import make_clip_set, random_video
 
-from pipeline.baselines import grid
 from pipeline.clips.schema import stack_masks
 from pipeline.config import ConfigError, Evaluate, resolve_config
+from pipeline.evaluate.baselines import grid
+from pipeline.evaluate.protocols import PRESETS, choose_protocol, describe_protocol
+from pipeline.evaluate.scoring import mean_scores, model_predictor, score_video
 from pipeline.metrics import fg_ari, mean_best_overlap
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
-from pipeline.protocols import PRESETS, choose_protocol, describe_protocol
-from pipeline.scoring import mean_scores, model_predictor, score_video
 
 WHOLE = PRESETS["slotcontrast"]
 METRICS = {"fg_ari": fg_ari, "mbo": mean_best_overlap}

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.clips.sources import BadVideo, VideoRef
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
-from pipeline.segment import segment
+from pipeline.segment.stage import segment
 
 
 @pytest.fixture

@@ -5,15 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline import storage
-from pipeline.builders import (
-    backbone_identity,
-    build_backbone,
-    checkpoint_hints,
-    load_teacher,
-    model_identity,
-)
+from pipeline.artifacts.identity import backbone_identity, model_identity
 from pipeline.config import ConfigError, resolve_config
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+from pipeline.models.build import build_backbone, checkpoint_hints, load_teacher
 from pipeline.storage import join
 
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}

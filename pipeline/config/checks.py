@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.sections import GENERATED_SPLITS, Config, Model, Training, ViT, parse_split
-from pipeline.redact import has_password
+from pipeline.log import has_password
 
 
 def check_secrets(config: Config) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.checks import check_combinations, check_dataset, check_models, check_secrets
 from pipeline.config.sections import Config, ConfigError, ViT
-from pipeline.redact import redact
+from pipeline.log import redact
 
 
 def load_config(

@@ -19,7 +19,7 @@ import torch
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.config import Targets
-from pipeline.targets import Target, TargetMismatch, TargetSet
+from pipeline.targets.table import Target, TargetMismatch, TargetSet
 
 
 @dataclass(frozen=True)

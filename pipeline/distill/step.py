@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from pipeline.bound import reconstruction_bound
+from pipeline.distill.bound import reconstruction_bound
 from pipeline.losses import (
     feature_kd_loss,
     feature_reconstruction_loss,
@@ -224,7 +224,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def measure_bound(self, batch: Batch) -> dict[str, float]:
-        """Both sides of Theorem 1 on a batch, as `theorem1_*`; see `pipeline.bound.ReconstructionBound`.
+        """Both sides of Theorem 1 on a batch, as `theorem1_*`; see `pipeline.distill.bound.ReconstructionBound`.
 
         Raises:
             ValueError: no teacher whose decoder reconstructs features, or no target slots.

@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, Evaluate
+from pipeline.evaluate.protocols import choose_protocol
+from pipeline.evaluate.scoring import SCORES, VideoScore, mean_scores, model_predictor, score_video
 from pipeline.models import SlotModel
-from pipeline.protocols import choose_protocol
-from pipeline.scoring import SCORES, VideoScore, mean_scores, model_predictor, score_video
 
 
 class Validation:

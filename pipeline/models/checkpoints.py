@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.log import log
 from pipeline.models._timm import import_timm
 from pipeline.models.backbone import BackboneConfig, check_state_dict, read_checkpoint_file
 from pipeline.models.slot_model import IMAGENET_MEAN, IMAGENET_STD, SlotModel, SlotModelConfig
-from pipeline.progress import log
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

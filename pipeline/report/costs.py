@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.builders import best_device, load_teacher, model_config, student_sizes
+from pipeline.compute import best_device
 from pipeline.config import Config
+from pipeline.log import log
 from pipeline.models import SlotModel, SlotModelConfig
-from pipeline.progress import log
+from pipeline.models.build import load_teacher, model_config, student_sizes
 from pipeline.report.efficiency import (
     PAPER_FRAMES,
     PAPER_STUDENT,

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from pipeline.builders import best_device, load_model
-from pipeline.clips.table import Clip, ClipSet, VideoEntry
+from pipeline.clips.schema import Clip
+from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, nearest_resize
-from pipeline.figures import Panel
+from pipeline.compute import best_device
+from pipeline.evaluate.protocols import PRESETS, Protocol, recorded_protocol
+from pipeline.evaluate.records import METHODS
+from pipeline.evaluate.scoring import model_predictor, samples
 from pipeline.models import SlotModel
-from pipeline.protocols import PRESETS, Protocol, recorded_protocol
-from pipeline.records import METHODS
-from pipeline.report.shown import NothingToShow, Shown
-from pipeline.scoring import model_predictor, samples
+from pipeline.models.build import load_model
+from pipeline.report.select import NothingToShow, Shown
+from pipeline.segment.figures import Panel
 
 MAX_FRAMES = 120  # of a video, for a picture
 MAX_SIDE = 320  # pixels of what a picture is drawn from

@@ -15,25 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import storage
-from pipeline.builders import best_device, load_model
+from pipeline.compute import best_device
 from pipeline.config import Config
-from pipeline.figures import Panel, comparison, to_png
+from pipeline.evaluate.records import Record
+from pipeline.log import log
 from pipeline.models import SlotModel
-from pipeline.progress import log
-from pipeline.records import Record
-from pipeline.report.charts import (
-    COLOURS,
-    OTHER_COLOUR,
-    Method,
-    Series,
-    chart_png,
-    score_chart,
-    speed_chart,
-)
+from pipeline.models.build import load_model
+from pipeline.report.charts import COLOURS, OTHER_COLOUR, Method, Series, chart_png, score_chart, speed_chart
 from pipeline.report.costs import frames_per_run
 from pipeline.report.efficiency import device_name, measure_latencies
 from pipeline.report.gallery import GROUND_TRUTH, MAX_FRAMES, Gallery
-from pipeline.report.shown import (
+from pipeline.report.select import (
     NO_KD,
     SLOTMATCH,
     TEACHER,
@@ -45,6 +37,7 @@ from pipeline.report.shown import (
     worst_videos,
 )
 from pipeline.report.table import plural
+from pipeline.segment.figures import Panel, comparison, to_png
 
 WORST = 6
 SCORE = "video mBO"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline.progress import log
+from pipeline.log import log
 from pipeline.storage.errors import AccessError, MissingBucketError, StorageError, UnavailableError
 
 TRIES = 6

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
-from pipeline.progress import log
+from pipeline.log import log
 from pipeline.storage.client import endpoint, request, settings, split, status, timeout, tries
 from pipeline.storage.errors import StorageError
 

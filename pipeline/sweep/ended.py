@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pipeline import storage
-from pipeline.distill.loop import HISTORY_FILE
-from pipeline.distill.train import NonFiniteLoss
-from pipeline.redact import redact
+from pipeline.distill.stage import NonFiniteLoss
+from pipeline.log import redact
 from pipeline.sweep.settings import Trial
+from pipeline.tracking.runs import HISTORY_FILE
 
 TRIALS_FOLDER = "trials"
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.records import SCORES
-from pipeline.report.notes import SAMPLE_STD
-from pipeline.report.scores import TITLES, score_columns
+from pipeline.evaluate.scoring import SCORES
+from pipeline.report.scores import SAMPLE_STD, TITLES, score_columns
 from pipeline.report.select import mean_and_std, percent
 from pipeline.report.table import DASH, Cell, Column, Row, Table, plural
 from pipeline.sweep.settings import Setting

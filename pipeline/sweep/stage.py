@@ -14,41 +14,40 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import stages, storage
-from pipeline.builders import load_model, teacher_location
-from pipeline.clips.shard import find_clips
+from pipeline.artifacts.identity import teacher_location
+from pipeline.artifacts.once import lease
+from pipeline.clips.stage import find_clips
 from pipeline.clips.table import ClipSet
+from pipeline.compute import gpus_to_use, ray_session
 from pipeline.config import Config, ConfigError
-from pipeline.distill.train import find_student
-from pipeline.evaluate import Subject
-from pipeline.lease import lease
+from pipeline.distill.stage import find_student
+from pipeline.evaluate.scoring import SCORES
+from pipeline.evaluate.subjects import Subject
+from pipeline.log import log
 from pipeline.models import CheckpointHints
-from pipeline.progress import log
-from pipeline.ray_session import gpus_to_use, ray_session
-from pipeline.records import SCORES
-from pipeline.registry import appoint, register
+from pipeline.models.build import load_model
+from pipeline.registry.stage import appoint, register
 from pipeline.report.charts import chart_png
 from pipeline.report.pictures import Picture
 from pipeline.report.render import Page, markdown
 from pipeline.report.table import Table
-from pipeline.sweep.chart import sweep_chart
 from pipeline.sweep.ended import Ended, find_ended
-from pipeline.sweep.mlflow_runs import adopt, log_results, parent_run
-from pipeline.sweep.results import (
-    Best,
-    Result,
-    as_csv,
-    as_json,
-    choose_best,
-    sweep_table,
-    text,
+from pipeline.sweep.page import (
+    NUMBERS,
+    TABLE_CSV,
+    TABLE_MD,
+    TABLE_TEXT,
+    _best_summary,
+    _without_nan,
+    sweep_chart,
 )
+from pipeline.sweep.results import Best, Result, as_csv, as_json, choose_best, sweep_table, text
+from pipeline.sweep.runs import adopt, log_results, parent_run
 from pipeline.sweep.settings import Setting, Trial, plan_trials
 from pipeline.sweep.trials import run_trials
-from pipeline.targets import cache
+from pipeline.targets.stage import cache
 
 FORMAT = 1
-TABLE_TEXT, TABLE_CSV, TABLE_MD = "table.txt", "table.csv", "table.md"
-NUMBERS, PLOT = "scores.json", "plot.png"
 
 
 class SweepFailed(RuntimeError):
@@ -287,28 +286,6 @@ def _write(
         },
     )
     return files, table
-
-
-def _without_nan(values: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(values, dict):
-        return {key: _without_nan(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_without_nan(value) for value in values]
-    return None if isinstance(values, float) and values != values else values
-
-
-def _best_summary(best: Best | None, score: str) -> dict[str, Any] | None:
-    if best is None:
-        return None
-    return {
-        "setting": best.result.setting.name,
-        "values": dict(best.result.setting.values),
-        "seed": best.seed,
-        "score": score,
-        "mean": best.result.mean(score),
-        "std": best.result.std(score),
-    }
 
 
 def _best_numbers(best: Best | None) -> tuple[dict[str, float], dict[str, Any]]:

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline import storage
+from pipeline.compute import arrow_filesystem, root_cause
 from pipeline.config import Config, ConfigError
-from pipeline.distill.train import arrow_filesystem, distill
-from pipeline.progress import log
-from pipeline.ray_session import root_cause
+from pipeline.distill.stage import distill
+from pipeline.log import log
 from pipeline.report.scores import TITLES
 from pipeline.sweep.ended import Ended, failed, find_ended, finished, read_ended, write_ended
-from pipeline.sweep.mlflow_runs import child_tags, end_child
+from pipeline.sweep.runs import child_tags, end_child
 from pipeline.sweep.settings import Trial, grace_steps
 
 # What a trial holds beside its Train workers, and what one without workers trains on.

@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 from layouts import training_split
 
 from pipeline import storage
-from pipeline.clips.shard import write_shard
 from pipeline.clips.sources import list_videos
 from pipeline.clips.table import ClipSet
+from pipeline.clips.write import write_shard
 from pipeline.config import Clips, Dataset
 
 

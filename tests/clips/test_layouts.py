@@ -19,10 +19,10 @@ from layouts import (
 )
 from PIL import Image
 
-from pipeline.clips.shard import find_videos
 from pipeline.clips.sources import list_videos, read_video
+from pipeline.clips.stage import find_videos
 from pipeline.config import ConfigError, Dataset, load_config, resolve_config
-from pipeline.report.parts import COCO, DAVIS, MOVI_E, OVIS, YTVIS
+from pipeline.report.tables import COCO, DAVIS, MOVI_E, OVIS, YTVIS
 
 KINDS = list(WRITERS)
 

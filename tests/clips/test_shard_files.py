@@ -8,9 +8,9 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.clips.schema import clip_schema, encode_frame, encode_masks, stack_masks
-from pipeline.clips.shard import write_shard
 from pipeline.clips.sources.videos import list_videos
 from pipeline.clips.table import ClipSet, ShardReader, to_clip
+from pipeline.clips.write import write_shard
 from pipeline.config import Clips
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.baselines import colour_kmeans
 from pipeline.clips.sources.synthetic import SyntheticSettings, render_video, write_dataset
+from pipeline.evaluate.baselines import colour_kmeans
 from pipeline.metrics import fg_ari
 
 SETTINGS = SyntheticSettings(videos=6, frames=12, size=64)

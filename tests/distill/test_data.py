@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.clips.shard import write_shard
 from pipeline.clips.sources.videos import list_videos
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import apply_view
+from pipeline.clips.write import write_shard
 from pipeline.config import Clips, Targets
 from pipeline.distill.data import Loader, Sampler
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.distill.loop import terms
+from pipeline.distill.run import terms
 from pipeline.distill.step import Batch, Objective, Terms, training_step
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 

@@ -1,6 +1,6 @@
 """What a training run records about itself."""
 
-from pipeline.distill.train import git_revision
+from pipeline.tracking.runs import git_revision
 
 
 def test_a_submitted_job_records_the_revision_it_was_sent_from(monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from services import MLflowServer
 
+from pipeline.compute import ray_session
 from pipeline.config import resolve_config
-from pipeline.ray_session import ray_session
 
 TINY = {
     "dataset": {

@@ -8,12 +8,12 @@ from students import evaluation
 
 from pipeline import registry_lock, tracking
 from pipeline.config import load_config, with_overrides
-from pipeline.registry import appoint, register
+from pipeline.registry.stage import appoint, register
 
 
 def hold(config):
     """Until it is killed."""
-    with registry_lock.registry_lock(tracking.client(config), config.mlflow.model_name):
+    with registry_lock.registry_lock(tracking.connect(config), config.mlflow.model_name):
         print("holds it", flush=True)
         time.sleep(1000)
 

@@ -6,8 +6,8 @@ import sys
 import yaml
 
 from pipeline import stages
+from pipeline.compute import ray_session
 from pipeline.config import resolve_config
-from pipeline.ray_session import ray_session
 
 STAGES = {
     "shard": stages.shard_stage,

@@ -7,8 +7,9 @@ import pytest
 
 from pipeline import stages, storage
 from pipeline.clips.table import ClipSet
-from pipeline.distill.train import distill, find_student, train_teacher
-from pipeline.targets import TargetMismatch, TargetSet, cache
+from pipeline.distill.stage import distill, find_student, train_teacher
+from pipeline.targets.stage import cache
+from pipeline.targets.table import TargetMismatch, TargetSet
 
 VIEWS = ("targets.views=3", "targets.crop=random", "targets.min_scale=0.6")
 STEPS = ("distill.steps=20", "distill.log_every=1", "distill.checkpoint_every=20")

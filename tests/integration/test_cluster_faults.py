@@ -13,10 +13,11 @@ from clusters import SMALL_STORE, processes, running_cluster
 from helpers import GOLDEN_TEACHER, is_alive, published_shards, resumed_from, wait_for
 
 from pipeline import storage
-from pipeline.clips.shard import find_clips, shard
+from pipeline.artifacts.identity import find_targets
+from pipeline.clips.stage import find_clips, shard
 from pipeline.clips.table import ClipSet
-from pipeline.distill.train import find_student
-from pipeline.targets import TargetSet, find_targets
+from pipeline.distill.stage import find_student
+from pipeline.targets.table import TargetSet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -25,9 +25,9 @@ from mlflow.server.auth.client import AuthServiceClient
 
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
-from pipeline.mlflow_client import AccessDenied
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
-from pipeline.registry import register
+from pipeline.registry.stage import register
+from pipeline.tracking.client import AccessDenied
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 SECONDS = 250  # that a server may take to start; on a free machine it needs 15
@@ -226,11 +226,11 @@ def test_the_pipeline_uses_the_services_as_a_user_of_its_own(services, sign_in, 
 
     services.stop("mlflow")
     services.start("mlflow")
-    run = tracking.client(config).get_run(run_id)
+    run = tracking.connect(config).get_run(run_id)
     assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 0.25)
-    version = tracking.client(config).get_model_version_by_alias("slotmatch", "champion")
+    version = tracking.connect(config).get_model_version_by_alias("slotmatch", "champion")
     assert version.run_id == run_id
-    copy = tracking.client(config).download_artifacts(run_id, "files/config.yaml", str(tmp_path))
+    copy = tracking.connect(config).download_artifacts(run_id, "files/config.yaml", str(tmp_path))
     assert Path(copy).read_text() == config.to_yaml()
 
 

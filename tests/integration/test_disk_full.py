@@ -12,10 +12,11 @@ from clusters import running_cluster
 from helpers import GOLDEN_TEACHER, published_shards, wait_for
 
 from pipeline import storage
-from pipeline.clips.shard import find_clips, shard
+from pipeline.artifacts.identity import find_targets
+from pipeline.clips.stage import find_clips, shard
 from pipeline.clips.table import ClipSet
-from pipeline.distill.train import distill, find_student
-from pipeline.targets import cache, find_targets
+from pipeline.distill.stage import distill, find_student
+from pipeline.targets.stage import cache
 
 
 @contextlib.contextmanager

@@ -11,12 +11,17 @@ from clip_sets import make_clip_set, random_video
 from layouts import write_davis
 
 from pipeline import mlflow_client, stages, storage
-from pipeline.clips.shard import find_clips
+from pipeline.clips.stage import find_clips, shard_stage
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, resolve_config
-from pipeline.distill.train import _student_spec
+from pipeline.distill.stage import _student_spec, distill_stage
 from pipeline.distill.validation import Validation
-from pipeline.evaluate import ROWS_FOLDER, Subject, _write_rows, evaluate
+from pipeline.evaluate.protocols import PRESETS, choose_protocol
+from pipeline.evaluate.records import VIDEOS_FILE, find_records
+from pipeline.evaluate.scoring import SCORES, mean_scores, model_predictor, score_video
+from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate, evaluate_stage
+from pipeline.evaluate.subjects import Subject
+from pipeline.line import run_pipeline
 from pipeline.models import (
     BackboneConfig,
     CheckpointHints,
@@ -25,15 +30,10 @@ from pipeline.models import (
     load_slot_model,
     save_slot_model,
 )
-from pipeline.protocols import PRESETS, choose_protocol
-from pipeline.records import VIDEOS_FILE, find_records
-from pipeline.registry import pull
+from pipeline.registry.stage import pull, register_stage
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import model_speeds
-from pipeline.report.shown import choose_shown
-from pipeline.scoring import SCORES, mean_scores, model_predictor, score_video
-from pipeline.stages import distill_stage, evaluate_stage, register_stage, shard_stage
-from pipeline.whole import run_pipeline
+from pipeline.report.select import choose_shown
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -9,10 +9,11 @@ import pytest
 from helpers import GOLDEN_TEACHER, command_line, kill_with_family, published_shards, resumed_from, wait_for
 
 from pipeline import storage
-from pipeline.clips.shard import find_clips, shard
+from pipeline.artifacts.identity import find_targets
+from pipeline.clips.stage import find_clips, shard
 from pipeline.clips.table import ClipSet
-from pipeline.distill.train import find_student
-from pipeline.targets import cache, find_targets
+from pipeline.distill.stage import find_student
+from pipeline.targets.stage import cache
 
 
 def kill_at_two_shards(process, uri):
@@ -96,7 +97,7 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     ]
     unbroken = tiny(*settings, "distill.name=unbroken")
     clips = shard(unbroken, "")["uri"]
-    from pipeline.distill.train import distill, train_teacher
+    from pipeline.distill.stage import distill, train_teacher
 
     train_teacher(unbroken, clips)
     cache(unbroken, clips)
@@ -131,7 +132,7 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     fault="NaN loss", stage="distill", checked="stops, says why, keeps the last good checkpoint"
 )
 def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, local_ray):
-    from pipeline.distill.train import NonFiniteLoss, distill, train_teacher
+    from pipeline.distill.stage import NonFiniteLoss, distill, train_teacher
     from pipeline.models import load_slot_model
 
     config = tiny(

@@ -8,10 +8,10 @@ from clusters import processes, running_cluster
 from helpers import GOLDEN_TEACHER
 
 from pipeline import storage
-from pipeline.clips.shard import find_clips
+from pipeline.artifacts.identity import find_targets
+from pipeline.clips.stage import find_clips
 from pipeline.clips.table import ClipSet
 from pipeline.sweep.settings import plan_trials
-from pipeline.targets import find_targets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.clips.shard import shard
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.config import resolve_config
 

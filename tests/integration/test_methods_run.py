@@ -4,9 +4,9 @@ import pytest
 
 from pipeline import stages, storage
 from pipeline.config import ConfigError
-from pipeline.distill.train import distill, find_student, train_teacher
+from pipeline.distill.stage import distill, find_student, train_teacher
 from pipeline.models import load_slot_model
-from pipeline.targets import cache
+from pipeline.targets.stage import cache
 
 TERMS = {
     "no_kd": set(),

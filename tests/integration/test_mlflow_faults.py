@@ -14,9 +14,9 @@ from services import MLflowServer
 from students import make_finished_run
 
 from pipeline import mlflow_client, storage, tracking
-from pipeline.distill.train import distill
-from pipeline.mlflow_client import AccessDenied, ServerUnavailable
-from pipeline.registry import register
+from pipeline.distill.stage import distill
+from pipeline.registry.stage import register
+from pipeline.tracking.client import AccessDenied, ServerUnavailable
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,7 +50,7 @@ def at_step(monkeypatch):
 
 def assert_all_metrics_arrived(config, summary):
     """Every metric of history.json is in MLflow, once a step."""
-    client = tracking.client(config)
+    client = tracking.connect(config)
     history = storage.read_json(summary["history"])
     assert [row["step"] for row in history] == list(range(1, 25))
     for name in set(history[0]) - {"step"}:
@@ -128,7 +128,7 @@ def test_a_student_is_registered_once_the_server_is_there(no_kd, mlflow_server, 
     name = "registered late"
     config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"model_name": name})})
     assert [register(config, uri, None)["version"] for _ in range(2)] == [1, 1]
-    assert len(tracking.client(config).search_model_versions(f"name = '{name}'")) == 1
+    assert len(tracking.connect(config).search_model_versions(f"name = '{name}'")) == 1
 
 
 @pytest.mark.fault(
@@ -215,7 +215,7 @@ def test_registering_at_once_loses_nothing(tiny, tmp_path, mlflow_server, kind):
     assert [racer.returncode for racer in racers] == [0] * 4, "\n\n".join(e[-1500:] for _, e in ended)
     assert dead is None or any("taking its place" in errors for _, errors in ended)
 
-    client = tracking.client(config)
+    client = tracking.connect(config)
     versions = client.search_model_versions(f"name = 'raced {kind}'")
     made_of = Counter(version.tags[tracking.RUN_TAG] for version in versions)
     assert made_of == Counter([shared, *runs])

@@ -13,8 +13,8 @@ from pipeline import stages
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, load_config
 from pipeline.models import load_slot_model
-from pipeline.registry import pull
-from pipeline.segment import segment
+from pipeline.registry.stage import pull
+from pipeline.segment.stage import segment
 from pipeline.storage import IncompleteError
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import storage, tracking
 from pipeline.models import load_slot_model
-from pipeline.registry import pull
+from pipeline.registry.stage import pull
 from pipeline.storage import join
 
 
@@ -19,7 +19,7 @@ def test_the_whole_line_on_s3_with_an_mlflow_server(tiny, job, s3, mlflow_server
     for name in storage.list_names(join(root, "students")):
         assert storage.is_complete(join(root, "students", name))
     assert storage.list_names(join(root, "ray")) == []
-    version = tracking.client(config).get_model_version_by_alias("slotmatch", "champion")
+    version = tracking.connect(config).get_model_version_by_alias("slotmatch", "champion")
     assert int(version.version) in first["versions"]
     pull("models:/slotmatch@champion", tmp_path / "champion", mlflow_server.uri)
     load_slot_model(tmp_path / "champion")

@@ -4,10 +4,9 @@ import pytest
 from layouts import EVALUATION_SPLITS, SHIPPED, WRITERS, assert_holds, of_split, training_split, upload
 
 from pipeline import storage
-from pipeline.clips.shard import TooManyBadVideos
+from pipeline.clips.stage import TooManyBadVideos, shard_stage
 from pipeline.clips.table import ClipSet
 from pipeline.config import load_config
-from pipeline.stages import shard_stage
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -13,7 +13,7 @@ from stages_in_turn import run_stages
 from pipeline import storage, tracking
 from pipeline.clips.table import SHARD_FOLDER
 from pipeline.models import load_slot_model
-from pipeline.registry import pull
+from pipeline.registry.stage import pull
 from pipeline.storage import join
 
 RATES = {
@@ -115,7 +115,7 @@ def test_evaluate(line):
 
 @pytest.mark.fault(fault=FAULTS, stage="register", checked="the champion is pulled and loads")
 def test_register(line, tmp_path):
-    client = tracking.client(line.config)
+    client = tracking.connect(line.config)
     champion = client.get_model_version_by_alias("slotmatch", "champion")
     assert str(champion.version) == str(line.faulty["register"]["version"])
     pull("models:/slotmatch@champion", tmp_path / "champion", line.config.tracking_uri)

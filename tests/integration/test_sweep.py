@@ -6,10 +6,10 @@ import pytest
 from helpers import GOLDEN_TEACHER, kill_with_family, resumed_from, wait_for
 
 from pipeline import storage, tracking
-from pipeline.clips.shard import shard
+from pipeline.clips.stage import shard
 from pipeline.config import with_overrides
-from pipeline.distill.train import distill, find_student
-from pipeline.sweep.mlflow_runs import PARENT_TAG
+from pipeline.distill.stage import distill, find_student
+from pipeline.sweep.runs import PARENT_TAG
 from pipeline.sweep.settings import plan_trials
 from pipeline.sweep.stage import SweepFailed, run_sweep
 
@@ -44,7 +44,7 @@ def run_folders(config):
 
 
 def mlflow_runs(config, query):
-    client = tracking.client(config)
+    client = tracking.connect(config)
     return client.search_runs([tracking.experiment_id(config)], query)
 
 
@@ -70,14 +70,14 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
     assert parent.data.metrics["video_mbo"] == pytest.approx(
         summary["means"][summary["best"]["setting"]]["video_mbo"]
     )
-    files = {f.path for f in tracking.client(config).list_artifacts(parent.info.run_id)}
+    files = {f.path for f in tracking.connect(config).list_artifacts(parent.info.run_id)}
     assert {"table.md", "table.csv", "scores.json", "plot.png"} <= files
     children = mlflow_runs(config, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")
     assert {r.info.run_name for r in children} == set(summary["versions"])
     assert {r.info.status for r in children} == {"FINISHED"}
 
     assert sorted(summary["versions"].values()) == [1, 2, 3, 4]
-    alias = tracking.client(config).get_model_version_by_alias("slotmatch", "champion")
+    alias = tracking.connect(config).get_model_version_by_alias("slotmatch", "champion")
     best = f"{summary['best']['setting']}, seed {summary['best']['seed']}"
     assert int(alias.version) == summary["versions"][best]
     assert alias.tags["sweep.setting"] == summary["best"]["setting"]

@@ -11,11 +11,10 @@ import torch
 from clip_sets import make_clip_set, random_video
 
 from pipeline import targets
-from pipeline.builders import load_teacher
 from pipeline.clips.views import apply_view
 from pipeline.config import resolve_config
-from pipeline.distill.loop import _Run, train_loop
-from pipeline.distill.train import _student_spec
+from pipeline.distill.stage import _student_spec
+from pipeline.distill.trainer import _Run, train_loop
 from pipeline.models import (
     BackboneConfig,
     SlotModel,
@@ -23,7 +22,9 @@ from pipeline.models import (
     load_slot_model,
     save_public_checkpoint,
 )
-from pipeline.targets import TargetSet, teacher_outputs
+from pipeline.models.build import load_teacher
+from pipeline.targets.maker import teacher_outputs
+from pipeline.targets.table import TargetSet
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from pipeline import tracking
-from pipeline.evaluate import SCORES
-from pipeline.lineage import trace
+from pipeline.evaluate.scoring import SCORES
+from pipeline.line import NO_KD, SLOTMATCH, run_pipeline
 from pipeline.models import load_slot_model
-from pipeline.report.write import write_report
-from pipeline.whole import NO_KD, SLOTMATCH, run_pipeline
+from pipeline.registry.lineage import trace
+from pipeline.report.stage import write_report
 
 
 @pytest.mark.timeout(900)
@@ -72,7 +72,7 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
 def test_mlflow_holds_curves_config_and_pictures(tiny, local_ray):
     config = tiny()
     run_pipeline(config)
-    client = tracking.client(config)
+    client = tracking.connect(config)
     runs = client.search_runs([tracking.experiment_id(config)])
     assert {run.info.status for run in runs} == {"FINISHED"}
     student = next(run for run in runs if run.info.run_name == SLOTMATCH)

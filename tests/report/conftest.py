@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
+from pipeline.evaluate.protocols import PRESETS
+from pipeline.evaluate.records import Record
 from pipeline.models import CheckpointHints
-from pipeline.protocols import PRESETS
-from pipeline.records import Record
 from pipeline.report import costs
 
 _counted = {}

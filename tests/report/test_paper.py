@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.records import METHODS
+from pipeline.evaluate.records import METHODS
 from pipeline.report.tables import paper_numbers
 
 DATASETS = ("MOVi-E", "YTVIS-2021", "DAVIS 2017")

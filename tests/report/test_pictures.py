@@ -12,14 +12,14 @@ from clip_sets import make_clip_set, random_video
 from PIL import Image
 
 from pipeline.config import resolve_config
+from pipeline.evaluate.protocols import PRESETS
+from pipeline.evaluate.records import VIDEOS_FILE
+from pipeline.evaluate.scoring import model_predictor
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
-from pipeline.protocols import PRESETS
-from pipeline.records import VIDEOS_FILE
 from pipeline.report import gallery as gallery_module
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import model_speeds, write_pictures
-from pipeline.report.shown import NothingToShow, choose_shown, nearest_to_quantiles, worst_videos
-from pipeline.scoring import model_predictor
+from pipeline.report.select import NothingToShow, choose_shown, nearest_to_quantiles, worst_videos
 
 TEACHER, NO_KD, OURS = "Teacher", "Student (no KD)", "SlotMatch (ours)"
 NAN = float("nan")

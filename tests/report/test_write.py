@@ -11,7 +11,8 @@ from PIL import Image
 from jobs.report import main
 from pipeline import tracking
 from pipeline.config import load_config
-from pipeline.records import ROLE, SCORES
+from pipeline.evaluate.records import ROLE
+from pipeline.evaluate.scoring import SCORES
 from pipeline.report import write
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,7 @@ Picture = namedtuple("Picture", "path title caption")
 
 def log_evaluation(config, name, score, **tags):
     """An MLflow run as `evaluate` writes it."""
-    client = tracking.client(config)
+    client = tracking.connect(config)
     protocol = {"name": "slotcontrast", "fingerprint": "f00", "in_words": "whole videos"}
     tags = {
         "role": ROLE,
@@ -72,7 +73,7 @@ def test_a_report_from_recorded_runs(tmp_path, pictures, counted_once, monkeypat
     assert text.count("\n## Table") == 8
     assert "data:image/png;base64" in (tmp_path / "report" / "report.html").read_text()
 
-    client = tracking.client(config)
+    client = tracking.connect(config)
     runs = client.search_runs([tracking.experiment_id(config)], "tags.role = 'report'")
     assert [run.info.run_name for run in runs] == ["report"]
     logged = {file.path for file in client.list_artifacts(runs[0].info.run_id)}

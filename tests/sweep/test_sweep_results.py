@@ -8,7 +8,7 @@ import math
 import pytest
 
 from pipeline.report.render import Page, markdown
-from pipeline.sweep.chart import sweep_chart
+from pipeline.sweep.page import sweep_chart
 from pipeline.sweep.results import Result, as_csv, as_json, choose_best, sweep_table, text, varied_number
 from pipeline.sweep.settings import Setting
 

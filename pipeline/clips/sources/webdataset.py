@@ -20,13 +20,7 @@ from numpy.lib import format as npy_format
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
-from pipeline.clips.sources.files import (
-    HashMemo,
-    check_complete,
-    in_threads,
-    natural_key,
-    read_part,
-)
+from pipeline.clips.sources.files import HashMemo, check_complete, in_threads, natural_key, read_part
 from pipeline.clips.sources.frames import RawFrame, check_mask_size, fitted, label_masks
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo

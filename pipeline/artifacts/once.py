@@ -1,0 +1,123 @@
+"""One job at a time fills a folder: a note in it, which the job renews while it works.
+
+A courtesy and not a lock, as no object store has one that all others have too: whatever two jobs do at once, what
+they publish is whole and, but for the rounding of GPUs, equal. The lease only keeps them from doing work twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline import storage
+from pipeline.log import log
+
+LEASE_FILE = "lease.json"
+RENEWED_EVERY = 5.0  # seconds
+# Seconds without a renewal, on the waiter's own clock: a renewal is two requests, each of which may stall once for
+# `SLOTMATCH_S3_TIMEOUT`.
+ABANDONED_AFTER = 90.0
+SECONDS_BETWEEN_LINES = 60.0
+
+
+@contextlib.contextmanager
+def lease(folder: str, label: str) -> Iterator[None]:
+    """Waits until no other job fills `folder`, and keeps others waiting during the block.
+
+    Whoever has waited looks at the folder again: it may be complete by now. A job that was killed is not waited
+    for if it ran on this machine, else for `ABANDONED_AFTER` seconds.
+    """
+    uri = storage.join(folder, LEASE_FILE)
+    mine = {
+        "id": uuid.uuid4().hex,
+        "label": label,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": storage.timestamp(),
+    }
+    _acquire(uri, mine)
+    ended = threading.Event()
+    renewal = threading.Thread(target=_renew, args=(uri, mine, ended), name=f"lease {label}", daemon=True)
+    renewal.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewal.join()
+        # Left behind it costs the next job some seconds, so it must not hide what went wrong in the block.
+        with contextlib.suppress(Exception):
+            if _is_mine(uri, mine):
+                storage.delete(uri)
+
+
+def _acquire(uri: str, mine: dict[str, Any]) -> None:
+    # Two that write at once both read who came last; on a server that takes longer than this, both work.
+    settling = 0.5 if storage.is_remote(uri) else 0.05
+    seen: dict[str, Any] | None = None
+    seen_at = said_at = 0.0
+    while True:
+        held = _read(uri)
+        now = time.monotonic()
+        if held != seen:
+            seen, seen_at = held, now
+        if held is None or _is_dead(held) or now - seen_at > ABANDONED_AFTER:
+            storage.write_json(uri, mine)
+            time.sleep(settling)
+            if _is_mine(uri, mine):
+                return
+            continue
+        if now - said_at > SECONDS_BETWEEN_LINES or not said_at:
+            said_at = now
+            log(
+                f"{mine['label']}: another job is at this already (process {held.get('pid')} on {held.get('host')}, "
+                f"since {held.get('since')}); waiting for its end"
+            )
+        time.sleep(1.0)
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    """Who holds it; None where nobody does, or what is there is damaged."""
+    try:
+        held = storage.read_json(uri)
+    except (FileNotFoundError, ValueError):
+        return None
+    return held if isinstance(held, dict) else None
+
+
+def _is_mine(uri: str, mine: dict[str, Any]) -> bool:
+    held = _read(uri)
+    return held is not None and held.get("id") == mine["id"]
+
+
+def _is_dead(held: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that has ended."""
+    if held.get("host") != socket.gethostname() or not isinstance(held.get("pid"), int):
+        return False
+    try:
+        os.kill(held["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False  # another user's, alive
+    return False
+
+
+def _renew(uri: str, mine: dict[str, Any], ended: threading.Event) -> None:
+    beat = 0
+    while not ended.wait(RENEWED_EVERY):
+        beat += 1
+        try:
+            if not _is_mine(uri, mine):
+                log(
+                    f"{mine['label']}: another job took this over, as this one was silent for long; both go on"
+                )
+                return
+            storage.write_json(uri, {**mine, "beat": beat})
+        except Exception as error:  # the work matters more
+            log(f"{mine['label']}: the lease could not be renewed ({type(error).__name__}: {error})")

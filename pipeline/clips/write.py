@@ -1,0 +1,151 @@
+"""Writing the clip table: one Parquet shard of whole videos' clips."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_masks
+from pipeline.clips.sources import read_video
+from pipeline.clips.sources.base import BadVideo, Frame, VideoRef
+from pipeline.clips.table import VideoEntry
+from pipeline.config.sections import Clips
+
+
+def _shard_task(row: dict[str, str], folder: str, settings: Clips) -> dict[str, str]:
+    name, group = json.loads(row["work"])
+    uri = storage.join(folder, name)
+    # Ray runs a task again whose answer was lost with its node, though its shard may be there.
+    done = storage.exists(uri)
+    report = _read_report(uri) if done else write_shard([VideoRef(*v) for v in group], uri, settings)
+    return {"report": json.dumps(report)}
+
+
+def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, Any]:
+    """Decodes videos and writes their clips as one Parquet file.
+
+    Returns the file's report, which is in its metadata as well: the videos (rows of the index), the
+    bad ones with reasons, rows and bytes. At most a row group is held in memory: each video's clips
+    go to a temporary file first, and into the shard once the video has been read to its end.
+    """
+    schema = clip_schema(settings.codec)
+    good: list[dict[str, Any]] = []
+    bad: list[dict[str, str]] = []
+    rows = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / "shard.parquet"
+        writer = pq.ParquetWriter(
+            local,
+            schema,
+            compression="none",
+            use_dictionary=["video_id"],
+            write_statistics=["video_id"],  # the smallest and largest picture would be most of the footer
+            write_page_checksum=True,
+        )
+        for video in videos:
+            spool = Path(scratch) / "video.arrow"
+            try:
+                entry = _spool_video(video, spool, schema, settings)
+            except BadVideo as error:
+                bad.append({"video": video.name, "path": video.path, "reason": str(error)})
+                continue
+            with pa.OSFile(str(spool)) as file:
+                for batch in pa.ipc.open_stream(file):
+                    writer.write_batch(batch, row_group_size=len(batch))
+            good.append(asdict(VideoEntry(shard=storage.name(uri), first_row=rows, **entry)))
+            rows += entry["clips"]
+        report = {"name": storage.name(uri), "videos": good, "bad": bad, "rows": rows}
+        writer.add_key_value_metadata({SHARD_KEY: json.dumps(report)})
+        writer.close()
+        storage.upload_file(local, uri)
+        return {**report, "bytes": local.stat().st_size}
+
+
+def _read_report(uri: str) -> dict[str, Any]:
+    try:
+        metadata = pq.ParquetFile(storage.open_read(uri)).metadata.metadata
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri}: the shard is damaged ({error}); delete it and run again") from error
+    return {**json.loads(metadata[SHARD_KEY]), "bytes": storage.size(uri)}
+
+
+def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips) -> dict[str, Any]:
+    """Writes one video's clips as record batches of about a row group; returns its counts."""
+    limit = settings.row_group_mb * 2**20
+    frames = read_video(
+        video, short_side=settings.short_side, fps=settings.fps, max_seconds=settings.max_seconds
+    )
+    rows: list[dict[str, Any]] = []
+    pending = clips = full = total = 0
+    shape: tuple[int, ...] | None = None
+    annotated = False
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as sink:
+        for group in _group(frames, settings.clip_frames):
+            for frame in group:
+                shape = shape or frame.pixels.shape[:2]
+                if frame.pixels.shape[:2] != shape:
+                    raise BadVideo(
+                        f"its frame size changes from {shape} to {frame.pixels.shape[:2]} (height, width)"
+                    )
+            assert shape is not None
+            encoded = [encode_frame(f.pixels, settings.codec, settings.quality) for f in group]
+            annotated = group[0].masks is not None
+            rows.append(
+                {
+                    "video_id": video.video_id,
+                    "clip_index": clips,
+                    "start_frame": total,
+                    "full": len(group) == settings.clip_frames,
+                    "height": shape[0],
+                    "width": shape[1],
+                    "timestamps": [f.seconds for f in group],
+                    "frames": encoded,
+                    "masks": [encode_masks(f.masks or {}) for f in group] if annotated else None,
+                }
+            )
+            clips, full, total = clips + 1, full + rows[-1]["full"], total + len(group)
+            pending += sum(map(len, encoded))
+            if pending >= limit:
+                sink.write_batch(_batch(rows, schema))
+                rows, pending = [], 0
+        if rows:
+            sink.write_batch(_batch(rows, schema))
+    if shape is None:
+        raise BadVideo("has no frames")
+    return {
+        "video_id": video.video_id,
+        "clips": clips,
+        "full_clips": full,
+        "frames": total,
+        "height": shape[0],
+        "width": shape[1],
+        "annotated": annotated,
+    }
+
+
+def _batch(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist(rows, schema)
+
+
+def _group(frames: Iterator[Frame], length: int) -> Iterator[list[Frame]]:
+    group: list[Frame] = []
+    for frame in frames:
+        group.append(frame)
+        if len(group) == length:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
+    with storage.atomic_write(uri) as file:
+        pq.write_table(pa.Table.from_pylist(rows), file)

@@ -1,0 +1,175 @@
+"""The machines: Ray sessions and their resources, tasks on Ray Data, the best device, memory, Arrow's file system."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.log import log
+
+GPUS_WITHIN = 1800.0  # seconds; a cloud takes minutes for a node
+SECONDS_BETWEEN_LINES = 60.0
+
+
+@contextlib.contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Connects to `ray.address` (or `$RAY_ADDRESS`), else starts a local Ray and ends it afterwards.
+
+    Does nothing where this process is connected already, as in a pipeline of several stages.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Set ray log level|Reporting training result")
+    # Lines of progress are alike but for their numbers, which Ray would take for repetition.
+    os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", r"steps/s|steps in")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    # What Ray says of its own work at INFO would bury ours.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    options: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "logging_config": ray.LoggingConfig(log_level="WARNING"),
+    }
+    # Ray's C++ core reports at ERROR that actors of Ray Data and Train keep their arguments in the
+    # object store, for every one of them (ray#53727). Set the variable to see what it says.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # "local" and not None: a stale file of an earlier cluster must not decide where we run.
+    # The dashboard stays on: without it, stopped Tune trials have been seen to leak their resources.
+    if not address:
+        options |= {"address": "local", "num_cpus": config.ray.num_cpus}
+    else:
+        options |= {"address": address}
+    ray.init(**options)
+    try:
+        from ray.data import DataContext
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        for name in ("ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "progress bars disabled"
+        yield
+    finally:
+        ray.shutdown()
+
+
+def gpus_to_use(config: Config) -> int:
+    """GPUs of the connected cluster, once there are `ray.gpus` of them.
+
+    Stages use what is there when they begin, so an autoscaling cluster is asked for as many first, and waited for.
+
+    Raises:
+        TimeoutError: they have not come in `GPUS_WITHIN` seconds.
+    """
+    wanted = config.ray.gpus
+    if _cluster_gpus() < wanted:
+        # A request that ends with this job, whatever ends it; `request_resources` would outlive it, and there is
+        # but one of those in a cluster, which the next job's replaces.
+        from ray.util import placement_group, remove_placement_group
+
+        request = placement_group([{"GPU": 1}] * wanted)
+        try:
+            _await_gpus(wanted)
+        finally:
+            remove_placement_group(request)
+    return _cluster_gpus()
+
+
+def _await_gpus(count: int) -> None:
+    began = said = time.monotonic()
+    while (there := _cluster_gpus()) < count:
+        now = time.monotonic()
+        if now - began > GPUS_WITHIN:
+            raise TimeoutError(
+                f"ray.gpus: {there} of {count} GPUs are there after {GPUS_WITHIN:.0f} s; nearest valid: {there}"
+            )
+        if now - said > SECONDS_BETWEEN_LINES or said == began:
+            said = now
+            log(f"ray: waiting for GPUs, {there} of {count} are there")
+        time.sleep(1)
+
+
+def _cluster_gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def actor_options(config: Config, tasks: int) -> dict[str, Any]:
+    """Resources and pool of actors that run a model over `tasks` rows: a GPU each where there are any."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    gpus = gpus_to_use(config)
+    if gpus:
+        return {"num_gpus": 1, "compute": ActorPoolStrategy(size=min(gpus, tasks))}
+    cpus = config.ray.teacher_cpus
+    total = ray.cluster_resources().get("CPU", 1)
+    # Some CPU must stay free, or Ray Data waits for ever without a word.
+    most = max(1, int((total - 0.2) // cpus))
+    return {"num_cpus": cpus, "compute": ActorPoolStrategy(size=min(most, tasks))}
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error behind those that Ray wraps around what its workers raise."""
+    seen = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "cause", None) or error.__cause__
+        failures = getattr(error, "worker_failures", None)
+        if failures:
+            inner = next(iter(failures.values()))
+        if isinstance(inner, BaseException) and type(error).__module__.startswith("ray"):
+            error = inner
+    return error
+
+
+# glibc's <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE = 1 << 30  # bytes
+
+
+def keep_freed_memory() -> None:
+    """Makes this process reuse large blocks instead of giving them back to the kernel.
+
+    Training on a CPU frees and asks for the same few megabytes in every layer. By default glibc unmaps
+    blocks of 32 MB and more, and trims the heap's end, so the kernel clears fresh pages each time: on the
+    demo's small models that was a third of the step. Does nothing where there is no glibc.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    mallopt(_M_TRIM_THRESHOLD, _LARGE)
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def arrow_filesystem(uri: str) -> Any:
+    """What Ray Train and Tune take as `storage_filesystem`; None, which they understand, for a local path."""
+    if not storage.is_remote(uri):
+        return None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(storage.filesystem(uri)[0]))

@@ -1,0 +1,170 @@
+"""Evaluations as MLflow runs: written by `evaluate`, read again by the report.
+
+One run is one model (or trivial baseline) under one protocol on one set of clips. It is found again by its
+evaluation folder, so that evaluating twice records once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline import storage, tracking
+from pipeline.config import Config
+from pipeline.evaluate.scoring import SCORES
+from pipeline.log import log
+from pipeline.models import CheckpointHints
+
+ROLE = "evaluation"
+VIDEOS_FILE = "videos.parquet"  # in the evaluation folder, one row a video
+
+# The ways to train, as in the tag `method`, and what tables call them.
+METHODS = {
+    "teacher": "Teacher",
+    "no_kd": "Student (no KD)",
+    "feature_kd": "Feature KD",
+    "reconstruction_kd": "Reconstruction KD",
+    "slotmatch_mse": "SlotMatch (MSE)",
+    "slotmatch_hungarian": "SlotMatch (w/ matching)",
+    "slotmatch_reconstruction_kd": "SlotMatch + Reconstruction KD",
+    "slotmatch": "SlotMatch (ours)",
+    "other": "Model",  # of which nobody knows how it was trained
+    "baseline": "Trivial baseline",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation; scores are fractions of 1."""
+
+    uri: str  # the evaluation folder
+    clips_uri: str  # what was scored on
+    method: str  # a key of METHODS
+    name: str  # what the run calls itself: "SlotMatch", "2x3 grid"
+    dataset: str  # the data set's name: "MOVi-E"
+    trained_on: str  # the same, of what the model was trained on; "" where that is not known
+    teacher: str  # the kind of teacher: "SlotContrast"; "" where there is none
+    beta: float | None
+    seed: int | None
+    steps: int | None
+    settings: str  # a fingerprint of all that decided the training but the seed; "" where that is not known
+    model_uri: str | None  # None for a baseline
+    hints: CheckpointHints  # for loading the model again; a folder needs none
+    protocol: dict[str, Any]  # with "name" and "fingerprint"
+    scores: dict[str, float]
+    videos: int
+    run_id: str
+
+    def per_video(self) -> list[dict[str, Any]]:
+        """Rows with `video_id` and the four scores (NaN where a video has no object)."""
+        with storage.open_read(storage.join(self.uri, VIDEOS_FILE)) as file:
+            return pq.read_table(file).to_pylist()
+
+
+def find_records(config: Config) -> list[Record]:
+    """All evaluations of the config's MLflow experiment, the latest first.
+
+    Empty where the experiment is not there yet.
+    """
+    mlflow = tracking.connect(config)
+    experiment = mlflow.get_experiment_by_name(config.mlflow.experiment)
+    if experiment is None:
+        return []
+    records: list[Record] = []
+    token = None
+    while True:
+        page = mlflow.search_runs(
+            [experiment.experiment_id],
+            f"tags.role = '{ROLE}' and attributes.status = 'FINISHED'",
+            max_results=1000,
+            page_token=token,
+        )
+        for run in page:
+            try:
+                records.append(_record(run))
+            except (KeyError, TypeError, ValueError) as error:
+                log(f"mlflow: run {run.info.run_id} is no whole evaluation and is left out ({error!r})")
+        token = page.token
+        if not token:
+            return records
+
+
+def record_evaluations(
+    config: Config, clips_uri: str, tags: dict[str, dict[str, str]], results: dict[str, dict[str, Any]]
+) -> None:
+    """Makes each of the named evaluations an MLflow run, or brings the tags of the run it has up to date.
+
+    A server that is down loses nothing: evaluating again finds the scores and records them.
+    """
+    try:
+        for name, result in results.items():
+            _record_one(config, name, result, {"clips_uri": clips_uri, **tags[name]})
+    except Exception as error:  # whatever the server or the network does, the scores are there
+        reason = (
+            str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {str(error)[:200]}"
+        )
+        log(f"mlflow: the scores could not be recorded ({reason}); evaluate again once the server is there")
+
+
+def _record_one(config: Config, name: str, result: dict[str, Any], tags: dict[str, str]) -> None:
+    from mlflow.entities import Metric
+
+    mlflow, experiment = tracking.connect(config), tracking.experiment_id(config)
+    tags = {
+        tracking.RUN_TAG: result["uri"],
+        "role": ROLE,
+        "name": name,
+        "dataset": config.dataset.title,
+        "protocol": json.dumps(result["protocol"]),
+        "videos": str(result["videos"]),
+        **tags,
+    }
+    found = mlflow.search_runs([experiment], tracking.tag_filter(result["uri"]), max_results=1)
+    if found and (
+        found[0].info.status != "FINISHED" or not set(result["scores"]) <= set(found[0].data.metrics)
+    ):
+        mlflow.delete_run(found[0].info.run_id)  # its job ended half-way
+        found = []
+    if found:
+        known = found[0].data.tags
+        if tags["method"] == "other" != known.get("method"):
+            return  # the same weights, of which more was known then
+        for key, value in tags.items():
+            if known.get(key) != value:
+                mlflow.set_tag(found[0].info.run_id, key, value)
+        return
+    run_id = mlflow.create_run(experiment, run_name=f"evaluate {name}", tags=tags).info.run_id
+    now = int(time.time() * 1000)
+    mlflow.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in result["scores"].items()])
+    mlflow.set_terminated(run_id, "FINISHED")
+
+
+def _record(run: Any) -> Record:
+    tags = run.data.tags
+
+    def number(key: str, kind: type) -> Any:
+        return kind(tags[key]) if tags.get(key) else None
+
+    return Record(
+        uri=tags[tracking.RUN_TAG],
+        clips_uri=tags["clips_uri"],
+        method=tags["method"],
+        name=tags["name"],
+        dataset=tags["dataset"],
+        trained_on=tags.get("trained_on", ""),
+        teacher=tags.get("teacher", ""),
+        beta=number("beta", float),
+        seed=number("seed", int),
+        steps=number("steps", int),
+        settings=tags.get("settings", ""),
+        model_uri=tags.get("model_uri") or None,
+        hints=CheckpointHints.from_dict(json.loads(tags.get("hints", "{}"))),
+        protocol=json.loads(tags["protocol"]),
+        scores={key: run.data.metrics[key] for key in (*SCORES, "slots_in_use")},
+        videos=int(tags["videos"]),
+        run_id=run.info.run_id,
+    )

@@ -1,0 +1,188 @@
+"""FG-ARI and mBO of one video under a protocol, streamed. What `evaluate` and validation have in common; no Ray.
+
+Frames go through the model clip by clip and only pixel counts are kept, so memory does not grow with the
+video's length (but for the cyclic roll-out, which needs the whole of a sample).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.clips.schema import Clip, stack_masks
+from pipeline.clips.table import ClipSet, VideoEntry
+from pipeline.clips.views import apply_view, nearest_resize, stable_hash
+from pipeline.evaluate.baselines import Predictor
+from pipeline.evaluate.protocols import Protocol
+from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
+from pipeline.models import SlotModel
+
+SCORES = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
+BACKGROUND = -1  # an object id that no data set uses
+MOST_SLOTS = 256  # labels are bytes
+
+
+@dataclass(frozen=True)
+class VideoScore:
+    """One video's scores, NaN where nothing was scored.
+
+    `image_samples` frames and `video_samples` clips (1, or 0, for a whole video) have an object; the scores
+    are means over them.
+    """
+
+    video_id: str
+    image_samples: int
+    video_samples: int
+    image_fg_ari: float
+    image_mbo: float
+    video_fg_ari: float
+    video_mbo: float
+    slots_in_use: float
+
+
+def mean_scores(scores: list[VideoScore]) -> dict[str, float]:
+    """The data set's scores: image level over all frames, video level over all clips or videos.
+
+    Raises:
+        ValueError: no object in any of them.
+    """
+    valid = [s for s in scores if s.image_samples]
+    if not valid:
+        raise ValueError("not one video has an annotated object (in the part that the protocol looks at)")
+    result = {}
+    for name in SCORES:
+        values = np.array([getattr(s, name) for s in valid])
+        weights = np.array([getattr(s, f"{name.split('_')[0]}_samples") for s in valid])
+        result[name] = float((values * weights).sum() / weights.sum())
+    result["slots_in_use"] = float(np.mean([s.slots_in_use for s in valid]))
+    return result
+
+
+def model_predictor(model: SlotModel, video_id: str, protocol: Protocol) -> Predictor:
+    """Labels of a slot model, slots carried from chunk to chunk."""
+
+    def predict(chunks: Iterator[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+        seed = stable_hash("evaluate", video_id)
+        for _, _, masks in model.stream(
+            chunks, noise_seed=seed, rollout=protocol.rollout, masks=protocol.masks
+        ):
+            yield model.label_maps(masks, size).cpu().numpy()
+
+    return predict
+
+
+def score_video(clips: ClipSet, video: VideoEntry, predict: Predictor, protocol: Protocol) -> VideoScore:
+    """Scores of one annotated video; one pass makes all four."""
+    scored = [
+        _score_sample(sample, video, predict, protocol)
+        for sample in samples(clips.iter_video(video, masks=True), protocol.clip_frames)
+    ]
+    return _summarise(video.video_id, scored)
+
+
+class _Sample:
+    """What is kept of a clip or a whole video: its frames' scores, and the pixel counts of all of it.
+
+    Nothing of it grows but two numbers a frame.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[tuple[float, float]] = []  # FG-ARI and mBO of each frame with an object
+        self._shared: dict[int, np.ndarray] = {}  # object id -> pixels shared with each slot
+        self._slot_area = np.zeros(MOST_SLOTS, np.int64)
+
+    def add(self, object_ids: list[int], counts: OverlapCounts) -> None:
+        """Adds the counts of a chunk of frames, whose objects these are."""
+        ari, valid = ari_per_sample(counts)
+        mbo, _ = best_overlap_per_sample(counts)
+        self.frames += zip(ari[valid].tolist(), mbo[valid].tolist(), strict=True)
+        used = counts.slot_area.shape[1]
+        self._slot_area[:used] += counts.slot_area.sum(0).numpy()
+        for object_id, row in zip(object_ids, counts.shared.sum(0).numpy(), strict=True):
+            self._shared.setdefault(object_id, np.zeros(MOST_SLOTS, np.int64))[:used] += row
+
+    def scores(self) -> tuple[float, float] | None:
+        """FG-ARI and mBO of the whole; None without an object."""
+        rows = [self._shared[i] for i in sorted(self._shared)]
+        shared = torch.from_numpy(np.array(rows, np.int64).reshape(1, -1, MOST_SLOTS))
+        counts = OverlapCounts(shared, shared.sum(-1), torch.from_numpy(self._slot_area)[None])
+        ari, valid = ari_per_sample(counts)
+        return (float(ari), float(best_overlap_per_sample(counts)[0])) if bool(valid) else None
+
+    def slots_in_use(self) -> int:
+        """Slots with more than a hundredth of all pixels: less says nothing."""
+        return int((self._slot_area > 0.01 * self._slot_area.sum()).sum())
+
+
+def _summarise(video_id: str, samples: list[_Sample]) -> VideoScore:
+    frames = [scores for sample in samples for scores in sample.frames]
+    wholes = [scores for sample in samples if (scores := sample.scores())]
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else float("nan")
+
+    return VideoScore(
+        video_id,
+        image_samples=len(frames),
+        video_samples=len(wholes),
+        image_fg_ari=mean([ari for ari, _ in frames]),
+        image_mbo=mean([mbo for _, mbo in frames]),
+        video_fg_ari=mean([ari for ari, _ in wholes]),
+        video_mbo=mean([mbo for _, mbo in wholes]),
+        slots_in_use=mean([float(sample.slots_in_use()) for sample in samples]),
+    )
+
+
+def samples(clips: Iterator[Clip], frames: int) -> Iterator[Iterator[Clip]]:
+    """A video's clips as one sample, or cut anew into clips of `frames` without the shorter tail."""
+    if not frames:
+        yield clips
+        return
+    parts: list[Clip] = []
+    held = 0
+    for clip in clips:
+        while len(clip.frames):
+            take = min(frames - held, len(clip.frames))
+            parts.append(_cut(clip, slice(0, take)))
+            clip, held = _cut(clip, slice(take, None)), held + take
+            if held == frames:
+                yield iter(parts)
+                parts, held = [], 0
+
+
+def _cut(clip: Clip, part: slice) -> Clip:
+    masks = None if clip.masks is None else clip.masks[part]
+    return Clip(clip.video_id, clip.clip_index, clip.full, clip.frames[part], masks)
+
+
+def _score_sample(
+    sample: Iterator[Clip], video: VideoEntry, predict: Predictor, protocol: Protocol
+) -> _Sample:
+    view = protocol.view(video.height, video.width)
+    size = protocol.label_size(view)
+    box = (slice(view.top, view.top + view.height), slice(view.left, view.left + view.width))
+    annotations: list[list[dict[int, np.ndarray]]] = []
+
+    def chunks() -> Iterator[np.ndarray]:
+        for clip in sample:
+            assert clip.masks is not None
+            annotations.append(clip.masks)
+            yield apply_view(clip.frames, view)
+
+    result = _Sample()
+    for labels in predict(chunks(), size):
+        masks = [{i: nearest_resize(m[box], size) for i, m in frame.items()} for frame in annotations.pop(0)]
+        if protocol.background == "object":
+            for frame in masks:
+                frame[BACKGROUND] = ~np.logical_or.reduce([*frame.values(), np.zeros(size, bool)])
+        object_ids = sorted({i for frame in masks for i in frame})
+        counts = count_overlaps(
+            torch.from_numpy(stack_masks(masks, object_ids, size))[None],
+            torch.from_numpy(labels)[None],
+            ignore_overlaps=protocol.ignore_overlaps,
+        )
+        result.add(object_ids, counts)
+    return result

@@ -1,0 +1,110 @@
+"""What is scored: models by where they come from, and trivial baselines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.artifacts.identity import MODEL_FOLDER, model_identity, teacher_location
+from pipeline.clips.stage import training_clips
+from pipeline.clips.table import ClipSet
+from pipeline.config.sections import Config, ConfigError
+from pipeline.distill.stage import find_student
+from pipeline.evaluate.baselines import BASELINES
+from pipeline.models.build import checkpoint_hints
+from pipeline.models.checkpoints import CheckpointHints
+from pipeline.tracking.versions import fetch_model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: a model, or one of the trivial baselines with as many slots."""
+
+    model_uri: str | None = None
+    hints: CheckpointHints = field(default_factory=CheckpointHints)  # what a public file does not tell
+    baseline: str | None = None
+    num_slots: int = 1  # of the baseline
+    tags: dict[str, str] = field(default_factory=dict)  # how it came about, for its record
+
+    def identity(self) -> dict[str, Any]:
+        model = model_identity(self.model_uri, self.hints) if self.model_uri else None
+        return {"model": model, "baseline": self.baseline, "slots": self.num_slots}
+
+    def record(self) -> dict[str, str]:
+        """Its tags in MLflow."""
+        if self.baseline is not None:
+            name = self.baseline if self.num_slots == 1 else f"{self.baseline} (N = {self.num_slots})"
+            return {"method": "baseline", "name": name}
+        loading = {"model_uri": str(self.model_uri), "hints": json.dumps(self.hints.to_dict())}
+        return {"method": "other", **self.tags, **loading}
+
+
+def finished_student(config: Config) -> str:
+    """The run folder of this config's student; raises storage.IncompleteError where it is not finished."""
+    run_uri = find_student(config, training_clips(config))
+    storage.read_manifest(run_uri)
+    return run_uri
+
+
+# Of a run's tags, with its scores.
+RECORDED = ("method", "beta", "seed", "steps", "settings", "teacher", "trained_on")
+
+
+def _recorded(tags: dict[str, str]) -> dict[str, str]:
+    return {key: tags[key] for key in RECORDED if key in tags}
+
+
+def student_subject(run_uri: str) -> Subject:
+    tags = storage.read_manifest(run_uri)["tags"]
+    return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER), tags=_recorded(tags))
+
+
+def teacher_subject(config: Config, teacher_uri: str) -> Subject:
+    """The config's teacher; what a file was trained on is not known."""
+    tags = {"method": "teacher", "teacher": config.teacher.name}
+    if config.teacher.checkpoint is None:
+        tags["trained_on"] = config.dataset.title
+    return Subject(model_uri=teacher_uri, hints=checkpoint_hints(config), tags=tags)
+
+
+def baseline_subjects(num_slots: int) -> dict[str, Subject]:
+    """Trivial segmentations with as many slots as a model has."""
+    return {
+        name: Subject(baseline=name, num_slots=1 if name == "one slot" else num_slots) for name in BASELINES
+    }
+
+
+def _own_models(config: Config) -> dict[str, Subject]:
+    """The student of this config and, where there is one, its teacher."""
+    clips_uri = training_clips(config)
+    models = {config.distill.name or "student": student_subject(finished_student(config))}
+    teacher = teacher_location(config, ClipSet(clips_uri).fingerprint)
+    if config.evaluate.teacher and storage.exists(teacher):
+        models["teacher"] = teacher_subject(config, teacher)
+    return models
+
+
+def _named_model(config: Config) -> dict[str, Subject]:
+    """`evaluate.model`: a version of the registry, a run's model folder, or a public file.
+
+    Raises:
+        ConfigError: nothing there.
+    """
+    model = config.evaluate.model
+    assert model is not None
+    if model.startswith("models:/"):
+        root = storage.absolute(config.storage.root)
+        uri, tags = fetch_model(model, storage.join(root, "pulled"), config.tracking_uri)
+        return {model.removeprefix("models:/"): Subject(model_uri=uri, tags=_recorded(tags))}
+    if not storage.exists(model):
+        raise ConfigError(f"evaluate.model: there is no file or folder {model!r}")
+    folder = model.rstrip("/")
+    for place in (folder, folder.removesuffix(f"/{MODEL_FOLDER}")):  # pulled, or a run's own
+        if storage.is_complete(place):
+            tags = _recorded(storage.read_manifest(place).get("tags", {}))
+            own = storage.join(place, MODEL_FOLDER)
+            uri = own if storage.exists(own) else place
+            return {storage.name(place): Subject(model_uri=uri, tags=tags)}
+    return {storage.name(model): Subject(model_uri=model, hints=checkpoint_hints(config))}

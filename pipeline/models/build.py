@@ -1,0 +1,182 @@
+"""From config to models: the student, and the teacher wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipeline import storage
+from pipeline.config import Config, ConfigError, Model, ViT
+from pipeline.models import (
+    Backbone,
+    BackboneConfig,
+    CheckpointHints,
+    HintError,
+    SlotModel,
+    SlotModelConfig,
+    load_backbone_weights,
+    load_slot_model,
+    start_as_soft_kmeans,
+)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block whose torch random numbers follow from `seed`, leaving the others as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def backbone_config(section: Model) -> BackboneConfig:
+    if isinstance(section.backbone, ViT):
+        return BackboneConfig(None, section.image_size, section.backbone.model_dump())
+    return BackboneConfig(section.backbone, section.image_size)
+
+
+def fill_backbone(backbone: Backbone, weights: str) -> None:
+    """Loads `weights` ("timm", "random" or a file) into a backbone."""
+    if weights == "random":
+        return
+    if weights == "timm":
+        load_backbone_weights(backbone, "timm")
+        return
+    with storage.local_copy(weights) as path:
+        load_backbone_weights(backbone, path)
+
+
+def build_backbone(section: Model) -> Backbone:
+    # Random backbones must be the same in every stage and for every training seed.
+    with seeded(0):
+        backbone = Backbone(backbone_config(section))
+    fill_backbone(backbone, section.backbone_weights)
+    return backbone
+
+
+def model_config(section: Model, *, num_slots: int, slot_size: int) -> SlotModelConfig:
+    """The architecture of a config's section."""
+    return SlotModelConfig(
+        backbone=backbone_config(section),
+        num_slots=num_slots,
+        slot_size=slot_size,
+        initializer=section.initial_slots,
+        corrector_mlp=section.corrector_mlp,
+        predictor=section.predictor,
+        decoder=section.decoder,
+        decoder_hidden_sizes=section.decoder_hidden_sizes,
+        decoder_blocks=section.decoder_blocks,
+        decoder_outputs=section.decoder_outputs,
+        mean=section.mean,
+        std=section.std,
+    )
+
+
+def build_model(section: Model, *, num_slots: int, slot_size: int, seed: int) -> SlotModel:
+    """A new model, its frozen backbone filled; what trains starts from `seed`.
+
+    Raises:
+        ConfigError: sizes that can't be built, or backbone weights that can't be had.
+    """
+    config = model_config(section, num_slots=num_slots, slot_size=slot_size)
+    try:
+        with seeded(seed):
+            model = SlotModel(config)
+            if section.initialisation == "soft_kmeans":
+                start_as_soft_kmeans(model)
+        model.encoder.backbone = build_backbone(section)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        raise ConfigError(f"backbone {section.backbone!r}: {error}") from error
+    return model
+
+
+def student_sizes(config: Config, teacher: SlotModelConfig | None) -> dict[str, int]:
+    """`num_slots` and `slot_size` of a config's student; those left open are the teacher's.
+
+    Raises:
+        ConfigError: they differ from the teacher's.
+    """
+    sizes = {}
+    for key, default in config.teacher.sizes.items():
+        own = getattr(config.student, key)
+        other = getattr(teacher, key) if teacher else default
+        mapped = key == "slot_size" and config.distill.slot_map
+        if own is not None and teacher is not None and own != other and not mapped:
+            way_out = "; or map one to the other: distill.slot_map=true" if key == "slot_size" else ""
+            raise ConfigError(
+                f"student.{key}: {own} differs from the teacher's {other}, and slot n is distilled to slot n; "
+                f"nearest valid: {other}{way_out}"
+            )
+        sizes[key] = own if own is not None else other
+    return sizes
+
+
+def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None, seed: int) -> SlotModel:
+    """The student of a config; sizes left open are the teacher's.
+
+    With a `SlotModel` as teacher, initial slots (or the distribution that they are drawn from) are
+    copied, so that slot n means slot n on both sides: unless `distill.initial_slots_from_teacher` says
+    otherwise, or sizes differ.
+
+    Raises:
+        ConfigError: slot counts, sizes or kinds of initial slots that differ from the teacher's.
+    """
+    teacher_config = teacher.config if isinstance(teacher, SlotModel) else teacher
+    sizes = student_sizes(config, teacher_config)
+    student = build_model(config.student, seed=seed, **sizes)
+    same_size = teacher_config is not None and sizes["slot_size"] == teacher_config.slot_size
+    copies = config.distill.initial_slots_from_teacher
+    if copies and not same_size:
+        raise ConfigError(
+            f"distill.initial_slots_from_teacher: slots of {sizes['slot_size']} numbers can't start as the "
+            "teacher's do, which have another size; leave it out"
+        )
+    if isinstance(teacher, SlotModel) and same_size and copies is not False:
+        if student.config.initializer != teacher.config.initializer:
+            raise ConfigError(
+                f"student.initial_slots: {student.config.initializer!r} differs from the teacher's "
+                f"{teacher.config.initializer!r}; nearest valid: {teacher.config.initializer!r}"
+            )
+        student.initializer.load_state_dict(teacher.initializer.state_dict())
+    return student
+
+
+def build_teacher(config: Config) -> SlotModel:
+    """A new teacher to be trained on the clips."""
+    return build_model(config.teacher, seed=config.teacher.train.seed, **config.teacher.sizes)
+
+
+def checkpoint_hints(config: Config) -> CheckpointHints:
+    """What a config's `teacher` section says of a public file."""
+    section = config.teacher
+    return CheckpointHints(section.num_heads, section.num_slots, section.mean, section.std)
+
+
+def load_model(uri: str, hints: CheckpointHints) -> SlotModel:
+    """`load_slot_model` for a local path or an `s3://` one.
+
+    Raises:
+        ConfigError: a hint is missing or can't be; they are the config's `teacher` section's.
+    """
+    with storage.local_copy(uri) as path:
+        try:
+            return load_slot_model(path, **hints.to_dict())
+        except HintError as error:
+            raise ConfigError(f"teacher.{error}") from None
+
+
+def load_teacher(config: Config, uri: str) -> SlotModel:
+    """The config's teacher, which is at `uri`.
+
+    Raises:
+        ConfigError: as in `load_model`, or the config says another number of slots than the checkpoint has.
+    """
+    model = load_model(uri, checkpoint_hints(config))
+    said, found = config.teacher.num_slots, model.config.num_slots
+    if config.teacher.checkpoint and said not in (None, found):
+        raise ConfigError(
+            f"teacher.num_slots: {said}, but {config.teacher.checkpoint} has {found} slots; nearest valid: {found}, "
+            "or leave it empty"
+        )
+    return model

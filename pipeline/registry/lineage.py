@@ -1,0 +1,241 @@
+"""Where a registered model comes from: its training run, targets, teacher, clips, and every source video.
+
+Each link is read from the manifest of the folder that the link before it names, so that nothing is taken on trust:
+what is not there any more is said by name, and the rest is still shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pyarrow.parquet as pq
+
+from pipeline import storage, tracking
+from pipeline.clips.table import INDEX_FILE, SOURCES_FILE
+from pipeline.evaluate.scoring import SCORES
+from pipeline.tracking.client import client_of, error_code
+from pipeline.tracking.versions import find_version
+
+SHOWN_VIDEOS = 5  # of a clip set, where not all are asked for
+_RUN_KEYS = ("method", "beta", "seed", "steps", "teacher", "trained_on", "git_revision")
+_T = TypeVar("_T")
+
+
+@dataclass
+class Lineage:
+    """The links from a version back to its videos, each as plain values; None where a link does not apply.
+
+    A link that is missing has the key `missing`, with what is known of it from the link before.
+    """
+
+    version: dict[str, Any]
+    run: dict[str, Any]
+    targets: dict[str, Any] | None
+    teacher: dict[str, Any] | None
+    clips: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    evaluation_clips: dict[str, Any] | None
+    missing: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """All of it for JSON, with the first few videos of each clip set."""
+        links: dict[str, Any] = {name: dict(link) for name, link in self._links() if link is not None}
+        for name in ("clips", "evaluation_clips"):
+            if links.get(name, {}).get("video_ids"):
+                links[name]["video_ids"] = links[name]["video_ids"][:SHOWN_VIDEOS]
+        status = "incomplete" if self.missing else "ok"
+        return {"status": status, "uri": self.version["uri"], "missing": self.missing, **links}
+
+    def _links(self) -> list[tuple[str, dict[str, Any] | None]]:
+        names = ("version", "run", "targets", "teacher", "clips", "evaluation", "evaluation_clips")
+        return [(name, getattr(self, name)) for name in names]
+
+    def tree(self, *, all_videos: bool = False) -> str:
+        """The same for people: each link below the one that was made of it."""
+        aliases = ", ".join(f"@{alias}" for alias in self.version["aliases"])
+        lines = [f"{self.version['uri']}{f' ({aliases})' if aliases else ''}, {self.version['created']}"]
+        lines += _scores_in_words(self.evaluation) if self.evaluation else ["  scores: none"]
+        if self.evaluation_clips:
+            lines += ["  evaluated on", *_clips_in_words(self.evaluation_clips, "    ", all_videos)]
+        lines += ["  trained by", *_in_words(self.run, "    ")]
+        lines += ["    from targets", *_in_words(self.targets, "      ")] if self.targets else []
+        lines += ["      of the teacher", *_in_words(self.teacher, "        ")] if self.teacher else []
+        lines += ["      of the clips", *_clips_in_words(self.clips, "        ", all_videos)]
+        if self.missing:
+            lines += ["missing:", *(f"  {what}" for what in self.missing)]
+        return "\n".join(lines)
+
+
+def trace(model_uri: str, tracking_uri: str) -> Lineage:
+    """The lineage of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        ValueError: no such model in the registry, or one that was not registered by this pipeline.
+        ServerUnavailable, AccessDenied: as MLflow's client.
+    """
+    version = find_version(model_uri, tracking_uri)
+    tags = dict(version.tags)
+    if tracking.RUN_TAG not in tags:
+        raise ValueError(
+            f"{model_uri} was not registered by this pipeline: it has no tag {tracking.RUN_TAG!r}"
+        )
+    missing: list[str] = []
+    client = client_of(tracking_uri)
+    aliases = client.get_registered_model(version.name).aliases
+    run_uri = tags[tracking.RUN_TAG]
+    run = _read(run_uri, "the training run", missing)
+    manifest = run.pop("manifest", {})
+    known = {**tags, **manifest.get("tags", {})}
+    run |= {key: known[key] for key in _RUN_KEYS if key in known}
+    run |= {"created": manifest.get("created"), "seconds": manifest.get("seconds")}
+    run["mlflow_run"] = _mlflow_run(client, version.run_id, tracking_uri, missing)
+    # A run folder that is gone leaves the fingerprints, by which the folders beside it are named.
+    root = run_uri.rstrip("/").rsplit("/", 2)[0]
+    targets_uri = manifest.get("targets_uri")
+    if not manifest and tags.get("targets", "None") != "None":
+        targets_uri = storage.join(root, "targets", tags["targets"])
+    targets = _targets(targets_uri, missing) if targets_uri else None
+    teacher_uri = (targets or {}).pop("teacher_uri", None) or manifest.get("teacher_uri")
+    evaluation = _evaluation(tags, missing)
+    evaluation_clips = (evaluation or {}).get("clips_uri")
+    return Lineage(
+        version={
+            "uri": f"models:/{version.name}/{version.version}",
+            "aliases": sorted(
+                alias for alias, number in aliases.items() if str(number) == str(version.version)
+            ),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(version.creation_timestamp / 1000)),
+        },
+        run=run,
+        targets=targets,
+        teacher=_teacher(teacher_uri, tags, targets, missing) if teacher_uri else None,
+        clips=_clips(
+            manifest.get("clips_uri") or storage.join(root, "clips", tags.get("clips", "unknown")), missing
+        ),
+        evaluation=evaluation,
+        evaluation_clips=_clips(evaluation_clips, missing) if evaluation_clips else None,
+        missing=missing,
+    )
+
+
+def _try(read: Callable[[], _T], what: str, missing: list[str]) -> _T | None:
+    """What `read` gives; None, and a word in `missing`, where it can't be had."""
+    try:
+        return read()
+    except (storage.IncompleteError, OSError, ValueError, ImportError) as error:
+        gone = isinstance(error, (storage.IncompleteError, FileNotFoundError))
+        missing.append(f"{what}: {'it is not there (any more)' if gone else error}")
+        return None
+
+
+def _read(uri: str, what: str, missing: list[str], kind: str | None = None) -> dict[str, Any]:
+    """A link with its `uri`, `fingerprint` and `manifest`, or with `missing`."""
+    manifest = _try(lambda: storage.read_manifest(uri, kind=kind), f"{what} {uri}", missing)
+    if manifest is None:
+        return {"uri": uri, "fingerprint": storage.name(uri), "missing": True}
+    return {"uri": uri, "fingerprint": manifest.get("fingerprint"), "manifest": manifest}
+
+
+def _mlflow_run(client: Any, run_id: str | None, tracking_uri: str, missing: list[str]) -> str | None:
+    try:
+        client.get_run(run_id)
+    except Exception as error:
+        if error_code(error) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        missing.append(f"the MLflow run {run_id}: it is not on {tracking_uri} (any more)")
+    return run_id
+
+
+def _targets(uri: str, missing: list[str]) -> dict[str, Any]:
+    link = _read(uri, "the targets", missing, "targets")
+    manifest = link.pop("manifest", {})
+    keys = ("created", "rows", "views", "rollout", "student_features", "teacher_features", "teacher_uri")
+    link |= {key: manifest[key] for key in keys if manifest.get(key) is not None}
+    return link | ({"teacher": manifest["teacher"]} if "teacher" in manifest else {})
+
+
+def _teacher(
+    uri: str, tags: dict[str, str], targets: dict[str, Any] | None, missing: list[str]
+) -> dict[str, Any]:
+    """The model that the slots came from; its weights are told by the hashes of its files."""
+    identity = (targets or {}).pop("teacher", {})
+    link = {"uri": uri, "name": tags.get("teacher"), **identity}
+    there = _try(lambda: storage.exists(uri), f"the teacher {uri}", missing)
+    if there is False:
+        missing.append(f"the teacher {uri}: it is not there (any more)")
+    return link if there else {**link, "missing": True}
+
+
+def _evaluation(tags: dict[str, str], missing: list[str]) -> dict[str, Any] | None:
+    """The scores that the version was compared by, with their protocol; None where it has none."""
+    if "evaluation_uri" not in tags:
+        return None
+    link = _read(tags["evaluation_uri"], "the evaluation", missing, "evaluation")
+    manifest = link.pop("manifest", {})
+    scores = {name: float(tags[f"score.{name}"]) for name in SCORES if f"score.{name}" in tags}
+    link |= {key: manifest[key] for key in ("clips_uri", "videos", "created") if key in manifest}
+    rules = manifest.get("protocol", {})
+    return link | {"scores": scores, "protocol": {key: rules.get(key) for key in ("name", "in_words")}}
+
+
+def _clips(uri: str, missing: list[str]) -> dict[str, Any]:
+    """A clip set with the ids of the videos that it was made of."""
+    link = _read(uri, "the clips", missing, "clips")
+    manifest = link.pop("manifest", {})
+    keys = ("created", "dataset", "settings", "videos", "clips", "frames", "annotated_videos", "bad")
+    link |= {key: manifest[key] for key in keys if key in manifest}
+    if not manifest:
+        return link
+    # Clip sets of earlier versions did not say what they were made of; their videos they do name.
+    file = SOURCES_FILE if "dataset" in manifest else INDEX_FILE
+    place = storage.join(uri, file)
+    ids = _try(lambda: _column(place, "video_id"), f"the list of videos {place}", missing)
+    if ids is not None:
+        link["video_ids"] = ids
+    return link | {"sources_recorded": "dataset" in manifest}
+
+
+def _column(uri: str, name: str) -> list[str]:
+    with storage.open_read(uri) as file:
+        return pq.read_table(file, columns=[name]).column(name).to_pylist()
+
+
+def _scores_in_words(evaluation: dict[str, Any]) -> list[str]:
+    scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in evaluation["scores"].items())
+    rules = evaluation["protocol"]
+    lines = [f"  scores: {scores or 'none'}"]
+    if rules["name"]:
+        lines.append(f"    protocol {rules['name']} ({rules['in_words']}), {evaluation['videos']} videos")
+    return lines
+
+
+def _in_words(link: dict[str, Any], indent: str) -> list[str]:
+    lines = [f"{indent}{link['uri']}{' MISSING' if link.get('missing') else ''}"]
+    for key, value in link.items():
+        if key not in ("uri", "missing", "video_ids", "bad") and value not in (None, ""):
+            lines.append(f"{indent}{key}: {_plain(value)}")
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(one)}" for key, one in value.items() if one is not None)
+    if isinstance(value, list):
+        return " ".join(map(_plain, value))
+    return str(value)
+
+
+def _clips_in_words(link: dict[str, Any], indent: str, all_videos: bool) -> list[str]:
+    lines = _in_words({k: v for k, v in link.items() if k != "sources_recorded"}, indent)
+    ids = link.get("video_ids", [])
+    if link.get("sources_recorded") is False:
+        lines.append(f"{indent}sources were not recorded by the version that made these clips; their videos:")
+    shown = ids if all_videos else ids[:SHOWN_VIDEOS]
+    lines += [f"{indent}- {video_id}" for video_id in shown]
+    if len(shown) < len(ids):
+        lines.append(f"{indent}  and {len(ids) - len(shown)} more (--videos shows all)")
+    lines += [f"{indent}set aside: {bad['video']} ({bad['reason']})" for bad in link.get("bad", [])]
+    return lines

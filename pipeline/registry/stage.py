@@ -1,0 +1,265 @@
+"""Stages `register` and `pull`: versions of one registered model, and the champion among them.
+
+A version holds safetensors, a JSON config and the code that runs them. The alias `champion` moves only
+to a version whose score on the *same* evaluation is better.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Mapping
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from pipeline import registry_model, storage, tracking
+from pipeline.artifacts.identity import MODEL_FOLDER
+from pipeline.config import Config
+from pipeline.evaluate.stage import evaluate_subjects
+from pipeline.evaluate.subjects import finished_student, student_subject
+from pipeline.log import log
+from pipeline.registry.lock import registry_lock
+from pipeline.tracking.client import ServerUnavailable, error_code, slow_transfers
+from pipeline.tracking.versions import _fetch, find_version
+
+CHAMPION = "champion"
+
+
+def register(
+    config: Config,
+    run_uri: str,
+    evaluation: dict[str, Any] | None,
+    *,
+    contend: bool = True,
+    more_tags: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Makes a finished student a version of the registered model; done once a run, however often called.
+
+    Args:
+        run_uri: the student's run folder.
+        evaluation: what `evaluate` returned for it; None where there are no masks to score against.
+        contend: whether it may become the champion; without, the alias stays where it is.
+        more_tags: further tags of the version.
+
+    Returns `model`, `version`, `champion` (whether the alias points to it now), and the reason.
+
+    Raises:
+        storage.IncompleteError: the run has not finished.
+        ServerUnavailable, AccessDenied: MLflow; the student is kept.
+    """
+    manifest = storage.read_manifest(run_uri)
+    try:
+        return _register(config, run_uri, manifest, evaluation, contend, more_tags)
+    except ServerUnavailable as error:
+        raise ServerUnavailable(
+            error.problem,
+            f"the student is kept in {run_uri}: give the same command again once it is there, or register this "
+            "student alone with python -m jobs.register CONFIG",
+        ) from None
+
+
+def _register(
+    config: Config,
+    run_uri: str,
+    manifest: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    contend: bool,
+    more_tags: Mapping[str, str],
+) -> dict[str, Any]:
+    client = tracking.connect(config)
+    name = config.mlflow.model_name
+    _create_model(client, name)
+    tags = {
+        tracking.RUN_TAG: run_uri,
+        **{k: v for k, v in manifest["tags"].items() if "." not in k},
+        "run_fingerprint": manifest["fingerprint"],
+        "config": json.dumps(config.model_dump(mode="json", include={"student", "targets", "distill"})),
+        **more_tags,
+    }
+    if evaluation is not None:
+        protocol = evaluation["protocol"]["fingerprint"]
+        tags |= {"evaluation": protocol, "evaluation_uri": evaluation["uri"]}
+        for key, value in evaluation["scores"].items():
+            # The latest score to look at, and one for each evaluation to compare by.
+            tags |= {f"score.{key}": f"{value:.6f}", f"score.{protocol}.{key}": f"{value:.6f}"}
+    source = run_id = None
+    if _version_of_run(client, name, run_uri) is None:  # uploads keep nobody else waiting
+        run_id = _mlflow_run(config, run_uri, manifest)
+        with slow_transfers():
+            source = _upload(client, run_uri, run_id)
+    champion, reason = False, "it does not contend for the alias"
+    with registry_lock(client, name) as client:
+        version = _version_of_run(client, name, run_uri)
+        if version is None:
+            version = str(client.create_model_version(name, source=source, run_id=run_id, tags=tags).version)
+            log(f"register: {name} version {version}")
+        else:
+            log(f"register: this run is {name} version {version} already")
+            _set_tags(client, name, version, tags)
+        if contend:
+            champion, reason = _contend(client, name, version, tags, config.evaluate.score)
+    if contend:
+        log(f"register: {reason}")
+    return {
+        "uri": f"models:/{name}/{version}",
+        "model": name,
+        "version": int(version),
+        "champion": champion,
+        "reason": reason,
+    }
+
+
+def appoint(config: Config, version: int, rivals: Collection[int]) -> tuple[bool, str]:
+    """Makes a version the champion if it scores better than the standing one, as `register` does.
+
+    Where the standing one is among `rivals` (of which `version` was chosen by more than its own score), the
+    version takes its place whatever their scores. Returns whether `version` holds the alias, and why.
+    """
+    name = config.mlflow.model_name
+    with registry_lock(tracking.connect(config), name) as client:
+        holder = client.get_registered_model(name).aliases.get(CHAMPION)
+        if holder is not None and int(holder) != version and int(holder) in rivals:
+            client.set_registered_model_alias(name, CHAMPION, str(version))
+            reason = f"version {version} is the new champion: chosen among versions that {holder} is one of"
+            return True, reason
+        tags = dict(client.get_model_version(name, str(version)).tags)
+        return _contend(client, name, str(version), tags, config.evaluate.score)
+
+
+def _create_model(client: Any, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except Exception as error:
+        if error_code(error) != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version_of_run(client: Any, name: str, run_uri: str) -> str | None:
+    found = client.search_model_versions(f"name = '{name}' and {tracking.tag_filter(run_uri)}")
+    return str(min(int(version.version) for version in found)) if found else None
+
+
+def _set_tags(client: Any, name: str, version: str, tags: Mapping[str, str]) -> None:
+    known = client.get_model_version(name, version).tags
+    for key, value in tags.items():
+        if known.get(key) != value:
+            client.set_model_version_tag(name, version, key, value)
+
+
+def _upload(client: Any, run_uri: str, run_id: str) -> str:
+    """Sends what a version consists of to MLflow; returns where it is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = Path(scratch) / "packed"
+        _pack(storage.join(run_uri, MODEL_FOLDER), packed)
+        client.log_artifacts(run_id, str(packed), "model")
+    with tempfile.TemporaryDirectory() as scratch:
+        config_file = Path(scratch) / "config.yaml"
+        config_file.write_bytes(storage.read_bytes(storage.join(run_uri, "config.yaml")))
+        client.log_artifact(run_id, str(config_file))
+    return f"{client.get_run(run_id).info.artifact_uri}/model"
+
+
+def _pack(model_uri: str, folder: Path) -> None:
+    """Writes a model as MLflow stores it: weights, config, signature, and this package's code."""
+    from mlflow.models import ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import Schema, TensorSpec
+
+    pixels = np.dtype(np.uint8)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(pixels, (-1, -1, -1, 3))]),
+        outputs=Schema([TensorSpec(pixels, (-1, -1, -1))]),
+    )
+    package = Path(__file__).parent
+    with (
+        storage.local_copy(model_uri) as model,
+        tempfile.TemporaryDirectory() as scratch,
+        warnings.catch_warnings(),
+    ):
+        code = Path(scratch) / package.name
+        shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
+        warnings.filterwarnings("ignore", message=".*input example.*")
+        save_model(
+            path=str(folder),
+            python_model=registry_model.__file__,
+            artifacts={registry_model.ARTIFACT: model},
+            signature=signature,
+            code_paths=[str(code)],
+            pip_requirements=[
+                f"{p}=={installed_version(p).split('+')[0]}"
+                for p in ("mlflow", "torch", "timm", "numpy", "safetensors")
+            ],
+        )
+
+
+def _mlflow_run(config: Config, run_uri: str, manifest: dict[str, Any]) -> str:
+    """The run that trained the student; a new one where this server does not know it."""
+    try:
+        return tracking.connect(config).get_run(manifest["mlflow_run"]).info.run_id
+    except Exception as error:
+        if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    run_id = tracking.start_run(config, run_uri, manifest["fingerprint"], manifest["tags"])
+    tracking.complete_run(config, run_uri, run_id)
+    return run_id
+
+
+def _contend(client: Any, name: str, version: str, tags: dict[str, str], score: str) -> tuple[bool, str]:
+    """Moves the champion's alias to `version` if it has earned it; returns whether it holds it, and why."""
+    key = f"score.{tags.get('evaluation')}.{score}"
+    mine = float(tags[key]) if key in tags else None
+    shown = f"{score} {100 * mine:.2f}" if mine is not None else "no score"
+
+    def crown(reason: str) -> tuple[bool, str]:
+        client.set_registered_model_alias(name, CHAMPION, version)
+        return True, reason
+
+    aliases = client.get_registered_model(name).aliases
+    if CHAMPION not in aliases:
+        return crown(f"version {version} is the first champion ({shown})")
+    holder = str(aliases[CHAMPION])
+    if holder == version:
+        return True, f"version {version} is the champion ({shown})"
+    theirs = client.get_model_version(name, holder).tags
+    if mine is None:
+        return False, f"version {holder} stays champion: version {version} has no {score} to compare"
+    if f"score.{score}" not in theirs:
+        return crown(f"version {version} is the new champion: {shown}, while version {holder} has no score")
+    if key not in theirs:
+        return False, (
+            f"version {holder} stays champion: it was scored on another evaluation ({theirs.get('evaluation')}, "
+            f"this one is {tags['evaluation']}); register it again with this one first"
+        )
+    best = float(theirs[key])
+    if not mine > best:
+        return (
+            False,
+            f"version {holder} stays champion: {score} {100 * best:.2f}, not less than {100 * mine:.2f}",
+        )
+    return crown(f"version {version} is the new champion: {score} {100 * mine:.2f}, before {100 * best:.2f}")
+
+
+def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:
+    """Writes a registered model's safetensors, config and origin into a local or remote folder.
+
+    An earlier version there is replaced. Errors as in `downloaded`.
+    """
+    target = storage.absolute(str(folder))
+    _fetch(find_version(model_uri, tracking_uri), target, tracking_uri, replace=True)
+    return {"uri": target, "model": model_uri}
+
+
+def register_stage(config: Config) -> dict[str, Any]:
+    """Registers the student of this config with its scores, if its videos have masks."""
+    run_uri = finished_student(config)
+    evaluation = None
+    if config.evaluate.split is not None:
+        name = config.distill.name or "student"
+        evaluation = evaluate_subjects(config, {name: student_subject(run_uri)})[name]
+    return register(config, run_uri, evaluation)

@@ -1,0 +1,133 @@
+"""A sweep's plot: the four scores over the number that was varied, or by setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pipeline.evaluate.scoring import SCORES
+from pipeline.report.charts import COLOURS, OTHER_COLOUR, plain, style_axes
+from pipeline.report.scores import TITLES
+from pipeline.sweep.results import Best, Result, varied_number
+
+_WIDTH, _HEIGHT = 10.0, 7.2  # inches
+_SYMBOLS = {"distill.beta": "β"}
+
+
+def sweep_chart(results: Sequence[Result], others: Mapping[str, Mapping[str, float]]) -> Figure:
+    """One panel a score: the mean with its sample std, every seed as a dot, and teachers as dashed lines.
+
+    Args:
+        others: models beside the sweep's students, by name; scores are fractions of 1.
+    """
+    key = varied_number(results)
+    longest = max(len(result.setting.name) for result in results)
+    # Names of settings need room of their own, in lines below each other.
+    height = _HEIGHT if key else max(_HEIGHT, 0.5 * len(results) + 3.2)
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2, sharex=key is not None, sharey=key is None)
+    for axes, score in zip(panels.flat, SCORES, strict=True):
+        style_axes(axes)
+        if key:
+            _over_number(axes, results, score, key)
+        else:
+            _by_setting(axes, results, score, longest)
+        for number, (name, scores) in enumerate(others.items()):
+            line = axes.axhline if key else axes.axvline
+            line(
+                100 * scores[score],
+                color=COLOURS["teacher"] if number == 0 else OTHER_COLOUR,
+                linewidth=1.2,
+                linestyle=(0, (5, 4)),
+                zorder=1,
+                label=plain(name),
+            )
+        axes.set_title(TITLES[score], fontsize=11)
+    for axes in panels[1] if key else []:
+        axes.set_xlabel(_SYMBOLS.get(key or "", key))
+    for axes in panels[:, 0] if key else panels[1]:
+        axes.set_ylabel("score (%)") if key else axes.set_xlabel("score (%)")
+    handles, names = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False)
+    return figure
+
+
+def _over_number(axes: Axes, results: Sequence[Result], score: str, key: str) -> None:
+    found = sorted((r for r in results if r.values(score)), key=lambda r: r.setting.values[key])
+    places = [float(result.setting.values[key]) for result in found]
+    if places and min(places) > 0 and max(places) / min(places) > 20:
+        axes.set_xscale("log")
+    _draw(axes, found, score, places, upright=True)
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+
+
+def _by_setting(axes: Axes, results: Sequence[Result], score: str, longest: int) -> None:
+    _draw(axes, results, score, list(range(len(results))), upright=False)
+    axes.set_yticks(
+        range(len(results)),
+        [plain(result.setting.name) for result in results],
+        fontsize=10 if longest < 30 else 8,
+    )
+    axes.set_ylim(len(results) - 0.5, -0.5)  # the first on top
+
+
+def _draw(
+    axes: Axes, results: Sequence[Result], score: str, places: Sequence[float], *, upright: bool
+) -> None:
+    with_scores = [(r, p) for r, p in zip(results, places, strict=True) if r.values(score)]
+    means = [100 * (r.mean(score) or 0.0) for r, _ in with_scores]
+    stds = [100 * (r.std(score) or 0.0) for r, _ in with_scores]
+    at = [place for _, place in with_scores]
+    style: dict[str, Any] = {
+        "fmt": "o-" if upright else "o",
+        "color": COLOURS["slotmatch"],
+        "linewidth": 2,
+        "elinewidth": 1.2,
+        "capsize": 4,
+        "markersize": 6,
+        "zorder": 3,
+        "label": "mean ± std over seeds",
+    }
+    if upright:
+        axes.errorbar(at, means, yerr=stds, **style)
+    else:
+        axes.errorbar(means, at, xerr=stds, **style)
+    dots = np.array([(place, 100 * value) for r, place in with_scores for value in r.values(score)])
+    if len(dots):
+        across, along = (dots[:, 0], dots[:, 1]) if upright else (dots[:, 1], dots[:, 0])
+        axes.scatter(across, along, s=16, color="#222222", alpha=0.6, linewidth=0, zorder=4, label="one seed")
+
+
+TABLE_TEXT, TABLE_CSV, TABLE_MD = "table.txt", "table.csv", "table.md"
+
+
+NUMBERS, PLOT = "scores.json", "plot.png"
+
+
+def _without_nan(values: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(values, dict):
+        return {key: _without_nan(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and values != values else values
+
+
+def _best_summary(best: Best | None, score: str) -> dict[str, Any] | None:
+    if best is None:
+        return None
+    return {
+        "setting": best.result.setting.name,
+        "values": dict(best.result.setting.values),
+        "seed": best.seed,
+        "score": score,
+        "mean": best.result.mean(score),
+        "std": best.result.std(score),
+    }

@@ -1,0 +1,193 @@
+"""Making targets: the frozen teacher over every (clip, view) of a shard."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.clips.schema import Clip
+from pipeline.clips.table import SHARD_FOLDER, ClipSet
+from pipeline.clips.views import View, apply_view, make_view, stable_hash
+from pipeline.compute import best_device, keep_freed_memory
+from pipeline.config.sections import Config
+from pipeline.models.build import build_student, load_teacher
+from pipeline.models.slot_model import SlotModel
+from pipeline.targets.table import FEATURES, TargetMismatch, TargetSet, _schema
+
+_ROW_GROUP_BYTES = 1 << 20
+
+
+class TargetMaker:
+    """The frozen teacher (and, where its features are cached, the student's backbone)."""
+
+    def __init__(self, config: Config, clips_uri: str, teacher_uri: str) -> None:
+        self.config = config
+        self.clips = ClipSet(clips_uri)
+        self.device = best_device()
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.teacher = load_teacher(config, teacher_uri).to(self.device)
+        self.student: SlotModel | None = None
+        if config.targets.student_features:
+            # The frozen backbone is all that is used of it.
+            self.student = build_student(config, teacher=self.teacher.config, seed=0).to(self.device)
+
+    def items(self, clip: Clip) -> list[tuple[Clip, int, View]]:
+        height, width = clip.frames.shape[1:3]
+        recipe, seed = self.config.targets, self.config.dataset.seed
+        return [
+            (clip, k, make_view(recipe, seed, clip.video_id, clip.clip_index, k, height, width))
+            for k in range(recipe.views)
+        ]
+
+    @torch.no_grad()
+    def compute(self, items: list[tuple[Clip, int, View]]) -> dict[str, Tensor]:
+        """Columns of M full clips' views: `slots` `(M, T, N, d)`, and `FEATURES` where they are cached."""
+        pixels = [apply_view(clip.frames, view) for clip, _, view in items]
+        views = [view for _, _, view in items]
+        slots, features = teacher_outputs(self.teacher, pixels, views, self.config.targets.rollout)
+        columns = {"slots": slots.cpu()}
+        if self.student is not None:
+            columns["features"] = self.student.backbone_features(self.student.prepare(pixels)).cpu()
+        if self.config.targets.teacher_features:
+            columns["teacher_features"] = features.cpu()
+        return columns
+
+    def schema(self) -> pa.Schema:
+        T = self.clips.clip_frames
+        slots_shape = (T, self.teacher.config.num_slots, self.teacher.config.slot_size)
+        models = {"features": self.student}
+        if self.config.targets.teacher_features:
+            models["teacher_features"] = self.teacher
+        backbones = {name: m.encoder.backbone for name, m in models.items() if m is not None}
+        shapes = {name: (T, b.num_patches, b.feature_size) for name, b in backbones.items()}
+        return _schema(slots_shape, shapes, self.config.targets.feature_dtype)
+
+    def write_shard(self, shard: str, folder: str) -> None:
+        """Computes and publishes the targets of one clip shard."""
+        schema = self.schema()
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / shard
+            writer = pq.ParquetWriter(
+                path, schema, compression="none", use_dictionary=["video_id"], write_page_checksum=True
+            )
+            for items in self._batches(shard):
+                full = [item for item in items if item[0].full]
+                computed = self.compute(full) if full else {}
+                if full and not bool(torch.isfinite(computed["slots"]).all()):
+                    names = sorted({f"{c.video_id} clip {c.clip_index}" for c, _, _ in full})
+                    raise ValueError(f"the teacher's slots are not finite for one of: {', '.join(names)}")
+                table = self._table(items, computed, schema)
+                limit = max(1, _ROW_GROUP_BYTES * len(table) // max(table.nbytes, 1))
+                writer.write_table(table, row_group_size=limit)
+            writer.close()
+            storage.upload_file(path, storage.join(folder, shard))
+
+    def _batches(self, shard: str) -> Iterator[list[tuple[Clip, int, View]]]:
+        pending: list[tuple[Clip, int, View]] = []
+        for clip in self.clips.iter_shard(shard):
+            pending += self.items(clip)
+            if len(pending) >= self.config.targets.batch_size:
+                yield pending
+                pending = []
+        if pending:
+            yield pending
+
+    def _table(
+        self,
+        items: list[tuple[Clip, int, View]],
+        computed: dict[str, Tensor],  # of the full ones among them
+        schema: pa.Schema,
+    ) -> pa.Table:
+        columns: dict[str, Any] = {
+            "video_id": [clip.video_id for clip, _, _ in items],
+            "clip_index": [clip.clip_index for clip, _, _ in items],
+            "view": [k for _, k, _ in items],
+        }
+        for field in fields(View):
+            columns[field.name] = [getattr(view, field.name) for _, _, view in items]
+        short = np.array([not clip.full for clip, _, _ in items])
+        width = schema.field("slots").type.list_size
+        values = np.zeros((len(items), width), np.float32)
+        if computed:
+            values[~short] = computed["slots"].numpy().reshape(-1, width)
+        columns["full"] = ~short
+        columns["slots"] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width)
+        dtype = np.dtype(self.config.targets.feature_dtype)
+        for name in set(FEATURES) & set(schema.names):
+            encoded = iter([f.numpy().astype(dtype).tobytes() for f in computed.get(name, ())])
+            columns[name] = [None if s else next(encoded) for s in short]
+        return pa.Table.from_pydict(columns, schema=schema)
+
+    def verify_shard(self, shard: str, targets_uri: str, fraction: float) -> dict[str, Any]:
+        """Computes a random share of a published shard's rows again; returns the worst deviation."""
+        targets = TargetSet(targets_uri)
+        nonce = os.urandom(8).hex()  # other rows in every run
+        checked, worst, where = 0, 0.0, ""
+        for row, clip in enumerate(self.clips.iter_shard(shard)):
+            for item in self.items(clip) if clip.full else []:
+                draw = stable_hash(nonce, clip.video_id, clip.clip_index, item[1])
+                if draw % 10**6 >= fraction * 10**6:
+                    continue
+                deviation = self._verify_row(targets, shard, row, item)
+                checked += 1
+                if deviation >= worst:
+                    worst, where = deviation, f"{clip.video_id} clip {clip.clip_index} view {item[1]}"
+        return {"checked": checked, "worst": worst, "where": where}
+
+    def _verify_row(self, targets: TargetSet, shard: str, row: int, item: tuple[Clip, int, View]) -> float:
+        clip, k, view = item
+        computed = self.compute([item])
+        cached = {name: name in computed for name in FEATURES}
+        video_id, clip_index, target = targets.read(shard, row, k, **cached)
+        if (video_id, clip_index, target.view) != (clip.video_id, clip.clip_index, view):
+            raise TargetMismatch(f"{targets.uri} {shard}: row {row} is of {video_id} clip {clip_index}")
+        return max(_deviation(value[0].numpy(), getattr(target, name)) for name, value in computed.items())
+
+
+def _deviation(computed: np.ndarray, cached: np.ndarray) -> float:
+    """The largest difference over the largest value; infinite where something is not finite."""
+    difference = float(np.abs(computed - cached).max() / max(np.abs(computed).max(), 1e-12))
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def teacher_outputs(
+    teacher: SlotModel, pixels: list[np.ndarray], views: list[View], rollout: str
+) -> tuple[Tensor, Tensor]:
+    """The frozen teacher's slots `(M, T, N, d)` and features `(M, T, P, F)` of M views.
+
+    The same code cached and live. Drawn initial slots are those of the views' noise seeds.
+    """
+    features = teacher.backbone_features(teacher.prepare(pixels))
+    initial = teacher.initial_slots(len(views), [v.noise_seed for v in views])
+    return teacher.roll_out(features, initial, rollout)[0], features
+
+
+class _ShardActor:
+    """A Ray Data actor that holds a `TargetMaker` and works through shards."""
+
+    def __init__(self, maker: tuple[Config, str, str], targets_uri: str, verify: float) -> None:
+        self.maker = TargetMaker(*maker)
+        self.targets_uri = targets_uri
+        self.verify = verify
+
+    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+        shard = row["shard"]
+        if self.verify:
+            return {"shard": shard, **self.maker.verify_shard(shard, self.targets_uri, self.verify)}
+        folder = storage.join(self.targets_uri, SHARD_FOLDER)
+        # Ray runs a task again whose answer was lost with its node, though its shard may be there.
+        if not storage.exists(storage.join(folder, shard)):
+            self.maker.write_shard(shard, folder)
+        return {"shard": shard}

@@ -1,0 +1,111 @@
+"""Reading a published target set: one row for each (clip, view)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.clips.table import SHARD_FOLDER, ShardReader
+from pipeline.clips.views import View
+from pipeline.models.slot_model import SlotModelConfig
+
+SHAPE_KEY = b"shape"
+
+
+FEATURES = ("features", "teacher_features")  # optional columns: the student's and the teacher's
+
+
+class TargetMismatch(RuntimeError):
+    """Cached targets that are not what the teacher computes: damaged or of another origin."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row: the view, slots `(T, N, d)`, and what else was asked for.
+
+    features: the student's `(T, P, F)`. teacher_features: `(T, P', F')`.
+    """
+
+    view: View
+    slots: np.ndarray
+    features: np.ndarray | None = None
+    teacher_features: np.ndarray | None = None
+
+
+class TargetSet:
+    """A published folder of targets; raises storage.IncompleteError where there is none."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.manifest: dict[str, Any] = storage.read_manifest(uri, kind="targets")
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.views: int = self.manifest["views"]["views"]
+        self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
+
+    @property
+    def teacher_config(self) -> SlotModelConfig:
+        return SlotModelConfig.from_dict(self.manifest["teacher_config"])
+
+    @property
+    def has_features(self) -> bool:
+        return self.manifest["student_features"] is not None
+
+    def read(
+        self, shard: str, clip_row: int, view: int, *, features: bool = False, teacher_features: bool = False
+    ) -> tuple[str, int, Target]:
+        """Video id, clip index and target of one (clip, view), found by position."""
+        extra = [n for n, wanted in zip(FEATURES, (features, teacher_features), strict=True) if wanted]
+        columns = [f.name for f in fields(View)] + ["video_id", "clip_index", "slots", *extra]
+        row = self.reader.row(shard, clip_row * self.views + view, columns)
+        values = row.select([f.name for f in fields(View)] + ["video_id", "clip_index"]).to_pylist()[0]
+        video_id, clip_index = values.pop("video_id"), values.pop("clip_index")
+        target = Target(
+            view=View(**values),
+            slots=_array(row, "slots"),
+            **{name: _array(row, name) for name in extra},
+        )
+        return video_id, clip_index, target
+
+
+def _array(row: pa.Table, name: str) -> np.ndarray:
+    field = row.schema.field(name)
+    shape = json.loads(field.metadata[SHAPE_KEY])
+    column = row.column(name).combine_chunks()
+    if name == "slots":
+        return column.flatten().to_numpy().reshape(shape)
+    dtype = np.dtype(field.metadata[b"dtype"].decode())
+    return np.frombuffer(column[0].as_py(), dtype).reshape(shape)
+
+
+def _schema(
+    slots_shape: tuple[int, ...], features_shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> pa.Schema:
+    columns = [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("clip_index", pa.int32(), nullable=False),
+        pa.field("view", pa.int32(), nullable=False),
+        pa.field("top", pa.int32(), nullable=False),
+        pa.field("left", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("flip", pa.bool_(), nullable=False),
+        pa.field("noise_seed", pa.int64(), nullable=False),
+        pa.field("full", pa.bool_(), nullable=False),
+        # Zeros for a shorter tail, which training skips: Arrow can't read null lists of fixed size back.
+        pa.field(
+            "slots",
+            pa.list_(pa.float32(), int(np.prod(slots_shape))),
+            metadata={SHAPE_KEY: json.dumps(slots_shape)},
+        ),
+    ]
+    for name, shape in features_shapes.items():
+        # Bytes: Parquet reads lists of millions of numbers an order of magnitude slower.
+        metadata = {SHAPE_KEY: json.dumps(shape), b"dtype": dtype}
+        columns.append(pa.field(name, pa.large_binary(), metadata=metadata))
+    return pa.schema(columns)

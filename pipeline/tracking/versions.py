@@ -1,0 +1,92 @@
+"""Versions of registered models: finding and fetching them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.tracking.client import client_of, patiently, slow_transfers
+
+
+def find_version(model_uri: str, tracking_uri: str) -> Any:
+    """The version that a `models:/NAME@ALIAS` or `models:/NAME/N` URI names.
+
+    Raises:
+        ValueError: not such a URI, or no such model, version or alias.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name, alias, number = _parse(model_uri)
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    if tracking_uri.startswith("sqlite:///") and not database.exists():
+        raise ValueError(
+            f"there is no registry at {tracking_uri}: give storage.root=… or mlflow.tracking_uri=… of your jobs"
+        )
+    client = client_of(tracking_uri)
+    try:
+        if alias:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, number)
+    except MlflowException as error:
+        raise ValueError(f"{model_uri} is not in the registry at {tracking_uri}: {error.message}") from error
+
+
+@contextlib.contextmanager
+def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
+    """A local folder that `load_slot_model` opens, of a registered model.
+
+    Raises:
+        ValueError: as `find_version`, or a model of another kind.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    found = find_version(model_uri, tracking_uri)
+    source = client_of(tracking_uri).get_model_version_download_uri(found.name, found.version)
+    with tempfile.TemporaryDirectory() as scratch:
+        fetch = functools.partial(
+            download_artifacts, artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri
+        )
+        with slow_transfers():
+            folder = Path(patiently(tracking_uri, fetch))
+        weights = sorted((folder / "artifacts").rglob(WEIGHTS_FILE))
+        if not weights:
+            raise ValueError(f"{model_uri} holds no {WEIGHTS_FILE}: it was not registered by this pipeline")
+        yield weights[0].parent
+
+
+def _parse(model_uri: str) -> tuple[str, str | None, str | None]:
+    """Name and either alias or number of a `models:/` URI."""
+    match = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", model_uri)
+    if match is None:
+        raise ValueError(f"model {model_uri!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+    return match[1], match[2], match[3]
+
+
+def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, dict[str, str]]:
+    """A registered model as a folder below `folder` that every worker can read, and its version's tags.
+
+    A version that is there already is not fetched again; errors as in `downloaded`.
+    """
+    found = find_version(model_uri, tracking_uri)
+    uri = storage.join(folder, f"{found.name}-{found.version}-{storage.fingerprint(found.source)}")
+    if not storage.is_complete(uri):
+        _fetch(found, uri, tracking_uri)
+    return uri, dict(found.tags)
+
+
+def _fetch(version: Any, folder: str, tracking_uri: str, *, replace: bool = False) -> None:
+    """Writes a version's safetensors and config, and where they come from, into a folder."""
+    with downloaded(f"models:/{version.name}/{version.version}", tracking_uri) as source:
+        if replace:  # an earlier version's folder is unfinished until all of it is the new one's
+            storage.delete(storage.join(folder, storage.MANIFEST))
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            storage.upload_file(source / file, storage.join(folder, file))
+    origin = {"name": version.name, "version": version.version, "tags": dict(version.tags)}
+    storage.publish(folder, {"kind": "pulled", **origin})
