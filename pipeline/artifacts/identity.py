@@ -1,171 +1,344 @@
-"""What an artifact is."""
+"""What an artifact is: the content that decides it, and so the folder that it lies in.
+
+A folder's name is a hash of its content, so that equal work is found, and a changed input is never mistaken for an
+old one. What counts is said once, here:
+
+- A setting counts where its value differs from its default, so that a later version may add one and everybody's
+  folders stay what they were. The settings of the first format (`first_format`) count whatever their value, which
+  keeps the folders that it made.
+- A run detail (`run_detail` in `config.sections`) never counts.
+- Files count by their bytes, other artifacts by their own fingerprints.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+from typing import Protocol as Interface
 
 from pipeline import storage
-from pipeline.clips.sources.base import VideoRef
-from pipeline.clips.table import ClipSet
-from pipeline.config.sections import Clips, Config, ConfigError, Distill, Model
-from pipeline.models.build import backbone_config, checkpoint_hints
-from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, CheckpointHints
+from pipeline.artifacts.first_format import FIRST_KEYS
+from pipeline.artifacts.manifests import Rules, TargetManifest
+from pipeline.config import Config, ConfigError, Distill, Model, Section, ViT, run_details
+from pipeline.config.protocols import Protocol, choose_protocol
+from pipeline.models import CheckpointHints, SlotModelConfig
+from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
+from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 
-MODEL_FOLDER = "model"
+# Of each kind's files; bump one where their meaning changes, and they are made again.
+CLIPS_FORMAT = TARGETS_FORMAT = SWEEP_FORMAT = 1
+SCORES_FORMAT = 2
+MODEL_FOLDER = "model"  # in a run's folder
 
 
-def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
-    """What decides what a loaded model computes, for fingerprints: its files, and what they don't tell.
+@dataclass(frozen=True)
+class Artifact:
+    """Where something is or will be, and what decided that."""
 
-    Raises:
-        ConfigError: nothing there.
-    """
-    folder = storage.is_folder(uri)
-    files = [storage.join(uri, name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if folder else [uri]
-    try:
-        # Folders have a config, and hints are ignored there.
-        return {
-            "files": [storage.hash_file(file) for file in files],
-            "hints": None if folder else hints.to_dict(),
+    uri: str
+    content: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return storage.name(self.uri)
+
+
+class Library(Interface):
+    """What has to be looked up in data sets and clip sets to know what is made of them."""
+
+    def sources(self, config: Config, split: str) -> Sequence[tuple[str, str]]:
+        """The id and content of each video of a split."""
+
+    def annotated(self, clips_uri: str) -> Sequence[str]:
+        """The ids of a published clip set's videos with masks."""
+
+
+class StudentInputs(NamedTuple):
+    """What a student learns from; None where it needs none."""
+
+    teacher_uri: str | None
+    targets_uri: str | None
+    teacher_config: SlotModelConfig | None  # gives the sizes that the student leaves open
+
+
+class Artifacts:
+    """All that is made of a config: each property is found out when it is first asked for, and then kept."""
+
+    def __init__(self, config: Config, library: Library, *, clips_uri: str | None = None) -> None:
+        """
+        Args:
+            clips_uri: a published clip set to train on, instead of the one that the config's videos make.
+        """
+        self.config, self.library = config, library
+        if clips_uri is not None:
+            self.clips = Artifact(clips_uri, {})
+
+    def of(self, config: Config) -> Artifacts:
+        """Those of another config on the same clips, as another trial of a sweep."""
+        return Artifacts(config, self.library, clips_uri=self.clips.uri)
+
+    def _place(self, kind: str, content: Mapping[str, Any]) -> Artifact:
+        root = storage.absolute(self.config.storage.root)
+        return Artifact(storage.join(root, kind, storage.fingerprint(content)), content)
+
+    def clips_of(self, split: str) -> Artifact:
+        """The clip set of a split."""
+        content = {
+            "format": CLIPS_FORMAT,
+            "settings": clip_settings(self.config),
+            "decoder": _decoder(),
+            "sources": [list(source) for source in self.library.sources(self.config, split)],
         }
-    except storage.MissingBucketError:
-        raise
-    except FileNotFoundError:
-        raise ConfigError(f"teacher.checkpoint: there is no model at {uri!r}") from None
+        return self._place("clips", content)
 
+    @cached_property
+    def clips(self) -> Artifact:
+        """What is trained on."""
+        return self.clips_of(self.config.dataset.split)
 
-def backbone_identity(section: Model) -> dict[str, Any]:
-    """What decides the features of a backbone: for fingerprints."""
-    weights = section.backbone_weights
-    if weights not in ("timm", "random"):
-        try:
-            weights = storage.hash_file(weights)
-        except storage.MissingBucketError:
-            raise
-        except FileNotFoundError:
-            raise ConfigError(f"backbone_weights: there is no file {weights!r}") from None
-    config = backbone_config(section)
-    return {
-        "name": config.name,
-        "arguments": config.arguments,
-        "image_size": config.image_size,
-        "weights": weights,
-        "mean": section.mean,
-        "std": section.std,
-    }
+    @cached_property
+    def evaluation_clips(self) -> Artifact:
+        """What is scored on.
 
+        Raises:
+            ConfigError: the config names no split.
+        """
+        if self.config.evaluate.split is None:
+            raise ConfigError("evaluate.split: is not set; name the split whose videos have masks")
+        return self.clips_of(self.config.evaluate.split)
 
-def teacher_location(config: Config, clips_fingerprint: str) -> str:
-    """Where the teacher is: `teacher.checkpoint`, or the place where `jobs.teacher` writes it."""
-    if config.teacher.checkpoint:
-        return storage.absolute(config.teacher.checkpoint)
-    return storage.join(teacher_run_uri(config, clips_fingerprint), MODEL_FOLDER)
+    @cached_property
+    def teacher_run(self) -> Artifact:
+        """The training of a teacher, where the config gives none."""
+        section = self.config.teacher
+        content = {
+            "clips": self.clips.fingerprint,
+            "model": {
+                **counted(section, but={"name", "checkpoint", "num_heads", "train", "backbone_weights"}),
+                **section.sizes,
+            },
+            "backbone": backbone_identity(section),
+            "train": counted(section.train),
+            "views": view_recipe(self.config),
+        }
+        return self._place("teachers", content)
 
+    @cached_property
+    def teacher(self) -> Artifact:
+        """The teacher's model: `teacher.checkpoint`, or what `teacher_run` makes; it need not be there."""
+        if self.config.teacher.checkpoint:
+            uri = storage.absolute(self.config.teacher.checkpoint)
+            return Artifact(uri, {"checkpoint": uri, "hints": checkpoint_hints(self.config).to_dict()})
+        return Artifact(storage.join(self.teacher_run.uri, MODEL_FOLDER), self.teacher_run.content)
 
-def teacher_run_uri(config: Config, clips_fingerprint: str) -> str:
-    section = config.teacher
-    content = {
-        "clips": clips_fingerprint,
-        "model": {
-            **section.model_dump(exclude={"name", "checkpoint", "num_heads", "train", "backbone_weights"}),
-            **section.sizes,
-        },
-        "backbone": backbone_identity(section),
-        "train": section.train.model_dump(exclude=RUN_DETAILS),
-        "views": view_recipe(config),
-    }
-    return storage.join(storage.absolute(config.storage.root), "teachers", storage.fingerprint(content))
+    def require_teacher(self) -> str:
+        """The teacher's place, after making sure that something is there.
 
-
-# Settings of a training run that don't change what is learned.
-RUN_DETAILS = {
-    "cpus_per_worker",
-    "loader_threads",
-    "log_every",
-    "checkpoint_every",
-    "validate_every",
-    "keep_checkpoints",
-    "overlays",
-    "max_failures",
-    "measure_bound_every",
-}
-
-
-def view_recipe(config: Config) -> dict[str, Any]:
-    """What decides the views, for fingerprints."""
-    keys = {"views", "crop", "min_scale", "flip"}
-    return {**config.targets.model_dump(include=keys), "seed": config.dataset.seed}
-
-
-def require_teacher(config: Config, clips_fingerprint: str) -> str:
-    """`teacher_location`, after making sure that something is there.
-
-    Raises:
-        ConfigError: no model there.
-    """
-    uri = teacher_location(config, clips_fingerprint)
-    if not storage.exists(uri):
-        if config.teacher.checkpoint:
-            raise ConfigError(f"teacher.checkpoint: there is no file or folder {config.teacher.checkpoint!r}")
+        Raises:
+            ConfigError: no model there.
+        """
+        checkpoint = self.config.teacher.checkpoint
+        if storage.exists(self.teacher.uri):
+            return self.teacher.uri
+        if checkpoint:
+            raise ConfigError(f"teacher.checkpoint: there is no file or folder {checkpoint!r}")
         raise ConfigError(
             "there is no teacher of these clips and settings: train one (python -m jobs.teacher CONFIG), or name one "
             "that you have (teacher.checkpoint=PATH)"
         )
-    return uri
 
+    @cached_property
+    def targets(self) -> Artifact:
+        """The teacher's slots of all clips.
 
-def clip_set_uri(config: Config, videos: list[VideoRef]) -> str:
-    """The folder that a clip set of these videos has or will have."""
-    return storage.join(storage.absolute(config.storage.root), "clips", _fingerprint(config.clips, videos))
-
-
-def _fingerprint(settings: Clips, videos: list[VideoRef]) -> str:
-    return storage.fingerprint(
-        {
-            "format": FORMAT,
-            "settings": _content_settings(settings),
-            "decoder": {
-                "av": av.__version__,
-                **{k: v for k, v in av.library_versions.items() if "codec" in k},
-            },
-            "sources": [(v.video_id, v.content) for v in videos],
+        Raises:
+            ConfigError: no teacher, whose files decide them.
+        """
+        settings = self.config.targets
+        content: dict[str, Any] = {
+            "format": TARGETS_FORMAT,
+            "clips": self.clips.fingerprint,
+            "teacher": model_identity(self.teacher.uri, checkpoint_hints(self.config)),
+            "rollout": settings.rollout,
+            "views": view_recipe(self.config),
+            "student_features": None,
+            "teacher_features": settings.feature_dtype if settings.teacher_features else None,
         }
-    )
+        if settings.student_features:
+            content["student_features"] = {
+                **backbone_identity(self.config.student),
+                "dtype": settings.feature_dtype,
+            }
+        return self._place("targets", content)
+
+    @cached_property
+    def student_inputs(self) -> StudentInputs:
+        """What the student learns from.
+
+        Raises:
+            ConfigError: a teacher is needed and not there.
+        """
+        config, settings = self.config, self.config.distill
+        taught = settings.distils or settings.initial_slots_from_teacher
+        teacher_uri = None
+        if taught or config.teacher.checkpoint is not None:
+            teacher_uri = self.require_teacher()
+        elif config.targets.student_features and storage.exists(self.teacher.uri):
+            teacher_uri = self.teacher.uri
+        if teacher_uri is None:
+            return StudentInputs(None, None, None)
+        # Without KD the cache only spares the student its backbone, where it has been filled with features.
+        cached = not settings.live_teacher and (
+            settings.distils or (config.targets.student_features and storage.is_complete(self.targets.uri))
+        )
+        return StudentInputs(
+            teacher_uri if taught else None, self.targets.uri if cached else None, self._teacher_config(teacher_uri)
+        )
+
+    def _teacher_config(self, teacher_uri: str) -> SlotModelConfig:
+        """From the targets where they are there: a public file has to be read for it."""
+        if not self.config.distill.live_teacher and storage.is_complete(self.targets.uri):
+            return SlotModelConfig.from_dict(TargetManifest.read(self.targets.uri).teacher_config)
+        return load_teacher(self.config, teacher_uri).config
+
+    @cached_property
+    def student(self) -> Artifact:
+        """The training run of the student; raises as `student_inputs`, or where it doesn't fit the teacher."""
+        return self._place("students", self._student_content(_what_distills(self.config.distill)))
+
+    @cached_property
+    def student_settings(self) -> str:
+        """A fingerprint of all that decides the student but its seed and name: equal for the seeds of one setting."""
+        settings = _what_distills(self.config.distill)
+        return storage.fingerprint(
+            self._student_content({k: v for k, v in settings.items() if k not in ("seed", "name")})
+        )
+
+    def _student_content(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        config, inputs = self.config, self.student_inputs
+        content = {
+            "clips": self.clips.fingerprint,
+            "student": counted(config.student, but={"backbone_weights", "num_slots", "slot_size"}),
+            "sizes": student_sizes(config, inputs.teacher_config),
+            "backbone": backbone_identity(config.student),
+            "features": config.targets.feature_dtype if config.targets.student_features else None,
+            "distill": dict(settings),
+            "views": view_recipe(config),
+        }
+        identity = functools.partial(model_identity, inputs.teacher_uri or "", checkpoint_hints(config))
+        if config.distill.distils and config.distill.live_teacher:
+            content["teacher"] = [identity(), config.targets.rollout]
+        elif config.distill.distils:
+            content["targets"] = self.targets.fingerprint
+        elif config.distill.initial_slots_from_teacher:
+            content["teacher"] = identity()
+        return content
+
+    @property
+    def student_model(self) -> str:
+        """The finished student's model folder."""
+        return storage.join(self.student.uri, MODEL_FOLDER)
+
+    def rules_on(self, clips_uri: str) -> Rules:
+        """What two scores under this config's protocol on a clip set have in common."""
+        protocol = choose_protocol(self.config.evaluate)
+        content = self._rules_content(protocol, clips_uri)
+        return Rules(
+            **{**asdict(protocol), **content},
+            in_words=protocol.in_words(),
+            fingerprint=storage.fingerprint(content),
+        )
+
+    def _rules_content(self, protocol: Protocol, clips_uri: str) -> dict[str, Any]:
+        ids = list(self.library.annotated(clips_uri))
+        return {
+            "format": SCORES_FORMAT,
+            **protocol_rules(protocol),
+            "clips": storage.name(clips_uri),
+            "videos": len(ids),
+            "video_ids": storage.fingerprint(ids),
+        }
+
+    def scores_of(self, subject: Mapping[str, Any], clips_uri: str) -> Artifact:
+        """The evaluation of a model or baseline, known by `model_subject` or `baseline_subject`, on a clip set."""
+        rules = self._rules_content(choose_protocol(self.config.evaluate), clips_uri)
+        return self._place("evaluations", {**rules, "fingerprint": storage.fingerprint(rules), **subject})
+
+    @cached_property
+    def evaluation(self) -> Artifact:
+        """The finished student's scores on the evaluation split, whose clips must be there.
+
+        Raises:
+            ConfigError: no split is named, or the student is not there.
+        """
+        subject = model_subject(self.student_model, CheckpointHints())
+        return self.scores_of(subject, self.evaluation_clips.uri)
+
+    def sweep(self, trials: Sequence[tuple[str, int, str]]) -> Artifact:
+        """The sweep over trials of (setting, seed, the student's fingerprint)."""
+        settings = self.config.sweep
+        rules = [settings.grace_steps, settings.reduction_factor, self.config.distill.validate_every]
+        content = {
+            "format": SWEEP_FORMAT,
+            "trials": [list(trial) for trial in trials],
+            "asha": rules if settings.asha else None,
+            "clips": self.evaluation_clips.fingerprint,
+            "evaluate": counted(self.config.evaluate, but={"model"}),
+        }
+        return self._place("sweeps", content)
+
+    def generated(self, settings: Mapping[str, Any]) -> Artifact:
+        """A folder of generated videos with these settings."""
+        return self._place("generated", {**settings, "format": CLIPS_FORMAT, "av": _decoder()["av"]})
 
 
-def _content_settings(settings: Clips) -> dict[str, Any]:
-    """The settings that decide what a clip set holds, so not how many bad videos are tolerated."""
-    return settings.model_dump(exclude={"max_bad_fraction"})
-
-
-def find_targets(config: Config, clips: ClipSet) -> str:
-    """The URI of the target set that `cache` makes of a clip set, published yet or not."""
-    return _describe(config, clips)[0]
-
-
-def _describe(config: Config, clips: ClipSet) -> tuple[str, dict[str, Any]]:
-    teacher_uri = teacher_location(config, clips.fingerprint)
-    content = {
-        "format": FORMAT,
-        "clips": clips.fingerprint,
-        "teacher": model_identity(teacher_uri, checkpoint_hints(config)),
-        "rollout": config.targets.rollout,
-        "views": view_recipe(config),
-        "student_features": None,
-        "teacher_features": config.targets.feature_dtype if config.targets.teacher_features else None,
+def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
+    """Of a section's settings what decides content, by key; without those of `but`."""
+    first = FIRST_KEYS[type(section).__name__]
+    defaults = type(section).model_fields
+    ignored = run_details(type(section)) | set(but)
+    return {
+        key: counted(value) if isinstance(value, Section) else value
+        for key, value in section
+        if key not in ignored and (key in first or value != defaults[key].get_default(call_default_factory=True))
     }
-    if config.targets.student_features:
-        content["student_features"] = {
-            **backbone_identity(config.student),
-            "dtype": config.targets.feature_dtype,
-        }
-    uri = storage.join(storage.absolute(config.storage.root), "targets", storage.fingerprint(content))
-    return uri, content
 
 
-def _what_decides(settings: Distill) -> dict[str, Any]:
+def later(section: Section) -> dict[str, Any]:
+    """Of a section whose first settings are counted one by one: the later ones that are not at their defaults."""
+    first = FIRST_KEYS[type(section).__name__]
+    return {key: value for key, value in counted(section).items() if key not in first}
+
+
+def clip_settings(config: Config) -> dict[str, Any]:
+    """Settings that decide what a clip set holds, beside its videos."""
+    return {**counted(config.clips), **later(config.dataset)}
+
+
+def view_recipe(config: Config) -> dict[str, Any]:
+    """What decides the views."""
+    keys = {"views", "crop", "min_scale", "flip"}
+    chosen = config.targets.model_dump(include=keys)
+    return {**chosen, **later(config.targets), "seed": config.dataset.seed}
+
+
+def protocol_rules(protocol: Protocol) -> dict[str, Any]:
+    """A protocol's rules without its name."""
+    first = FIRST_KEYS["Protocol"]
+    return {
+        field.name: value
+        for field in fields(protocol)
+        if field.name != "name"
+        and ((value := getattr(protocol, field.name)) != field.default or field.name in first)
+    }
+
+
+def _what_distills(settings: Distill) -> dict[str, Any]:
     """The settings that decide what is learned: of a method that does not use them, no weights."""
-    unused = set(RUN_DETAILS)
+    unused = set()
     if not settings.distils_slots:
         unused.add("beta")
     if not settings.distils_reconstruction:
@@ -178,14 +351,71 @@ def _what_decides(settings: Distill) -> dict[str, Any]:
         unused |= {"live_teacher", "slot_map"}
     copies = settings.initial_slots_from_teacher
     return {
-        **settings.model_dump(exclude=unused),
+        **counted(settings, but=unused),
         "initial_slots_from_teacher": settings.distils if copies is None else copies,
     }
 
 
-def _but_seed_and_name(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in ("seed", "name")}
+def _decoder() -> dict[str, Any]:
+    """What decodes videos, whose versions may differ in the last bit."""
+    import av
+
+    codecs = {name: version for name, version in av.library_versions.items() if "codec" in name}
+    return {"av": av.__version__, **codecs}
 
 
-def _has_features(config: Config, targets_uri: str) -> bool:
-    return config.targets.student_features and storage.is_complete(targets_uri)
+def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
+    """What decides what a loaded model computes: its files, and what they don't tell.
+
+    Raises:
+        ConfigError: nothing there.
+    """
+    folder = storage.is_folder(uri)
+    files = [storage.join(uri, name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if folder else [uri]
+    # Folders have a config, and hints are ignored there.
+    return {
+        "files": [_hash(file, f"teacher.checkpoint: there is no model at {uri!r}") for file in files],
+        "hints": None if folder else hints.to_dict(),
+    }
+
+
+def model_subject(uri: str, hints: CheckpointHints) -> dict[str, Any]:
+    """How an evaluation knows a model."""
+    return {"model": model_identity(uri, hints), "baseline": None, "slots": 1}
+
+
+def baseline_subject(name: str, num_slots: int) -> dict[str, Any]:
+    """How an evaluation knows a trivial baseline."""
+    return {"model": None, "baseline": name, "slots": num_slots}
+
+
+def backbone_identity(section: Model) -> dict[str, Any]:
+    """What decides the features of a backbone."""
+    weights = section.backbone_weights
+    if weights not in ("timm", "random"):
+        weights = _hash(weights, f"backbone_weights: there is no file {weights!r}")
+
+    return {
+        "name": None if isinstance(section.backbone, ViT) else section.backbone,
+        "arguments": counted(section.backbone) if isinstance(section.backbone, ViT) else None,
+        "image_size": section.image_size,
+        "weights": weights,
+        "mean": section.mean,
+        "std": section.std,
+    }
+
+
+def _hash(uri: str, otherwise: str) -> str:
+    """A file's hash; raises ConfigError with the text `otherwise` where there is none."""
+    try:
+        return _hash_once(uri, storage.version(uri))
+    except storage.MissingBucketError:
+        raise
+    except FileNotFoundError:
+        raise ConfigError(otherwise) from None
+
+
+@functools.cache
+def _hash_once(uri: str, version: str) -> str:
+    """Weights are hundreds of megabytes, and every trial of a sweep asks for their hash."""
+    return storage.hash_file(uri)
