@@ -73,7 +73,7 @@ def _created(folder: Path) -> Path:
 
 def score(folder: str, side: int) -> tuple[float, float]:
     """Seconds of scoring the video of a clip set, and this process's peak of memory in MiB."""
-    from pipeline.evaluate.protocols import PRESETS
+    from pipeline.config.protocols import PRESETS
     from pipeline.evaluate.scoring import model_predictor, score_video
     from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +125,55 @@ def actor_options(config: Config, tasks: int) -> dict[str, Any]:
     # Some CPU must stay free, or Ray Data waits for ever without a word.
     most = max(1, int((total - 0.2) // cpus))
     return {"num_cpus": cpus, "compute": ActorPoolStrategy(size=min(most, tasks))}
+
+
+def map_tasks(
+    config: Config,
+    task: Callable[..., dict[str, Any]] | type,
+    rows: Sequence[dict[str, Any]],
+    *,
+    arguments: Sequence[Any] = (),
+) -> Iterator[dict[str, Any]]:
+    """Runs a task over rows on Ray Data, each row by itself; yields what it returns as each is done.
+
+    Ray runs a task again whose answer was lost with its node: a task that writes a file looks first whether it is
+    there.
+
+    Args:
+        task: a function of a row and `arguments`, run on one CPU; or a class, made of `arguments` once an actor, which
+            holds a model (see `actor_options`) and is called with each row.
+        rows: plain values, as JSON has them; so is what the task returns.
+    """
+    if not rows:
+        return
+    with ray_session(config):
+        import ray
+
+        lines = [{"row": json.dumps(row)} for row in rows]
+        dataset = ray.data.from_items(lines, override_num_blocks=len(lines))
+        if isinstance(task, type):
+            options = actor_options(config, len(lines))
+            actor: Any = _Actor
+            done = dataset.map(actor, fn_constructor_args=(task, arguments), **options)
+        else:
+            function: Any = _run_task
+            done = dataset.map(function, fn_kwargs={"task": task, "arguments": arguments}, num_cpus=1)
+        for line in done.iter_rows():
+            yield json.loads(line["result"])
+
+
+def _run_task(line: dict[str, str], task: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, str]:
+    return {"result": json.dumps(task(json.loads(line["row"]), *arguments))}
+
+
+class _Actor:
+    """What Ray Data runs of a task that is a class."""
+
+    def __init__(self, task: type, arguments: Sequence[Any]) -> None:
+        self.task: Any = task(*arguments)
+
+    def __call__(self, line: dict[str, str]) -> dict[str, str]:
+        return _run_task(line, self.task, ())
 
 
 def root_cause(error: BaseException) -> BaseException:

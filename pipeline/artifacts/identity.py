@@ -195,7 +195,9 @@ class Artifacts:
             settings.distils or (config.targets.student_features and storage.is_complete(self.targets.uri))
         )
         return StudentInputs(
-            teacher_uri if taught else None, self.targets.uri if cached else None, self._teacher_config(teacher_uri)
+            teacher_uri if taught else None,
+            self.targets.uri if cached else None,
+            self._teacher_config(teacher_uri),
         )
 
     def _teacher_config(self, teacher_uri: str) -> SlotModelConfig:
@@ -303,7 +305,8 @@ def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
     return {
         key: counted(value) if isinstance(value, Section) else value
         for key, value in section
-        if key not in ignored and (key in first or value != defaults[key].get_default(call_default_factory=True))
+        if key not in ignored
+        and (key in first or value != defaults[key].get_default(call_default_factory=True))
     }
 
 

@@ -4,12 +4,13 @@ added is ignored."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from typing_extensions import Self
 
 from pipeline import storage
+
+_M = TypeVar("_M", bound="Manifest")
 
 
 class Manifest(BaseModel):
@@ -24,7 +25,7 @@ class Manifest(BaseModel):
     created: str = ""
 
     @classmethod
-    def read(cls, uri: str) -> Self:
+    def read(cls: type[_M], uri: str) -> _M:
         """The manifest of a published folder.
 
         Raises:
@@ -41,7 +42,8 @@ class Manifest(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ValueError(
-                f"{storage.join(uri, storage.MANIFEST)}: damaged, {where}: {first['msg']}; delete the folder and run again"
+                f"{storage.join(uri, storage.MANIFEST)}: damaged, {where}: {first['msg']}; delete the folder and "
+                "run again"
             ) from None
 
     def publish(self, uri: str) -> None:

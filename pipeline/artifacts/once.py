@@ -1,7 +1,8 @@
-"""One job at a time fills a folder: a note in it, which the job renews while it works.
+"""Making a folder once: it is found, or one job at a time fills it.
 
-A courtesy and not a lock, as no object store has one that all others have too: whatever two jobs do at once, what
-they publish is whole and, but for the rounding of GPUs, equal. The lease only keeps them from doing work twice.
+The lease is a note in the folder, which the job renews while it works. A courtesy and not a lock, as no object store
+has one that all others have too: whatever two jobs do at once, what they publish is whole and, but for the rounding
+of GPUs, equal. The lease only keeps them from doing work twice.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from pipeline import storage
 from pipeline.log import log
+
+# Of a published folder the files that it can't do without, by their paths in it.
+Files = Callable[[str], Collection[str]]
 
 LEASE_FILE = "lease.json"
 RENEWED_EVERY = 5.0  # seconds
@@ -24,6 +28,58 @@ RENEWED_EVERY = 5.0  # seconds
 # `SLOTMATCH_S3_TIMEOUT`.
 ABANDONED_AFTER = 90.0
 SECONDS_BETWEEN_LINES = 60.0
+
+
+def make_once(uri: str, label: str, fill: Callable[[], object], *, files: Files | None = None) -> bool:
+    """Finds a folder published, or has it filled and published by `fill` while other jobs wait.
+
+    Args:
+        files: what `missing_files` looks for; a published folder that lacks one of them is filled again.
+
+    Returns whether it was filled now.
+    """
+    return bool(make_all_once([uri], label, lambda _: fill(), files=files))
+
+
+def make_all_once(
+    uris: Collection[str], label: str, fill: Callable[[list[str]], object], *, files: Files | None = None
+) -> list[str]:
+    """`make_once` of several folders that are filled together; returns those that `fill` was given."""
+
+    def unpublished() -> list[str]:
+        return [uri for uri in sorted(set(uris)) if not storage.is_complete(uri) or missing_files(uri, files)]
+
+    if not unpublished():
+        return []
+    with contextlib.ExitStack() as leases:
+        for uri in unpublished():  # in one order, so that two jobs can't wait for each other
+            leases.enter_context(lease(uri, label))
+        left = unpublished()
+        for uri in left:
+            if missing := missing_files(uri, files):
+                log(
+                    f"{label}: {uri} was published, but {_listed(missing)} not there (any more); making it again"
+                )
+                storage.delete(
+                    storage.join(uri, storage.MANIFEST)
+                )  # no reader shall take it for whole meanwhile
+        if left:
+            fill(left)
+    return left
+
+
+def missing_files(uri: str, files: Files | None) -> list[str]:
+    """Names of a published folder's files that are not there; none of a folder that is not published."""
+    if files is None or not storage.is_complete(uri):
+        return []
+    wanted = files(uri)
+    there = {file.name for file in storage.list_files(uri)} if wanted else set()
+    return [name for name in wanted if name not in there]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 @contextlib.contextmanager

@@ -6,97 +6,41 @@ are written whole, so a job that was killed goes on with those that are missing.
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import av
-
 from pipeline import storage
-from pipeline.artifacts.identity import _content_settings, clip_set_uri
-from pipeline.artifacts.once import lease
-from pipeline.clips.sources import VideoRef, list_videos
-from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
-from pipeline.clips.sources.videos import list_videos as list_local
-from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, SOURCES_FILE, VideoEntry
-from pipeline.clips.write import _read_report, _shard_task
-from pipeline.compute import ray_session
-from pipeline.config import Config, parse_split
-from pipeline.config.sections import ConfigError
+from pipeline.artifacts.identity import Artifact, clip_settings
+from pipeline.artifacts.manifests import BadVideoEntry, ClipManifest, DatasetEntry, ShardEntry
+from pipeline.artifacts.once import make_once
+from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, find_videos
+from pipeline.clips.sources import VideoRef
+from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, SOURCES_FILE
+from pipeline.clips.write import ShardReport, read_report, shard_task, write_rows
+from pipeline.compute import map_tasks
+from pipeline.config import Config
 from pipeline.log import Progress, log
-
-FORMAT = 1  # of the clip table; a change makes new clip sets
 
 
 class TooManyBadVideos(RuntimeError):
     """More videos were set aside than `clips.max_bad_fraction` allows."""
 
 
-def find_videos(config: Config, split: str) -> list[VideoRef]:
-    """The videos of a split, which may be a slice; errors as in `sources.list_videos`.
+def shard(config: Config) -> dict[str, Any]:
+    """Shards the training split, and the evaluation split where there is one.
 
-    Where a whole folder of videos is trained on, its sub-folder for evaluation is not.
+    Returns what the job's summary holds, see `shard_split`; that of the evaluation split is in `evaluation`.
     """
-    dataset = config.dataset
-    contents: dict[str, str] = {}
-    if dataset.kind == "synthetic":
-        folder = _generate(config, split)
-        contents = storage.read_manifest(folder).get("contents", {})
-        dataset = dataset.model_copy(update={"kind": "videos", "path": folder})
-        split = split[len(parse_split(split)[0]) :]  # the slice alone
-    held_out = parse_split(config.evaluate.split or "")[0] or None
-    memo_folder = storage.join(storage.absolute(config.storage.root), "sources")
-    videos = list_videos(dataset, split, held_out=held_out, memo_folder=memo_folder)
-    return [v._replace(content=contents.get(v.video_id, v.content)) for v in videos]
+    check_disjoint(artifacts_of(config))
+    summary = shard_split(config, config.dataset.split)
+    if config.evaluate.split not in (None, config.dataset.split):
+        assert config.evaluate.split is not None
+        summary["evaluation"] = shard_split(config, config.evaluate.split)
+    return summary
 
 
-def _generate(config: Config, split: str) -> str:
-    settings = config.dataset.synthetic
-    kind = parse_split(split)[0] or "train"
-    counts = {
-        "train": settings.videos,
-        "validation": settings.validation_videos,
-        "test": settings.test_videos,
-    }
-    synthetic = SyntheticSettings(
-        videos=counts[kind],
-        frames=settings.frames,
-        size=settings.size,
-        seed=len(counts) * settings.seed + list(counts).index(kind),  # no split shares a video with another
-    )
-    name = storage.fingerprint({**asdict(synthetic), "format": FORMAT, "av": av.__version__})
-    folder = storage.absolute(storage.join(config.storage.root, "generated", name))
-    if storage.is_complete(folder):
-        return folder
-    manifest: dict[str, Any] = {"kind": "generated", "settings": asdict(synthetic)}
-    label = f"generate {split or 'videos'}"
-    if not storage.is_remote(folder):
-        _write_videos(synthetic, folder, label)
-    else:
-        with tempfile.TemporaryDirectory() as local:
-            _write_videos(synthetic, local, label)
-            # Hashes of what was made, so that clips have the same fingerprint wherever they are stored.
-            manifest["contents"] = {v.video_id: v.content for v in list_local(local, config.dataset.masks)}
-            storage.upload_tree(local, folder)
-    storage.publish(folder, manifest)
-    return folder
-
-
-def _write_videos(settings: SyntheticSettings, folder: str, label: str) -> None:
-    with Progress(label, settings.videos, "videos") as progress:
-        write_dataset(
-            settings, folder, on_progress=lambda done, total: progress.advance(done - progress.done)
-        )
-
-
-def find_clips(config: Config, split: str) -> str:
-    """The URI of the clip set that `shard` makes of a split, whether it is published yet or not."""
-    return clip_set_uri(config, find_videos(config, split))
-
-
-def shard(config: Config, split: str) -> dict[str, Any]:
+def shard_split(config: Config, split: str) -> dict[str, Any]:
     """Makes the clip set of one split, or finds it made.
 
     Returns what the job's summary holds: `uri`, counts of videos, clips and frames, the bad videos
@@ -107,143 +51,87 @@ def shard(config: Config, split: str) -> dict[str, Any]:
         TooManyBadVideos: more than `clips.max_bad_fraction` of them were set aside.
     """
     videos = find_videos(config, split)
-    uri = clip_set_uri(config, videos)
+    clips = artifacts_of(config).clips_of(split)
     label = f"shard {split or 'videos'}"
-    computed = 0
-    if not storage.is_complete(uri):
-        with lease(uri, label):
-            if not storage.is_complete(uri):
-                computed = _fill(config, split, videos, uri, label)
-    if not computed:
-        log(f"{label}: all clips found, reusing {uri}")
-    return _summary(uri, storage.read_manifest(uri), computed=computed)
-
-
-def _fill(config: Config, split: str, videos: list[VideoRef], uri: str, label: str) -> int:
-    """Makes the shards that are missing and publishes the set; returns how many it made."""
-    settings = config.clips
-    step = settings.videos_per_shard
-    groups = [videos[i : i + step] for i in range(0, len(videos), step)]
-    names = [f"shard-{i:05d}.parquet" for i in range(len(groups))]
-    folder = storage.join(uri, SHARD_FOLDER)
-    reports: dict[str, dict[str, Any]] = {}
-    for name in storage.list_names(folder):
-        if name in names:
-            reports[name] = _read_report(storage.join(folder, name))
-    missing = [(n, g) for n, g in zip(names, groups, strict=True) if n not in reports]
-    if reports:
-        log(f"{label}: {len(reports)} of {len(names)} shards are there already")
-    with Progress(label, len(videos), "videos") as progress:
-        progress.skip(sum(len(g) for n, g in zip(names, groups, strict=True) if n in reports))
-        for report in _run(config, missing, folder):
-            reports[report["name"]] = report
-            progress.advance(len(report["videos"]) + len(report["bad"]))
-    ordered = [reports[name] for name in names]
-    bad = [entry for report in ordered for entry in report["bad"]]
-    for entry in bad:
-        log(f"{label}: set aside {entry['video']}: {entry['reason']}")
-    if len(bad) > settings.max_bad_fraction * len(videos) or len(bad) == len(videos):
-        raise TooManyBadVideos(
-            f"{len(bad)} of {len(videos)} videos can't be used, more than clips.max_bad_fraction = "
-            f"{settings.max_bad_fraction}: "
-            + "; ".join(f"{e['video']} ({e['reason']})" for e in bad[:10])
-            + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
-        )
-    entries = [VideoEntry(**entry) for report in ordered for entry in report["videos"]]
-    _write_rows(storage.join(uri, INDEX_FILE), [asdict(e) for e in entries])
-    _write_rows(
-        storage.join(uri, SOURCES_FILE),
-        [{"video_id": v.video_id, "path": v.path, "content": v.content} for v in videos],
-    )
-    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
-    manifest = {
-        "kind": "clips",
-        "fingerprint": storage.name(uri),
-        "split": split,
-        "dataset": {
-            "kind": config.dataset.kind,
-            "name": config.dataset.title,
-            "path": config.dataset.path,
-            "split": split,
-        },
-        "created": storage.timestamp(),
-        "settings": _content_settings(settings),
-        "sources": storage.fingerprint([(v.video_id, v.content) for v in videos]),
-        "videos": len(entries),
-        "clips": sum(e.clips for e in entries),
-        "frames": sum(e.frames for e in entries),
-        "annotated_videos": sum(e.annotated for e in entries),
-        "shards": [{"name": r["name"], "rows": r["rows"], "bytes": r["bytes"]} for r in ordered],
-        "bad": bad,
-    }
-    storage.publish(uri, manifest)
-    return len(missing)
-
-
-def _summary(uri: str, manifest: dict[str, Any], *, computed: int) -> dict[str, Any]:
-    keys = ("fingerprint", "videos", "clips", "frames", "annotated_videos", "bad")
-    reused = len(manifest["shards"]) - computed
+    work = _Sharding(config, split, videos, clips, label)
+    if not make_once(clips.uri, label, work.fill, files=clip_files):
+        log(f"{label}: all clips found, reusing {clips.uri}")
+    manifest = ClipManifest.read(clips.uri)
+    keys = {"fingerprint", "videos", "clips", "frames", "annotated_videos", "bad"}
     return {
-        "uri": uri,
-        **{k: manifest[k] for k in keys},
-        "computed_shards": computed,
-        "reused_shards": reused,
+        "uri": clips.uri,
+        **manifest.model_dump(mode="json", include=keys),
+        "computed_shards": work.computed,
+        "reused_shards": len(manifest.shards) - work.computed,
     }
 
 
-def _run(config: Config, missing: list[tuple[str, list[VideoRef]]], folder: str) -> Iterator[dict[str, Any]]:
-    if not missing:
-        return
-    rows = [{"work": json.dumps([name, [list(v) for v in group]])} for name, group in missing]
-    options = {"folder": folder, "settings": config.clips}
-    with ray_session(config):
-        import ray
+class _Sharding:
+    """Fills one clip set."""
 
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        task: Any = _shard_task
-        for row in dataset.map(task, fn_kwargs=options, num_cpus=1).iter_rows():
-            yield json.loads(row["report"])
+    def __init__(
+        self, config: Config, split: str, videos: Sequence[VideoRef], clips: Artifact, label: str
+    ) -> None:
+        self.config, self.split, self.videos, self.uri, self.label = config, split, videos, clips.uri, label
+        self.computed = 0
 
-
-def training_clips(config: Config) -> str:
-    """The published clip set to train on.
-
-    Raises:
-        ConfigError: it has not been made.
-    """
-    return _published_clips(config, config.dataset.split)
-
-
-def _published_clips(config: Config, split: str) -> str:
-    uri = find_clips(config, split)
-    if not storage.is_complete(uri):
-        raise ConfigError(
-            f"the clips of these videos and settings are not there ({uri}); make them: python -m jobs.shard CONFIG"
+    def fill(self) -> None:
+        """Makes the shards that are missing and publishes the set."""
+        reports = self._make_shards()
+        bad = [entry for report in reports for entry in report.bad]
+        self._check_bad(bad)
+        entries = [entry for report in reports for entry in report.videos]
+        write_rows(storage.join(self.uri, INDEX_FILE), [asdict(e) for e in entries])
+        write_rows(
+            storage.join(self.uri, SOURCES_FILE),
+            [{"video_id": v.video_id, "path": v.path, "content": v.content} for v in self.videos],
         )
-    return uri
+        storage.write_bytes(storage.join(self.uri, "config.yaml"), self.config.to_yaml().encode())
+        dataset = self.config.dataset
+        ClipManifest(
+            fingerprint=storage.name(self.uri),
+            created=storage.timestamp(),
+            split=self.split,
+            dataset=DatasetEntry(kind=dataset.kind, name=dataset.title, path=dataset.path, split=self.split),
+            settings=clip_settings(self.config),
+            sources=storage.fingerprint([(v.video_id, v.content) for v in self.videos]),
+            videos=len(entries),
+            clips=sum(e.clips for e in entries),
+            frames=sum(e.frames for e in entries),
+            annotated_videos=sum(e.annotated for e in entries),
+            shards=tuple(ShardEntry(name=r.name, rows=r.rows, bytes=r.bytes) for r in reports),
+            bad=tuple(bad),
+        ).publish(self.uri)
 
+    def _make_shards(self) -> list[ShardReport]:
+        """The reports of all shards in their order, those that were there already among them."""
+        step = self.config.clips.videos_per_shard
+        groups = {
+            f"shard-{number:05d}.parquet": self.videos[start : start + step]
+            for number, start in enumerate(range(0, len(self.videos), step))
+        }
+        folder = storage.join(self.uri, SHARD_FOLDER)
+        there = [name for name in storage.list_names(folder) if name in groups]
+        reports = {name: read_report(storage.join(folder, name)) for name in there}
+        if reports:
+            log(f"{self.label}: {len(reports)} of {len(groups)} shards are there already")
+        rows = [{"name": n, "videos": [list(v) for v in g]} for n, g in groups.items() if n not in reports]
+        with Progress(self.label, len(self.videos), "videos") as progress:
+            progress.skip(sum(len(groups[name]) for name in reports))
+            for result in map_tasks(self.config, shard_task, rows, arguments=(folder, self.config.clips)):
+                report = ShardReport.from_dict(result)
+                reports[report.name] = report
+                progress.advance(len(report.videos) + len(report.bad))
+        self.computed = len(rows)
+        return [reports[name] for name in groups]
 
-def shard_stage(config: Config) -> dict[str, Any]:
-    """Shards the training split, and the evaluation split where there is one."""
-    check_disjoint(config)
-    summary = shard(config, config.dataset.split)
-    if config.evaluate.split not in (None, config.dataset.split):
-        assert config.evaluate.split is not None
-        summary["evaluation"] = shard(config, config.evaluate.split)
-    return summary
-
-
-def check_disjoint(config: Config) -> None:
-    """Raises ConfigError where slices of one split overlap: a video would be trained on and scored."""
-    training, evaluation = config.dataset.split, config.evaluate.split
-    if evaluation in (None, training):
-        return  # the same one twice is refused, unless nothing is trained on it
-    assert evaluation is not None
-    if parse_split(training)[0] != parse_split(evaluation)[0]:
-        return  # video ids are unique in a split only
-    ids = [{v.video_id for v in find_videos(config, split)} for split in (training, evaluation)]
-    if both := sorted(ids[0] & ids[1]):
-        raise ConfigError(
-            f"evaluate.split: {evaluation!r} and dataset.split {training!r} share {len(both)} videos "
-            f"({both[0]}, …): they would be trained on and scored"
-        )
+    def _check_bad(self, bad: Sequence[BadVideoEntry]) -> None:
+        for entry in bad:
+            log(f"{self.label}: set aside {entry.video}: {entry.reason}")
+        most, count = self.config.clips.max_bad_fraction, len(self.videos)
+        if len(bad) > most * count or len(bad) == count:
+            raise TooManyBadVideos(
+                f"{len(bad)} of {count} videos can't be used, more than clips.max_bad_fraction = {most}: "
+                + "; ".join(f"{e.video} ({e.reason})" for e in bad[:10])
+                + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+            )

@@ -9,13 +9,14 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.artifacts.manifests import ClipManifest
 from pipeline.clips.schema import CODEC_KEY, Clip, decode_frame, decode_masks
 
 INDEX_FILE = "index.parquet"
@@ -76,7 +77,9 @@ class ShardReader:
         except storage.StorageError:
             raise
         except FileNotFoundError as error:
-            raise ValueError(f"{uri}: the shard is missing though its folder is published") from error
+            raise ValueError(
+                f"{uri}: the shard is missing though its folder is published; run the stage that made it again"
+            ) from error
         except pa.ArrowInvalid as error:
             raise ValueError(f"{uri}: the shard is damaged ({error})") from error
         if known is None:
@@ -149,10 +152,10 @@ class ClipSet:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.manifest: dict[str, Any] = storage.read_manifest(uri, kind="clips")
-        self.fingerprint: str = self.manifest["fingerprint"]
-        self.clip_frames: int = self.manifest["settings"]["clip_frames"]
-        self.shards: list[str] = [shard["name"] for shard in self.manifest["shards"]]
+        self.manifest = ClipManifest.read(uri)
+        self.fingerprint = self.manifest.fingerprint
+        self.clip_frames = self.manifest.clip_frames
+        self.shards = self.manifest.shard_names
         self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
         self._videos: list[VideoEntry] | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.artifacts.manifests import BadVideoEntry
 from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_masks
 from pipeline.clips.sources import read_video
 from pipeline.clips.sources.base import BadVideo, Frame, VideoRef
@@ -20,16 +21,34 @@ from pipeline.clips.table import VideoEntry
 from pipeline.config.sections import Clips
 
 
-def _shard_task(row: dict[str, str], folder: str, settings: Clips) -> dict[str, str]:
-    name, group = json.loads(row["work"])
-    uri = storage.join(folder, name)
-    # Ray runs a task again whose answer was lost with its node, though its shard may be there.
-    done = storage.exists(uri)
-    report = _read_report(uri) if done else write_shard([VideoRef(*v) for v in group], uri, settings)
-    return {"report": json.dumps(report)}
+@dataclass(frozen=True)
+class ShardReport:
+    """What a shard holds; in its metadata as well, but for its bytes."""
+
+    name: str
+    videos: list[VideoEntry]
+    bad: list[BadVideoEntry]
+    rows: int
+    bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "bad": [entry.model_dump() for entry in self.bad]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ShardReport:
+        videos = [VideoEntry(**entry) for entry in values["videos"]]
+        return cls(**{**values, "videos": videos, "bad": [BadVideoEntry(**entry) for entry in values["bad"]]})
 
 
-def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, Any]:
+def shard_task(row: dict[str, Any], folder: str, settings: Clips) -> dict[str, Any]:
+    """Makes one shard of `videos` under its `name`, unless it is there; returns its report."""
+    uri = storage.join(folder, row["name"])
+    videos = [VideoRef(*video) for video in row["videos"]]
+    report = read_report(uri) if storage.exists(uri) else write_shard(videos, uri, settings)
+    return report.to_dict()
+
+
+def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> ShardReport:
     """Decodes videos and writes their clips as one Parquet file.
 
     Returns the file's report, which is in its metadata as well: the videos (rows of the index), the
@@ -37,8 +56,8 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, 
     go to a temporary file first, and into the shard once the video has been read to its end.
     """
     schema = clip_schema(settings.codec)
-    good: list[dict[str, Any]] = []
-    bad: list[dict[str, str]] = []
+    good: list[VideoEntry] = []
+    bad: list[BadVideoEntry] = []
     rows = 0
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / "shard.parquet"
@@ -55,26 +74,28 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> dict[str, 
             try:
                 entry = _spool_video(video, spool, schema, settings)
             except BadVideo as error:
-                bad.append({"video": video.name, "path": video.path, "reason": str(error)})
+                bad.append(BadVideoEntry(video=video.name, path=video.path, reason=str(error)))
                 continue
             with pa.OSFile(str(spool)) as file:
                 for batch in pa.ipc.open_stream(file):
                     writer.write_batch(batch, row_group_size=len(batch))
-            good.append(asdict(VideoEntry(shard=storage.name(uri), first_row=rows, **entry)))
+            good.append(VideoEntry(shard=storage.name(uri), first_row=rows, **entry))
             rows += entry["clips"]
-        report = {"name": storage.name(uri), "videos": good, "bad": bad, "rows": rows}
-        writer.add_key_value_metadata({SHARD_KEY: json.dumps(report)})
+        report = ShardReport(storage.name(uri), good, bad, rows)
+        told = {key: value for key, value in report.to_dict().items() if key != "bytes"}
+        writer.add_key_value_metadata({SHARD_KEY: json.dumps(told)})
         writer.close()
         storage.upload_file(local, uri)
-        return {**report, "bytes": local.stat().st_size}
+        return replace(report, bytes=local.stat().st_size)
 
 
-def _read_report(uri: str) -> dict[str, Any]:
+def read_report(uri: str) -> ShardReport:
+    """The report of a shard that is there; raises ValueError where it is damaged."""
     try:
         metadata = pq.ParquetFile(storage.open_read(uri)).metadata.metadata
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri}: the shard is damaged ({error}); delete it and run again") from error
-    return {**json.loads(metadata[SHARD_KEY]), "bytes": storage.size(uri)}
+    return ShardReport.from_dict({**json.loads(metadata[SHARD_KEY]), "bytes": storage.size(uri)})
 
 
 def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips) -> dict[str, Any]:
@@ -146,6 +167,6 @@ def _group(frames: Iterator[Frame], length: int) -> Iterator[list[Frame]]:
         yield group
 
 
-def _write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
+def write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
     with storage.atomic_write(uri) as file:
         pq.write_table(pa.Table.from_pylist(rows), file)

@@ -4,22 +4,11 @@
 value and the nearest valid one. Nothing here touches a disk beyond the YAML files, or starts anything.
 """
 
+from pipeline.config.fields import ConfigError, Section, run_details
 from pipeline.config.loading import load_config, resolve_config, with_overrides
-from pipeline.config.sections import (
-    Clips,
-    Config,
-    ConfigError,
-    Dataset,
-    Distill,
-    Evaluate,
-    Model,
-    Sweep,
-    Targets,
-    TeacherTraining,
-    Training,
-    ViT,
-    parse_split,
-)
+from pipeline.config.models import Model, ViT
+from pipeline.config.sections import Clips, Config, Dataset, Evaluate, Sweep, Targets, parse_split
+from pipeline.config.training import Distill, TeacherTraining, Training
 
 __all__ = [
     "Clips",
@@ -29,6 +18,7 @@ __all__ = [
     "Distill",
     "Evaluate",
     "Model",
+    "Section",
     "Sweep",
     "Targets",
     "TeacherTraining",
@@ -37,5 +27,6 @@ __all__ = [
     "load_config",
     "parse_split",
     "resolve_config",
+    "run_details",
     "with_overrides",
 ]

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config.sections import GENERATED_SPLITS, Config, Model, Training, ViT, parse_split
+from pipeline.config.models import Model, ViT
+from pipeline.config.sections import GENERATED_SPLITS, Config, parse_split
+from pipeline.config.training import Training
 from pipeline.log import has_password
 
 

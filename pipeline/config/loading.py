@@ -14,7 +14,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.checks import check_combinations, check_dataset, check_models, check_secrets
-from pipeline.config.sections import Config, ConfigError, ViT
+from pipeline.config.fields import ConfigError
+from pipeline.config.models import ViT
+from pipeline.config.sections import Config
 from pipeline.log import redact
 
 

@@ -8,33 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class ConfigError(ValueError):
-    """A config that can't be run; the message has one line per problem."""
-
-
-_BOOLEAN = (bool, bool | None)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in _BOOLEAN:
-            raise PydanticCustomError("bool", "a number or text")
-        return value
-
+from pipeline.config.fields import (
+    ConfigError,
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    run_detail,
+)
+from pipeline.config.models import Student, Teacher
+from pipeline.config.training import Distill
 
 GENERATED_SPLITS = ("train", "validation", "test")
 
@@ -43,22 +29,36 @@ class Synthetic(Section):
     """Generated videos (`dataset.kind: synthetic`): real H.264 files with instance masks."""
 
     videos: PositiveInt = 400
+    """of the split train"""
     validation_videos: PositiveInt = 60
+    """of the split validation"""
     test_videos: PositiveInt = 60
+    """of the split test"""
     frames: PositiveInt = 24
-    size: Annotated[int, Field(ge=16, multiple_of=2)] = 96  # pixels
+    """of each video"""
+    size: Annotated[int, Field(ge=16, multiple_of=2)] = 96
+    """pixels, width and height"""
     seed: NonNegativeInt = 0
+    """decides what the videos show"""
 
 
 class Dataset(Section):
-    # The layout; what each has below `path` is in the README and in pipeline/clips/sources/.
+    """What videos there are, and where."""
+
     kind: Literal["videos", "synthetic", "davis", "ytvis", "ovis", "movi", "coco", "webdataset"] = "videos"
-    name: str = ""  # as in tables, "MOVi-E"; the kind where it is empty
-    path: str | None = None  # a folder; for data sets in a public layout s3://bucket/prefix too
-    split: str = ""  # what to train on, of videos a sub-folder; a slice of it: train[:-300]
-    resolution: str = "480p"  # of DAVIS
-    masks: str = "masks"  # of videos: sub-folder of label PNGs, masks/<video>/<frame>.png, optional
-    seed: NonNegativeInt = 0  # decides the views of each clip
+    """the layout; what each has below path: README, pipeline/clips/sources/"""
+    name: str = ""
+    """as in tables, "MOVi-E"; the kind where it is empty"""
+    path: str | None = None
+    """a folder; for data sets in a public layout s3://bucket/prefix too"""
+    split: str = ""
+    """what to train on, of videos a sub-folder; a slice of it: train[:-300]"""
+    resolution: str = "480p"
+    """of DAVIS"""
+    masks: str = "masks"
+    """of videos: sub-folder of label PNGs, masks/<video>/<frame>.png, optional"""
+    seed: NonNegativeInt = 0
+    """decides the views of each clip"""
     synthetic: Synthetic = Synthetic()
 
     @property
@@ -67,164 +67,51 @@ class Dataset(Section):
 
 
 class Clips(Section):
+    """How videos become a table of clips."""
+
     clip_frames: PositiveInt = 4
-    short_side: PositiveInt | None = None  # pixels; None keeps the size
-    fps: PositiveFloat | None = None  # None keeps every frame; frames without a clock count as seconds
-    max_seconds: PositiveFloat | None = None  # of each video
+    """frames of a clip"""
+    short_side: PositiveInt | None = None
+    """pixels; null keeps the size"""
+    fps: PositiveFloat | None = None
+    """null keeps every frame; frames without a clock count as seconds"""
+    max_seconds: PositiveFloat | None = None
+    """of each video"""
     codec: Literal["jpeg", "png", "raw"] = "jpeg"
-    quality: Annotated[int, Field(ge=1, le=100)] = 95  # of JPEG
+    """how frames are stored"""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """of JPEG"""
     videos_per_shard: PositiveInt = 16
+    """videos of a Parquet file"""
     row_group_mb: PositiveFloat = 1.0
-    max_bad_fraction: Fraction = 0.1  # of the videos; more than that fails the job
-
-
-class ViT(Section):
-    """A plain vision transformer that has no timm name."""
-
-    patch_size: PositiveInt
-    embed_dim: PositiveInt
-    depth: PositiveInt
-    num_heads: PositiveInt
-
-
-class Model(Section):
-    backbone: str | ViT = "vit_small_patch14_dinov2"  # a timm name, or a ViT's dimensions
-    backbone_weights: str = "timm"  # "timm" (the hub), "random", or a local file
-    image_size: PositiveInt = 336
-    num_slots: Annotated[int, Field(ge=1, le=256)] | None = None  # labels are bytes
-    slot_size: PositiveInt | None = None
-    initial_slots: Literal["learned", "random"] = "learned"
-    initialisation: Literal["default", "soft_kmeans"] = "default"  # of what trains; the paper's: default
-    corrector_mlp: bool = True  # in slot attention; VideoSAUR has none
-    predictor: bool = True  # False: an image model such as DINOSAUR, which sees each frame on its own
-    decoder: Literal["mlp", "slot_mixer"] = "mlp"  # the slot mixer is VideoSAUR's
-    decoder_hidden_sizes: tuple[PositiveInt, ...] = (1024, 1024, 1024)
-    decoder_blocks: PositiveInt = 3  # transformer blocks of the slot mixer
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
-
-    @property
-    def decoder_outputs(self) -> tuple[str, ...]:
-        """What the decoder gives, as in `SlotModelConfig`."""
-        return ("features",)
-
-    @property
-    def patch_size(self) -> int | None:
-        if isinstance(self.backbone, ViT):
-            return self.backbone.patch_size
-        match = re.search(r"patch(\d+)", self.backbone)
-        return int(match[1]) if match else None
-
-
-class Training(Section):
-    """One run of the training loop; defaults are the paper's (Table 8, MOVi-E)."""
-
-    steps: PositiveInt = 300_000
-    batch_size: PositiveInt = 16  # clips a step, over all workers
-    learning_rate: PositiveFloat = 4e-4
-    warmup_steps: NonNegativeInt = 2500
-    gradient_clip: PositiveFloat = 0.05
-    alpha: NonNegativeFloat = 1.0  # weight of the slot-slot contrastive loss
-    temperature: PositiveFloat = 0.1
-    seed: NonNegativeInt = 42
-    workers: NonNegativeInt = 1  # 0: in this process, for tests
-    cpus_per_worker: PositiveFloat = 0.8  # on a small machine leave some for Ray's own work
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
-    loader_threads: PositiveInt = 2
-    log_every: PositiveInt = 50
-    checkpoint_every: PositiveInt = 1000
-    validate_every: NonNegativeInt = 0  # steps; scores a few videos of evaluate.split; 0: never
-    keep_checkpoints: PositiveInt = 2
-    overlays: PositiveInt = 4  # mask pictures in MLflow over the run, the last one at its end
-    max_failures: NonNegativeInt = 3  # restarts of the worker group before the job gives up
-
-
-class TeacherTraining(Training):
-    """SlotContrast's objective; with `similarity: 0.1` and `alpha: 0` VideoSAUR's."""
-
-    reconstruction: NonNegativeFloat = 1.0  # weight of feature reconstruction; VideoSAUR for MOVi: 0
-    similarity: NonNegativeFloat = 0.0  # weight of the temporal-similarity loss; needs decoder: slot_mixer
-    similarity_temperature: PositiveFloat = 0.075  # VideoSAUR: MOVi; 0.25 YTVIS, 0.15 with DINOv2
-    similarity_threshold: Annotated[float, Field(ge=-1, le=1)] = 0.0  # cosines below it don't count
-
-
-class Teacher(Model):
-    """`num_slots` and `slot_size` left empty are the checkpoint's; of a teacher that is trained here see `sizes`.
-
-    A public file does not tell its ViT's heads, its normalisation and, where initial slots are drawn, their
-    number: `num_heads`, `mean`, `std` and `num_slots` do.
-    """
-
-    name: str = "SlotContrast"  # in tables
-    checkpoint: str | None = None  # a public file or a model folder; None: `jobs.teacher` trains one
-    num_heads: PositiveInt | None = None  # of a public file's ViT; None: width / 64
-    backbone: str | ViT = "vit_base_patch14_dinov2"
-    train: TeacherTraining = TeacherTraining()
-
-    @property
-    def decoder_outputs(self) -> tuple[str, ...]:
-        weights = {"features": self.train.reconstruction, "similarity": self.train.similarity}
-        return tuple(name for name, weight in weights.items() if weight)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """`num_slots` and `slot_size` of a teacher that is trained here; the paper's for MOVi-E by default.
-
-        Not defaults of the keys themselves, which would count as said of every public file.
-        """
-        return {"num_slots": self.num_slots or 15, "slot_size": self.slot_size or 128}
-
-
-class Student(Model):
-    """`num_slots` and `slot_size` left empty are the teacher's."""
+    """MB of a row group, the least that is read at once"""
+    max_bad_fraction: Fraction = run_detail(0.1)
+    """of the videos; more than that fails the job"""
 
 
 class Targets(Section):
-    views: PositiveInt = 1  # view 0 is the centre crop without a flip
-    crop: Literal["center", "random"] = "center"  # of views 1, 2, …
-    min_scale: Annotated[float, Field(gt=0, le=1)] = 1.0  # smallest random crop, of the short side
-    flip: Fraction = 0.5  # probability, of views 1, 2, …
+    """What the teacher's cache holds."""
+
+    views: PositiveInt = 1
+    """of every clip; view 0 is the centre crop without a flip"""
+    crop: Literal["center", "random"] = "center"
+    """of views 1, 2, …"""
+    min_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """smallest random crop, of the short side"""
+    flip: Fraction = 0.5
+    """probability, of views 1, 2, …"""
     rollout: Literal["forward", "cyclic"] = "forward"
-    student_features: bool = False  # also cache the student's frozen features: no ViT in training
-    teacher_features: bool = False  # also cache the teacher's frozen features, which feature KD needs
+    """cyclic: the teacher infers there and back, as SlotCurri does"""
+    student_features: bool = False
+    """also cache the student's frozen features: no ViT in training"""
+    teacher_features: bool = False
+    """also cache the teacher's frozen features, which feature KD needs"""
     feature_dtype: Literal["float32", "float16"] = "float32"
-    batch_size: PositiveInt = 8  # clips in one teacher pass
-    verify: Fraction = 0.0  # share of the rows to compute again and compare
-
-
-class Distill(Training):
-    name: str = ""  # two runs that are equal but for the name are different runs
-    method: Literal[
-        "slotmatch",  # cosine, Eq. 2
-        "slotmatch_mse",
-        "slotmatch_hungarian",
-        "slotmatch_reconstruction_kd",
-        "reconstruction_kd",
-        "feature_kd",
-        "no_kd",  # needs no teacher
-    ] = "slotmatch"
-    beta: NonNegativeFloat = 0.2  # weight of the slot distillation loss
-    reconstruction_kd_weight: PositiveFloat = 1.0
-    feature_kd_weight: PositiveFloat = 1.0
-    matching: Literal["clip", "frame"] = "clip"  # Hungarian: on a clip's first frame, or frame by frame
-    slot_map: bool = False  # a learned linear map from the student's slots to the teacher's slot size
-    initial_slots_from_teacher: bool | None = None  # copied at the start; None: with KD, where sizes agree
-    live_teacher: bool = False  # run the teacher in every step instead of reading cached targets
-    fresh_views: bool = False  # with a live teacher: a new view of every clip in every epoch
-    measure_bound_every: NonNegativeInt = 0  # steps; with KD, logs Theorem 1's two sides; 0: never
-    fast_decoder: bool = True
-
-    @property
-    def distils(self) -> bool:
-        return self.method != "no_kd"
-
-    @property
-    def distils_slots(self) -> bool:
-        return self.method.startswith("slotmatch")
-
-    @property
-    def distils_reconstruction(self) -> bool:
-        return self.method.endswith("reconstruction_kd")
+    """as features are stored"""
+    batch_size: PositiveInt = run_detail(8)
+    """clips in one teacher pass"""
+    verify: Fraction = run_detail(0.0)
+    """share of the rows to compute again and compare"""
 
 
 PAPER_BETAS = (0.1, 0.2, 0.3, 0.5, 0.8)
@@ -239,71 +126,113 @@ class Sweep(Section):
     `variants: {no KD: {distill.method: no_kd}, K = 4: {targets.views: 4}}`.
     """
 
-    # Key -> values; for `search: random` also ranges {low: 1e-4, high: 1e-2, log: true}.
-    grid: dict[str, Any] = {"distill.beta": list(PAPER_BETAS)}
-    variants: dict[str, dict[str, Any]] = {}
-    seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)  # of distill.seed
+    grid: dict[str, Any] = Field({"distill.beta": list(PAPER_BETAS)})
+    """key: values, crossed; for search=random also ranges {low: 1e-4, high: 1e-2, log: true}"""
+    variants: dict[str, dict[str, Any]] = Field({})
+    """name: {key: value}; used instead of the grid"""
+    seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)
+    """of distill.seed"""
     search: Literal["grid", "random"] = "grid"
-    samples: PositiveInt = 10  # settings that a random search draws
-    seed: NonNegativeInt = 0  # of these draws
-    asha: bool = False  # stops what scores badly (`evaluate.score`) early; needs distill.validate_every
-    grace_steps: PositiveInt | None = None  # that ASHA leaves to all; None: a quarter of distill.steps
-    reduction_factor: Annotated[float, Field(gt=1)] = 3.0  # of 3 trials ASHA lets one go on
-    max_concurrent: PositiveInt | None = None  # trials at a time; None: as many as fit the cluster
-    register_students: bool = True  # all that finished; the chosen one contends for champion
+    """all of the grid, or random draws from it"""
+    samples: PositiveInt = 10
+    """settings that a random search draws"""
+    seed: NonNegativeInt = 0
+    """of these draws"""
+    asha: bool = False
+    """stops what scores badly (evaluate.score) early; needs distill.validate_every"""
+    grace_steps: PositiveInt | None = None
+    """that ASHA leaves to all; null: a quarter of distill.steps"""
+    reduction_factor: Annotated[float, Field(gt=1)] = 3.0
+    """of 3 trials ASHA lets one go on"""
+    max_concurrent: PositiveInt | None = None
+    """trials at a time; null: as many as fit the cluster"""
+    register_students: bool = True
+    """all that finished; the chosen one contends for champion"""
 
 
 class Evidence(Section):
     """How `jobs.evidence` scores a sweep's students once more, on videos that nothing was chosen on."""
 
-    split: str | None = None  # with masks; neither dataset.split nor evaluate.split
+    split: str | None = None
+    """with masks; neither dataset.split nor evaluate.split"""
     scores: tuple[Literal["image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"], ...] = (
         "video_mbo",
         "video_fg_ari",
     )
-    claims: tuple[str, ...] = ()  # orderings to hold against the scores, "SlotMatch > no KD"
-    document: str | None = None  # a Markdown file whose marked block is replaced by the tables
+    """which scores the claims are held against"""
+    claims: tuple[str, ...] = ()
+    """orderings to hold against the scores: SlotMatch > no KD"""
+    document: str | None = None
+    """a Markdown file whose marked block is replaced by the tables"""
 
 
 class Evaluate(Section):
     """What is scored and how; a rule left empty is the protocol's (see pipeline/protocols.py)."""
 
-    split: str | None = None  # the videos with masks to score on; None: nothing to score
-    model: str | None = None  # a folder, a public file or models:/NAME@ALIAS; None: this config's student
+    split: str | None = None
+    """the videos with masks to score on; null: nothing to score"""
+    model: str | None = None
+    """a folder, a public file or models:/NAME@ALIAS; null: this config's student"""
     protocol: Literal["paper", "slotcontrast", "videosaur"] = "slotcontrast"
-    clip_frames: NonNegativeInt | None = None  # 0: whole videos
-    mask_size: NonNegativeInt | None = None  # pixels; 0: as the clips are
+    """decides each rule below that is left empty"""
+    clip_frames: NonNegativeInt | None = None
+    """frames of a sample; 0: whole videos"""
+    mask_size: NonNegativeInt | None = None
+    """pixels; 0: as the clips are"""
     crop: Literal["central", "full"] | None = None
+    """the central square, or the whole frame"""
     background: Literal["ignore", "object"] | None = None
+    """left out of the scores, or scored as one more object"""
     ignore_overlaps: bool | None = None
+    """leave out pixels that belong to several objects"""
     rollout: Literal["forward", "cyclic"] | None = None
+    """cyclic: the model infers there and back"""
     masks: Literal["decoder", "attention"] | None = None
+    """whose masks are scored"""
     score: Literal["image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"] = "video_mbo"
-    teacher: bool = True  # score the teacher as well
-    baselines: bool = True  # and trivial segmentations
-    validation_videos: PositiveInt = 8  # that `validate_every` of a training looks at
+    """the score that students are compared by"""
+    teacher: bool = True
+    """score the teacher as well"""
+    baselines: bool = True
+    """and trivial segmentations"""
+    validation_videos: PositiveInt = 8
+    """that validate_every of a training looks at"""
 
 
 class MLflow(Section):
-    tracking_uri: str | None = None  # None: $MLFLOW_TRACKING_URI, else SQLite under storage.root
+    """Where runs and models are recorded."""
+
+    tracking_uri: str | None = None
+    """null: $MLFLOW_TRACKING_URI, else SQLite under storage.root"""
     experiment: str = "slotmatch"
+    """the experiment of all runs"""
     model_name: str = "slotmatch"
+    """the registered model"""
 
 
 class Ray(Section):
-    address: str | None = None  # None: $RAY_ADDRESS, else a local Ray
-    num_cpus: PositiveInt | None = None  # of a local Ray
-    gpus: NonNegativeInt = (
-        0  # to ask an autoscaling cluster for, and to wait for; 0: use those that are there
-    )
-    teacher_cpus: PositiveFloat = 0.8  # a cache or evaluation actor on machines without GPUs
+    """Where jobs run, and on how much."""
+
+    address: str | None = None
+    """null: $RAY_ADDRESS, else a local Ray"""
+    num_cpus: PositiveInt | None = None
+    """of a local Ray"""
+    gpus: NonNegativeInt = 0
+    """to ask an autoscaling cluster for, and to wait for; 0: use those that are there"""
+    teacher_cpus: PositiveFloat = 0.8
+    """of a cache or evaluation actor on machines without GPUs"""
 
 
 class Storage(Section):
-    root: str = "runs"  # a folder or s3://bucket/prefix
+    """Where all that is made is kept."""
+
+    root: str = "runs"
+    """a folder or s3://bucket/prefix"""
 
 
 class Config(Section):
+    """All that decides what is made, and how."""
+
     dataset: Dataset = Dataset()
     clips: Clips = Clips()
     teacher: Teacher = Teacher()

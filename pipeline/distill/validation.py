@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, Evaluate
-from pipeline.evaluate.protocols import choose_protocol
+from pipeline.config.protocols import choose_protocol
 from pipeline.evaluate.scoring import SCORES, VideoScore, mean_scores, model_predictor, score_video
 from pipeline.models import SlotModel
 

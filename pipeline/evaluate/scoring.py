@@ -14,9 +14,9 @@ import torch
 
 from pipeline.clips.schema import Clip, stack_masks
 from pipeline.clips.table import ClipSet, VideoEntry
-from pipeline.clips.views import apply_view, nearest_resize, stable_hash
+from pipeline.clips.views import View, apply_view, central_square, nearest_resize, stable_hash
+from pipeline.config.protocols import Protocol
 from pipeline.evaluate.baselines import Predictor
-from pipeline.evaluate.protocols import Protocol
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
 from pipeline.models import SlotModel
 
@@ -158,11 +158,18 @@ def _cut(clip: Clip, part: slice) -> Clip:
     return Clip(clip.video_id, clip.clip_index, clip.full, clip.frames[part], masks)
 
 
+def view_of(protocol: Protocol, height: int, width: int) -> View:
+    """What of a frame the model sees under a protocol."""
+    if protocol.crop == "full":
+        return View(0, 0, height, width, False, 0)
+    return central_square(height, width)
+
+
 def _score_sample(
     sample: Iterator[Clip], video: VideoEntry, predict: Predictor, protocol: Protocol
 ) -> _Sample:
-    view = protocol.view(video.height, video.width)
-    size = protocol.label_size(view)
+    view = view_of(protocol, video.height, video.width)
+    size = (protocol.mask_size,) * 2 if protocol.mask_size else (view.height, view.width)
     box = (slice(view.top, view.top + view.height), slice(view.left, view.left + view.width))
     annotations: list[list[dict[int, np.ndarray]]] = []
 

@@ -21,9 +21,9 @@ from pipeline.clips.stage import _published_clips
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.compute import actor_options, best_device, ray_session
 from pipeline.config import Config
+from pipeline.config.protocols import Protocol, choose_protocol, describe_protocol
 from pipeline.config.sections import ConfigError
 from pipeline.evaluate.baselines import BASELINES, Predictor
-from pipeline.evaluate.protocols import Protocol, choose_protocol, describe_protocol
 from pipeline.evaluate.records import VIDEOS_FILE
 from pipeline.evaluate.scoring import SCORES, VideoScore, mean_scores, model_predictor, score_video
 from pipeline.evaluate.subjects import Subject, _named_model, _own_models, baseline_subjects

@@ -12,7 +12,7 @@ from pipeline.clips.schema import Clip
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, nearest_resize
 from pipeline.compute import best_device
-from pipeline.evaluate.protocols import PRESETS, Protocol, recorded_protocol
+from pipeline.config.protocols import PRESETS, Protocol, recorded_protocol
 from pipeline.evaluate.records import METHODS
 from pipeline.evaluate.scoring import model_predictor, samples
 from pipeline.models import SlotModel

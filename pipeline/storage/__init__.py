@@ -95,6 +95,18 @@ def size(uri: str) -> int:
     return s3.size(uri) if on_s3(uri) else os.path.getsize(absolute(uri))
 
 
+def version(uri: str) -> str:
+    """What changes when a file does: an object's ETag, a local file's size and time of change.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if on_s3(uri):
+        return s3.version(uri)
+    status = os.stat(absolute(uri))
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def list_names(uri: str) -> list[str]:
     """Sorted names in a folder; empty where there is none."""
     if on_s3(uri):

@@ -32,9 +32,18 @@ def filesystem() -> fsspec.AbstractFileSystem:
 
 def size(uri: str) -> int:
     """Bytes of an object; raises FileNotFoundError, or MissingBucketError where that is why."""
+    return int(_head_or_reason(uri)["ContentLength"])
+
+
+def version(uri: str) -> str:
+    """An object's ETag; raises as `size`."""
+    return str(_head_or_reason(uri)["ETag"])
+
+
+def _head_or_reason(uri: str) -> dict[str, Any]:
     bucket, key = split(uri)
     try:
-        return int(_head(uri)["ContentLength"])
+        return _head(uri)
     except FileNotFoundError:
         # The answer to HEAD has no body that could say what is missing.
         request("read", uri, lambda c: c.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1))

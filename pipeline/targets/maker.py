@@ -174,11 +174,13 @@ def teacher_outputs(
     return teacher.roll_out(features, initial, rollout)[0], features
 
 
-class _ShardActor:
-    """A Ray Data actor that holds a `TargetMaker` and works through shards."""
+class ShardTask:
+    """A task for actors (see `map_tasks`): holds a `TargetMaker` and works through shards."""
 
-    def __init__(self, maker: tuple[Config, str, str], targets_uri: str, verify: float) -> None:
-        self.maker = TargetMaker(*maker)
+    def __init__(
+        self, config: Config, clips_uri: str, teacher_uri: str, targets_uri: str, verify: float
+    ) -> None:
+        self.maker = TargetMaker(config, clips_uri, teacher_uri)
         self.targets_uri = targets_uri
         self.verify = verify
 
@@ -187,7 +189,6 @@ class _ShardActor:
         if self.verify:
             return {"shard": shard, **self.maker.verify_shard(shard, self.targets_uri, self.verify)}
         folder = storage.join(self.targets_uri, SHARD_FOLDER)
-        # Ray runs a task again whose answer was lost with its node, though its shard may be there.
         if not storage.exists(storage.join(folder, shard)):
             self.maker.write_shard(shard, folder)
         return {"shard": shard}

@@ -8,129 +8,121 @@ on where its clip started, so targets belong to clips, never to single frames.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts.identity import (
-    _describe,
-    require_teacher,
-)
-from pipeline.artifacts.once import lease
-from pipeline.clips.stage import training_clips
+from pipeline.artifacts.identity import Artifact, Artifacts
+from pipeline.artifacts.manifests import TargetManifest
+from pipeline.artifacts.once import make_once
+from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.table import SHARD_FOLDER, ClipSet
-from pipeline.compute import actor_options, ray_session
+from pipeline.compute import map_tasks
 from pipeline.config import Config
 from pipeline.log import Progress, log
 from pipeline.models.build import build_backbone, load_teacher
-from pipeline.targets.maker import _ShardActor
+from pipeline.targets.maker import ShardTask
 from pipeline.targets.table import TargetMismatch
 
-FORMAT = 1
 # Between two runs on one machine slots differ by about 1e-6; between two kinds of GPU by more.
 VERIFY_TOLERANCE = 1e-3
 
 
-def cache(config: Config, clips_uri: str) -> dict[str, Any]:
-    """Makes the target set of a clip set, or finds it made.
+def cache(config: Config, artifacts: Artifacts | None = None) -> dict[str, Any]:
+    """Makes the target set of a config's clips, or finds it made.
+
+    Args:
+        artifacts: the config's, where they are known already.
 
     Returns what the job's summary holds: `uri`, counts, and how many shards were computed and reused.
 
     Raises:
-        storage.IncompleteError: the clips are not published.
-        ConfigError: no teacher, or a student that doesn't fit it.
+        ConfigError: the clips have not been made, there is no teacher, or the student doesn't fit it.
         TargetMismatch: `targets.verify` found rows that the teacher does not reproduce.
     """
-    clips = ClipSet(clips_uri)
-    teacher_uri = require_teacher(config, clips.fingerprint)
-    uri, content = _describe(config, clips)
-    maker = (config, clips_uri, teacher_uri)
-    computed = 0
-    if not storage.is_complete(uri):
-        with lease(uri, "cache"):
-            if not storage.is_complete(uri):
-                computed = _fill(config, clips, maker, uri, content)
-    if not computed:
-        log(f"cache: all targets found, reusing {uri}")
-    manifest = storage.read_manifest(uri)
+    artifacts = artifacts or artifacts_of(config)
+    clips = open_clips(artifacts.clips)
+    work = _Caching(config, clips, artifacts.require_teacher(), artifacts.targets)
+    if not make_once(work.uri, "cache", work.fill, files=target_files):
+        log(f"cache: all targets found, reusing {work.uri}")
+    manifest = TargetManifest.read(work.uri)
     summary = {
-        "uri": uri,
-        "fingerprint": manifest["fingerprint"],
-        "clips": clips.manifest["clips"],
+        "uri": work.uri,
+        "fingerprint": manifest.fingerprint,
+        "clips": clips.manifest.clips,
         "views": config.targets.views,
-        "rows": manifest["rows"],
-        "computed_shards": computed,
-        "reused_shards": len(clips.shards) - computed,
+        "rows": manifest.rows,
+        "computed_shards": work.computed,
+        "reused_shards": len(clips.shards) - work.computed,
     }
     if config.targets.verify:
-        summary["verified_rows"] = _verify(config, clips, maker, uri)
+        summary["verified_rows"] = work.verify()
     return summary
 
 
-def _fill(
-    config: Config, clips: ClipSet, maker: tuple[Config, str, str], uri: str, content: dict[str, Any]
-) -> int:
-    """Computes the shards that are missing and publishes the set; returns how many it computed."""
-    _, clips_uri, teacher_uri = maker
-    teacher_config = load_teacher(config, teacher_uri).config
-    if config.targets.student_features:
-        build_backbone(config.student)  # fails here and now if its weights can't be had
-    folder = storage.join(uri, SHARD_FOLDER)
-    done = set(storage.list_names(folder))
-    missing = [shard for shard in clips.shards if shard not in done]
-    if done:
-        log(f"cache: {len(clips.shards) - len(missing)} of {len(clips.shards)} shards are there already")
-    rows_of = {s["name"]: s["rows"] for s in clips.manifest["shards"]}
-    with Progress("cache", clips.manifest["clips"], "clips") as progress:
-        progress.skip(sum(rows_of[s] for s in clips.shards if s in done))
-        for report in _run(config, missing, maker, uri, verify=0.0):
-            progress.advance(rows_of[report["shard"]])
-    manifest = {
-        "kind": "targets",
-        "fingerprint": storage.name(uri),
-        "created": storage.timestamp(),
-        **content,
-        "clips_uri": clips_uri,
-        "teacher_uri": teacher_uri,
-        "teacher_config": teacher_config.to_dict(),
-        "shards": clips.shards,
-        "rows": clips.manifest["clips"] * config.targets.views,
-    }
-    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
-    storage.publish(uri, manifest)
-    return len(missing)
+def target_files(uri: str) -> list[str]:
+    """The files that a published target set can't do without."""
+    return [f"{SHARD_FOLDER}/{name}" for name in TargetManifest.read(uri).shards]
 
 
-def _run(
-    config: Config, shards: list[str], maker: tuple[Config, str, str], uri: str, *, verify: float
-) -> Iterator[dict[str, Any]]:
-    if not shards:
-        return
-    with ray_session(config):
-        import ray
+@dataclass
+class _Caching:
+    """Fills and verifies one target set."""
 
-        options = actor_options(config, len(shards))
-        dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
-        yield from dataset.map(
-            _ShardActor,  # type: ignore[arg-type]
-            fn_constructor_args=(maker, uri, verify),
-            **options,
-        ).iter_rows()
+    config: Config
+    clips: ClipSet
+    teacher_uri: str
+    targets: Artifact
+    computed: int = 0
 
+    @property
+    def uri(self) -> str:
+        return self.targets.uri
 
-def _verify(config: Config, clips: ClipSet, maker: tuple[Config, str, str], uri: str) -> int:
-    checked = 0
-    with Progress("verify targets", len(clips.shards), "shards") as progress:
-        for report in _run(config, clips.shards, maker, uri, verify=config.targets.verify):
-            checked += report["checked"]
-            progress.advance()
-            if report["worst"] > VERIFY_TOLERANCE:
-                raise TargetMismatch(
-                    f"{uri} {report['shard']}: {report['where']} differs from what the teacher computes by "
-                    f"{report['worst']:.2g} of its largest value (tolerance {VERIFY_TOLERANCE:g}); delete the "
-                    "folder and cache again"
-                )
-    return checked
+    def fill(self) -> None:
+        """Computes the shards that are missing and publishes the set."""
+        config, clips = self.config, self.clips
+        teacher_config = load_teacher(config, self.teacher_uri).config
+        if config.targets.student_features:
+            build_backbone(config.student)  # fails here and now if its weights can't be had
+        done = set(storage.list_names(storage.join(self.uri, SHARD_FOLDER)))
+        missing = [shard for shard in clips.shards if shard not in done]
+        if done:
+            log(f"cache: {len(clips.shards) - len(missing)} of {len(clips.shards)} shards are there already")
+        rows_of = {shard.name: shard.rows for shard in clips.manifest.shards}
+        with Progress("cache", clips.manifest.clips, "clips") as progress:
+            progress.skip(sum(rows_of[s] for s in clips.shards if s in done))
+            for report in self._map(missing, verify=0.0):
+                progress.advance(rows_of[report["shard"]])
+        storage.write_bytes(storage.join(self.uri, "config.yaml"), config.to_yaml().encode())
+        TargetManifest(
+            fingerprint=storage.name(self.uri),
+            created=storage.timestamp(),
+            **self.targets.content,
+            clips_uri=clips.uri,
+            teacher_uri=self.teacher_uri,
+            teacher_config=teacher_config.to_dict(),
+            shards=tuple(clips.shards),
+            rows=clips.manifest.clips * config.targets.views,
+        ).publish(self.uri)
+        self.computed = len(missing)
 
+    def _map(self, shards: list[str], *, verify: float) -> Iterator[dict[str, Any]]:
+        rows = [{"shard": shard} for shard in shards]
+        arguments = (self.config, self.clips.uri, self.teacher_uri, self.uri, verify)
+        return map_tasks(self.config, ShardTask, rows, arguments=arguments)
 
-def cache_stage(config: Config) -> dict[str, Any]:
-    return cache(config, training_clips(config))
+    def verify(self) -> int:
+        """Computes a share of the rows again; returns how many."""
+        checked = 0
+        with Progress("verify targets", len(self.clips.shards), "shards") as progress:
+            for report in self._map(self.clips.shards, verify=self.config.targets.verify):
+                checked += report["checked"]
+                progress.advance()
+                if report["worst"] > VERIFY_TOLERANCE:
+                    raise TargetMismatch(
+                        f"{self.uri} {report['shard']}: {report['where']} differs from what the teacher computes by "
+                        f"{report['worst']:.2g} of its largest value (tolerance {VERIFY_TOLERANCE:g}); delete the "
+                        "folder and cache again"
+                    )
+        return checked

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.artifacts.manifests import TargetManifest
 from pipeline.clips.table import SHARD_FOLDER, ShardReader
 from pipeline.clips.views import View
 from pipeline.models.slot_model import SlotModelConfig
@@ -43,18 +43,18 @@ class TargetSet:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.manifest: dict[str, Any] = storage.read_manifest(uri, kind="targets")
-        self.fingerprint: str = self.manifest["fingerprint"]
-        self.views: int = self.manifest["views"]["views"]
+        self.manifest = TargetManifest.read(uri)
+        self.fingerprint = self.manifest.fingerprint
+        self.views: int = self.manifest.views["views"]
         self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
 
     @property
     def teacher_config(self) -> SlotModelConfig:
-        return SlotModelConfig.from_dict(self.manifest["teacher_config"])
+        return SlotModelConfig.from_dict(self.manifest.teacher_config)
 
     @property
     def has_features(self) -> bool:
-        return self.manifest["student_features"] is not None
+        return self.manifest.student_features is not None
 
     def read(
         self, shard: str, clip_row: int, view: int, *, features: bool = False, teacher_features: bool = False

@@ -16,7 +16,7 @@ from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, resolve_config
 from pipeline.distill.stage import _student_spec, distill_stage
 from pipeline.distill.validation import Validation
-from pipeline.evaluate.protocols import PRESETS, choose_protocol
+from pipeline.config.protocols import PRESETS, choose_protocol
 from pipeline.evaluate.records import VIDEOS_FILE, find_records
 from pipeline.evaluate.scoring import SCORES, mean_scores, model_predictor, score_video
 from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate, evaluate_stage

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from pipeline.evaluate.protocols import PRESETS
+from pipeline.config.protocols import PRESETS
 from pipeline.evaluate.records import Record
 from pipeline.models import CheckpointHints
 from pipeline.report import costs

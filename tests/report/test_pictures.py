@@ -12,7 +12,7 @@ from clip_sets import make_clip_set, random_video
 from PIL import Image
 
 from pipeline.config import resolve_config
-from pipeline.evaluate.protocols import PRESETS
+from pipeline.config.protocols import PRESETS
 from pipeline.evaluate.records import VIDEOS_FILE
 from pipeline.evaluate.scoring import model_predictor
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model

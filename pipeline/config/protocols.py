@@ -14,14 +14,8 @@ a video's shorter tail is left out. Each rule can be changed by itself; the prot
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
-from pipeline import storage
-from pipeline.clips.table import ClipSet
-from pipeline.clips.views import View, central_square
-from pipeline.config import Evaluate
-
-FORMAT = 2  # of how scores are computed; a change makes new evaluations
+from pipeline.config.sections import Evaluate
 
 
 @dataclass(frozen=True)
@@ -36,16 +30,6 @@ class Protocol:
     ignore_overlaps: bool = False  # leave pixels of several objects out, on both sides (COCO)
     rollout: str = "forward"
     masks: str = "decoder"  # or "attention": of slot attention's last iteration
-
-    def view(self, height: int, width: int) -> View:
-        """What of a frame the model sees."""
-        if self.crop == "full":
-            return View(0, 0, height, width, False, 0)
-        return central_square(height, width)
-
-    def label_size(self, view: View) -> tuple[int, int]:
-        """Height and width of the masks that are compared."""
-        return (self.mask_size, self.mask_size) if self.mask_size else (view.height, view.width)
 
     def in_words(self) -> str:
         samples = f"clips of {self.clip_frames} frames" if self.clip_frames else "whole videos"
@@ -81,26 +65,3 @@ def choose_protocol(settings: Evaluate) -> Protocol:
     }
     name = ", ".join([preset.name, *(f"{rule}={value}" for rule, value in changed.items())])
     return Protocol(**{**asdict(preset), **changed, "name": name})
-
-
-def recorded_protocol(described: dict[str, Any]) -> Protocol:
-    """The rules of an evaluation from what `describe_protocol` gave for it."""
-    return Protocol(**{f.name: described[f.name] for f in fields(Protocol)})
-
-
-def describe_protocol(protocol: Protocol, clips: ClipSet) -> dict[str, Any]:
-    """All that makes two scores comparable; `fingerprint` is equal where all but the name is."""
-    ids = [v.video_id for v in clips.videos if v.annotated]
-    content = {
-        "format": FORMAT,
-        **{k: v for k, v in asdict(protocol).items() if k != "name"},
-        "clips": clips.fingerprint,
-        "videos": len(ids),
-        "video_ids": storage.fingerprint(ids),
-    }
-    return {
-        "name": protocol.name,
-        "in_words": protocol.in_words(),
-        **content,
-        "fingerprint": storage.fingerprint(content),
-    }

@@ -1,0 +1,147 @@
+"""Which videos a config means, which clip sets there are of them, and so what `artifacts` is asked with."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from typing import Any
+
+from pipeline import storage
+from pipeline.artifacts.identity import Artifact, Artifacts
+from pipeline.artifacts.manifests import ClipManifest
+from pipeline.artifacts.once import missing_files
+from pipeline.clips.sources import VideoRef, list_videos
+from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.sources.videos import list_videos as list_local
+from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet
+from pipeline.config import Config, ConfigError, parse_split
+from pipeline.log import Progress
+
+
+class ClipLibrary:
+    """Looks videos up for `Artifacts`; a data set is listed once, however often it is asked for."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str | None, ...], list[VideoRef]] = {}
+
+    def videos(self, config: Config, split: str) -> list[VideoRef]:
+        """The videos of a split, which may be a slice; errors as in `sources.list_videos`.
+
+        Where a whole folder of videos is trained on, its sub-folder for evaluation is not.
+        """
+        key = (config.dataset.model_dump_json(), config.evaluate.split, split, config.storage.root)
+        if key not in self._found:
+            self._found[key] = _list(config, split)
+        return self._found[key]
+
+    def sources(self, config: Config, split: str) -> list[tuple[str, str]]:
+        return [(video.video_id, video.content) for video in self.videos(config, split)]
+
+    def annotated(self, clips_uri: str) -> list[str]:
+        return [video.video_id for video in ClipSet(clips_uri).videos if video.annotated]
+
+
+def artifacts_of(config: Config, clips_uri: str | None = None) -> Artifacts:
+    """What is made of a config: of its own videos, or of a published clip set."""
+    return Artifacts(config, ClipLibrary(), clips_uri=clips_uri)
+
+
+def find_videos(config: Config, split: str) -> list[VideoRef]:
+    """As `ClipLibrary.videos`."""
+    return ClipLibrary().videos(config, split)
+
+
+def _list(config: Config, split: str) -> list[VideoRef]:
+    dataset = config.dataset
+    contents: dict[str, str] = {}
+    if dataset.kind == "synthetic":
+        folder = _generate(config, split)
+        contents = storage.read_manifest(folder).get("contents", {})
+        dataset = dataset.model_copy(update={"kind": "videos", "path": folder})
+        split = split[len(parse_split(split)[0]) :]  # the slice alone
+    held_out = parse_split(config.evaluate.split or "")[0] or None
+    memo_folder = storage.join(storage.absolute(config.storage.root), "sources")
+    videos = list_videos(dataset, split, held_out=held_out, memo_folder=memo_folder)
+    return [v._replace(content=contents.get(v.video_id, v.content)) for v in videos]
+
+
+def _generate(config: Config, split: str) -> str:
+    settings = config.dataset.synthetic
+    kind = parse_split(split)[0] or "train"
+    counts = {
+        "train": settings.videos,
+        "validation": settings.validation_videos,
+        "test": settings.test_videos,
+    }
+    synthetic = SyntheticSettings(
+        videos=counts[kind],
+        frames=settings.frames,
+        size=settings.size,
+        seed=len(counts) * settings.seed + list(counts).index(kind),  # no split shares a video with another
+    )
+    folder = artifacts_of(config).generated(asdict(synthetic)).uri
+    if storage.is_complete(folder):
+        return folder
+    manifest: dict[str, Any] = {"kind": "generated", "settings": asdict(synthetic)}
+    label = f"generate {split or 'videos'}"
+    if not storage.is_remote(folder):
+        _write_videos(synthetic, folder, label)
+    else:
+        with tempfile.TemporaryDirectory() as local:
+            _write_videos(synthetic, local, label)
+            # Hashes of what was made, so that clips have the same fingerprint wherever they are stored.
+            manifest["contents"] = {v.video_id: v.content for v in list_local(local, config.dataset.masks)}
+            storage.upload_tree(local, folder)
+    storage.publish(folder, manifest)
+    return folder
+
+
+def _write_videos(settings: SyntheticSettings, folder: str, label: str) -> None:
+    with Progress(label, settings.videos, "videos") as progress:
+        write_dataset(
+            settings, folder, on_progress=lambda done, total: progress.advance(done - progress.done)
+        )
+
+
+def clip_files(uri: str) -> list[str]:
+    """The files that a published clip set can't do without."""
+    names = ClipManifest.read(uri).shard_names
+    return [INDEX_FILE, *(f"{SHARD_FOLDER}/{name}" for name in names)]
+
+
+def open_clips(clips: Artifact) -> ClipSet:
+    """A published clip set with all its files.
+
+    Raises:
+        ConfigError: it has not been made, or has lost files.
+    """
+    if not storage.is_complete(clips.uri):
+        raise ConfigError(
+            f"the clips of these videos and settings are not there ({clips.uri}); make them: "
+            "python -m jobs.shard CONFIG"
+        )
+    if missing := missing_files(clips.uri, clip_files):
+        raise ConfigError(
+            f"{clips.uri} has lost {len(missing)} of its files ({missing[0]}, …); make them again: "
+            "python -m jobs.shard CONFIG"
+        )
+    return ClipSet(clips.uri)
+
+
+def check_disjoint(artifacts: Artifacts) -> None:
+    """Raises ConfigError where slices of one split overlap: a video would be trained on and scored."""
+    config = artifacts.config
+    training, evaluation = config.dataset.split, config.evaluate.split
+    if evaluation in (None, training):
+        return  # the same one twice is refused, unless nothing is trained on it
+    assert evaluation is not None
+    if parse_split(training)[0] != parse_split(evaluation)[0]:
+        return  # video ids are unique in a split only
+    ids = [
+        {video for video, _ in artifacts.library.sources(config, split)} for split in (training, evaluation)
+    ]
+    if both := sorted(ids[0] & ids[1]):
+        raise ConfigError(
+            f"evaluate.split: {evaluation!r} and dataset.split {training!r} share {len(both)} videos "
+            f"({both[0]}, …): they would be trained on and scored"
+        )

@@ -1,0 +1,105 @@
+"""The keys of a model: what teacher and student have in common, and what is each one's own."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config.fields import PositiveFloat, PositiveInt, Section
+from pipeline.config.training import TeacherTraining
+
+
+class ViT(Section):
+    """A plain vision transformer that has no timm name."""
+
+    patch_size: PositiveInt
+    """pixels"""
+    embed_dim: PositiveInt
+    """the width"""
+    depth: PositiveInt
+    """transformer blocks"""
+    num_heads: PositiveInt
+    """attention heads of a block"""
+
+
+class Model(Section):
+    """The architecture, as teacher and student have it."""
+
+    backbone: str | ViT = "vit_small_patch14_dinov2"
+    """a timm name, or a ViT's dimensions"""
+    backbone_weights: str = "timm"
+    """timm (the hub), random, or a local file"""
+    image_size: PositiveInt = 336
+    """pixels, a multiple of the patch size"""
+    num_slots: Annotated[int, Field(ge=1, le=256)] | None = None  # labels are bytes
+    """slots of a frame"""
+    slot_size: PositiveInt | None = None
+    """numbers of a slot"""
+    initial_slots: Literal["learned", "random"] = "learned"
+    """random: drawn from a learned distribution"""
+    initialisation: Literal["default", "soft_kmeans"] = "default"
+    """of what trains; the paper's: default"""
+    corrector_mlp: bool = True
+    """in slot attention; VideoSAUR has none"""
+    predictor: bool = True
+    """false: an image model such as DINOSAUR, which sees each frame on its own"""
+    decoder: Literal["mlp", "slot_mixer"] = "mlp"
+    """the slot mixer is VideoSAUR's"""
+    decoder_hidden_sizes: tuple[PositiveInt, ...] = (1024, 1024, 1024)
+    """widths of the MLP decoder's hidden layers"""
+    decoder_blocks: PositiveInt = 3
+    """transformer blocks of the slot mixer"""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """of each colour channel, for normalisation; ImageNet's"""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    """of each colour channel, for normalisation; ImageNet's"""
+
+    @property
+    def decoder_outputs(self) -> tuple[str, ...]:
+        """What the decoder gives, as in `SlotModelConfig`."""
+        return ("features",)
+
+    @property
+    def patch_size(self) -> int | None:
+        if isinstance(self.backbone, ViT):
+            return self.backbone.patch_size
+        match = re.search(r"patch(\d+)", self.backbone)
+        return int(match[1]) if match else None
+
+
+class Teacher(Model):
+    """The model that is distilled.
+
+    `num_slots` and `slot_size` left empty are the checkpoint's; of a teacher that is trained here see `sizes`.
+    A public file does not tell its ViT's heads, its normalisation and, where initial slots are drawn, their
+    number: `num_heads`, `mean`, `std` and `num_slots` do.
+    """
+
+    name: str = "SlotContrast"
+    """in tables"""
+    checkpoint: str | None = None
+    """a public file or a model folder; null: the stage `teacher` trains one"""
+    num_heads: PositiveInt | None = None
+    """attention heads of a public file's ViT; null: width / 64"""
+    backbone: str | ViT = "vit_base_patch14_dinov2"
+    """a timm name, or a ViT's dimensions"""
+    train: TeacherTraining = TeacherTraining()
+
+    @property
+    def decoder_outputs(self) -> tuple[str, ...]:
+        weights = {"features": self.train.reconstruction, "similarity": self.train.similarity}
+        return tuple(name for name, weight in weights.items() if weight)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """`num_slots` and `slot_size` of a teacher that is trained here; the paper's for MOVi-E by default.
+
+        Not defaults of the keys themselves, which would count as said of every public file.
+        """
+        return {"num_slots": self.num_slots or 15, "slot_size": self.slot_size or 128}
+
+
+class Student(Model):
+    """The model that learns from it; `num_slots` and `slot_size` left empty are the teacher's."""
