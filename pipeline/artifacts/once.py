@@ -30,42 +30,33 @@ ABANDONED_AFTER = 90.0
 SECONDS_BETWEEN_LINES = 60.0
 
 
-def make_once(uri: str, label: str, fill: Callable[[], object], *, files: Files | None = None) -> bool:
-    """Finds a folder published, or has it filled and published by `fill` while other jobs wait.
+@contextlib.contextmanager
+def once(uri: str, label: str, *, files: Files | None = None) -> Iterator[bool]:
+    """Says whether a folder has to be filled and published, which the block then does while other jobs wait.
 
     Args:
         files: what `missing_files` looks for; a published folder that lacks one of them is filled again.
-
-    Returns whether it was filled now.
     """
-    return bool(make_all_once([uri], label, lambda _: fill(), files=files))
+    with all_once([uri], label, files=files) as left:
+        yield bool(left)
 
 
-def make_all_once(
-    uris: Collection[str], label: str, fill: Callable[[list[str]], object], *, files: Files | None = None
-) -> list[str]:
-    """`make_once` of several folders that are filled together; returns those that `fill` was given."""
+@contextlib.contextmanager
+def all_once(uris: Collection[str], label: str, *, files: Files | None = None) -> Iterator[list[str]]:
+    """`once` for several folders that are filled together: those that have to be."""
 
     def unpublished() -> list[str]:
         return [uri for uri in sorted(set(uris)) if not storage.is_complete(uri) or missing_files(uri, files)]
 
-    if not unpublished():
-        return []
     with contextlib.ExitStack() as leases:
         for uri in unpublished():  # in one order, so that two jobs can't wait for each other
             leases.enter_context(lease(uri, label))
         left = unpublished()
         for uri in left:
             if missing := missing_files(uri, files):
-                log(
-                    f"{label}: {uri} was published, but {_listed(missing)} not there (any more); making it again"
-                )
-                storage.delete(
-                    storage.join(uri, storage.MANIFEST)
-                )  # no reader shall take it for whole meanwhile
-        if left:
-            fill(left)
-    return left
+                log(f"{label}: {uri} was published, but {_listed(missing)} not there (any more); making it again")
+                storage.delete(storage.join(uri, storage.MANIFEST))  # no reader shall take it for whole meanwhile
+        yield left
 
 
 def missing_files(uri: str, files: Files | None) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.artifacts.identity import Artifact, clip_settings
 from pipeline.artifacts.manifests import BadVideoEntry, ClipManifest, DatasetEntry, ShardEntry
-from pipeline.artifacts.once import make_once
+from pipeline.artifacts.once import once
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, find_videos
 from pipeline.clips.sources import VideoRef
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, SOURCES_FILE
@@ -54,7 +54,10 @@ def shard_split(config: Config, split: str) -> dict[str, Any]:
     clips = artifacts_of(config).clips_of(split)
     label = f"shard {split or 'videos'}"
     work = _Sharding(config, split, videos, clips, label)
-    if not make_once(clips.uri, label, work.fill, files=clip_files):
+    with once(clips.uri, label, files=clip_files) as needed:
+        if needed:
+            work.fill()
+    if not needed:
         log(f"{label}: all clips found, reusing {clips.uri}")
     manifest = ClipManifest.read(clips.uri)
     keys = {"fingerprint", "videos", "clips", "frames", "annotated_videos", "bad"}

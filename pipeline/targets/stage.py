@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.artifacts.identity import Artifact, Artifacts
 from pipeline.artifacts.manifests import TargetManifest
-from pipeline.artifacts.once import make_once
+from pipeline.artifacts.once import once
 from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.table import SHARD_FOLDER, ClipSet
 from pipeline.compute import map_tasks
@@ -43,7 +43,10 @@ def cache(config: Config, artifacts: Artifacts | None = None) -> dict[str, Any]:
     artifacts = artifacts or artifacts_of(config)
     clips = open_clips(artifacts.clips)
     work = _Caching(config, clips, artifacts.require_teacher(), artifacts.targets)
-    if not make_once(work.uri, "cache", work.fill, files=target_files):
+    with once(work.uri, "cache", files=target_files) as needed:
+        if needed:
+            work.fill()
+    if not needed:
         log(f"cache: all targets found, reusing {work.uri}")
     manifest = TargetManifest.read(work.uri)
     summary = {
