@@ -3,90 +3,68 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import stages, storage
-from pipeline.artifacts.identity import require_teacher
-from pipeline.clips.stage import find_videos, shard
+from pipeline import storage
+from pipeline.artifacts.identity import Artifacts
+from pipeline.clips.library import artifacts_of, find_videos, open_clips
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.compute import best_device, ray_session
 from pipeline.config import Config, with_overrides
 from pipeline.distill.stage import distill, train_teacher
+from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES
-from pipeline.evaluate.stage import evaluate, score_table
+from pipeline.evaluate.stage import score_subjects
+from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
+from pipeline.evaluate.table import plain_text, score_table
 from pipeline.log import log
 from pipeline.models import SlotModel, load_slot_model
 from pipeline.models.build import checkpoint_hints, load_model, load_teacher
-from pipeline.registry.stage import CHAMPION, pull, register
+from pipeline.registry.stage import CHAMPION, pull, register_run
 from pipeline.report.gallery import GROUND_TRUTH, video_panel
 from pipeline.segment.figures import comparison, to_png
 from pipeline.segment.stage import segment
 from pipeline.targets.stage import cache
 
+
 NO_KD = "student, no KD"
 SLOTMATCH = "SlotMatch"
 
 
-def run_pipeline(config: Config) -> dict[str, Any]:
+def run(config: Config) -> dict[str, Any]:
     """shard, teacher (where none is given), cache, distill with and without KD, evaluate, register, pull
     and segment. Whatever an earlier run made of the same input is reused.
 
     Returns the summary; the table and where to look are printed.
     """
     with ray_session(config):
-        return _run_pipeline(config)
-
-
-def _run_pipeline(config: Config) -> dict[str, Any]:
-    stages.check_disjoint(config)
-    _title(1, "shard the videos")
-    train = shard(config, config.dataset.split)
-    held_out = shard(config, config.evaluate.split) if config.evaluate.split is not None else None
-    clips = ClipSet(train["uri"])
-    _title(2, "the teacher")
-    if config.teacher.checkpoint is None:
-        train_teacher(config, clips.uri)
-    teacher_uri = require_teacher(config, clips.fingerprint)
-    log(f"teacher: {teacher_uri}")
-    _title(3, "cache the teacher's slots")
-    targets = cache(config, clips.uri)
-    _title(4, "train a student without distillation, then one with SlotMatch")
-    configs = {
-        NO_KD: with_overrides(config, {"distill.method": "no_kd", "distill.name": NO_KD}),
-        SLOTMATCH: with_overrides(config, {"distill.name": config.distill.name or SLOTMATCH}),
-    }
-    runs = {name: distill(c, clips.uri) for name, c in configs.items()}
-    evaluations: dict[str, dict[str, Any]] = {}
-    if held_out is not None:
-        _title(5, f"score them on {held_out['videos']} videos that nobody trained on")
-        teacher = stages.teacher_subject(config, teacher_uri)
-        slots = load_teacher(config, teacher_uri).config.num_slots
-        subjects = {
-            **(stages.baseline_subjects(slots) if config.evaluate.baselines else {}),
-            "teacher": teacher,
+        _title(1, "shard the videos")
+        train = shard(config)
+        artifacts = artifacts_of(config)
+        _title(2, "the teacher")
+        if config.teacher.checkpoint is None:
+            train_teacher(config, artifacts)
+        teacher_uri = artifacts.require_teacher()
+        log(f"teacher: {teacher_uri}")
+        _title(3, "cache the teacher's slots")
+        targets = cache(config, artifacts)
+        _title(4, "train a student without distillation, then one with SlotMatch")
+        configs = {
+            NO_KD: with_overrides(config, {"distill.method": "no_kd", "distill.name": NO_KD}),
+            SLOTMATCH: with_overrides(config, {"distill.name": config.distill.name or SLOTMATCH}),
         }
-        subjects |= {name: stages.student_subject(run["uri"]) for name, run in runs.items()}
-        evaluations = evaluate(config, held_out["uri"], subjects)
-    _title(6, "register the students, pull the champion, segment a video")
-    registered = [register(c, runs[name]["uri"], evaluations.get(name)) for name, c in configs.items()]
-    folder = (
-        Path(storage.absolute(config.storage.root))
-        if not storage.is_remote(config.storage.root)
-        else Path("runs")
-    )
-    out = folder / "demo"
-    champion = f"models:/{config.mlflow.model_name}@{CHAMPION}"
-    pull(champion, out / "champion", config.tracking_uri)
-    split = config.evaluate.split if config.evaluate.split is not None else config.dataset.split
-    shown = ClipSet((held_out or train)["uri"]).videos[0].video_id
-    video = next(v for v in find_videos(config, split) if v.video_id == shown)
-    segmented = segment(load_slot_model(out / "champion").to(best_device()), video, out / "segmented")
-    models = {"teacher": teacher_uri} | {n: r["model"] for n, r in runs.items()}
-    strip = comparison_strip(config, (held_out or train)["uri"], models, out / "comparison.png")
-    _closing(config, evaluations, champion, strip, segmented)
+        runs = {name: distill(c, artifacts.of(c)) for name, c in configs.items()}
+        evaluations = _evaluate(artifacts, teacher_uri, {name: r["uri"] for name, r in runs.items()})
+        _title(6, "register the students, pull the champion, segment a video")
+        registered = [register_run(c, runs[n]["uri"], evaluations.get(n)) for n, c in configs.items()]
+        models = {"teacher": teacher_uri} | {name: r["model"] for name, r in runs.items()}
+        shown = _show(artifacts, models)
+        _closing(config, evaluations, shown)
     return {
-        "uri": champion,
+        "uri": shown.champion,
         "clips": train["uri"],
         "targets": targets["uri"],
         "videos": train["videos"],
@@ -95,13 +73,53 @@ def _run_pipeline(config: Config) -> dict[str, Any]:
         "reused": {
             "clips": train["computed_shards"] == 0,
             "targets": targets["computed_shards"] == 0,
-            "students": all(run["reused"] for run in runs.values()),
+            "students": all(r["reused"] for r in runs.values()),
         },
-        "scores": {n: {k: e["scores"][k] for k in SCORES} for n, e in evaluations.items()},
+        "scores": {name: {key: e.scores[key] for key in SCORES} for name, e in evaluations.items()},
         "versions": [r["version"] for r in registered],
-        "overlay": segmented["overlay"],
-        "comparison": str(strip),
+        "overlay": shown.segmented["overlay"],
+        "comparison": str(shown.comparison),
     }
+
+
+def _evaluate(artifacts: Artifacts, teacher_uri: str, runs: dict[str, str]) -> dict[str, Evaluation]:
+    """Scores of baselines, teacher and students, by name; none where no split is named to score on."""
+    config = artifacts.config
+    if config.evaluate.split is None:
+        return {}
+    videos = open_clips(artifacts.evaluation_clips).manifest.videos
+    _title(5, f"score them on {videos} videos that nobody trained on")
+    slots = load_teacher(config, teacher_uri).config.num_slots
+    subjects = baseline_subjects(slots) if config.evaluate.baselines else {}
+    subjects |= {"teacher": teacher_subject(config, teacher_uri)}
+    subjects |= {name: student_subject(uri) for name, uri in runs.items()}
+    return score_subjects(artifacts, subjects)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What there is to look at."""
+
+    champion: str
+    comparison: Path
+    segmented: dict[str, Any]
+
+
+def _show(artifacts: Artifacts, models: dict[str, str]) -> _Shown:
+    """Pulls the champion, segments a video with it, and compares the models on that video."""
+    config = artifacts.config
+    root = config.storage.root
+    out = (Path("runs") if storage.is_remote(root) else Path(storage.absolute(root))) / "demo"
+    champion = f"models:/{config.mlflow.model_name}@{CHAMPION}"
+    pull(champion, out / "champion", config.tracking_uri)
+    held_out = config.evaluate.split is not None
+    split = config.evaluate.split if config.evaluate.split is not None else config.dataset.split
+    clips_uri = (artifacts.evaluation_clips if held_out else artifacts.clips).uri
+    first = ClipSet(clips_uri).videos[0].video_id
+    video = next(v for v in find_videos(config, split) if v.video_id == first)
+    segmented = segment(load_slot_model(out / "champion").to(best_device()), video, out / "segmented")
+    strip = comparison_strip(config, clips_uri, models, out / "comparison.png")
+    return _Shown(champion, strip, segmented)
 
 
 def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], path: Path) -> Path:
@@ -125,26 +143,21 @@ def _title(number: int, text: str) -> None:
     log(f"\n--- {number}/6 {text} ".ljust(min(width, 80), "-"))
 
 
-def _closing(
-    config: Config,
-    evaluations: dict[str, dict[str, Any]],
-    champion: str,
-    strip: Path,
-    segmented: dict[str, Any],
-) -> None:
+def _closing(config: Config, evaluations: dict[str, Evaluation], shown: _Shown) -> None:
     if evaluations:
         first = next(iter(evaluations.values()))
-        which = first["protocol"]["fingerprint"]
-        print(f"\nScores in percent on {first['videos']} held-out videos (evaluation {which}):")
-        print(score_table([(name, e["scores"]) for name, e in evaluations.items()]))
+        which = first.protocol.fingerprint
+        print(f"\nScores in percent on {first.videos} held-out videos (evaluation {which}):")
+        print(plain_text(score_table([(name, e.scores) for name, e in evaluations.items()])))
+    champion = shown.champion
     print(
         f"""
 Where to look
   runs and metrics   mlflow ui --backend-store-uri {config.tracking_uri}
-  all models         {strip}
+  all models         {shown.comparison}
   tables, figures    made by: make report   (python -m jobs.report CONFIG)
-  overlay video      {segmented["overlay"]}
-  contact sheet      {segmented["sheet"]}
+  overlay video      {shown.segmented["overlay"]}
+  contact sheet      {shown.segmented["sheet"]}
   registered model   {champion}   (python -m jobs.pull {champion} DIR storage.root={config.storage.root})
 """,
         flush=True,

@@ -54,8 +54,9 @@ def distill(
         storage.IncompleteError: the targets are not published.
         NonFiniteLoss: training diverged.
     """
-    artifacts = artifacts or artifacts_of(config)
-    check_disjoint(artifacts)
+    if artifacts is None:
+        artifacts = artifacts_of(config)
+        check_disjoint(artifacts)
     clips = open_clips(artifacts.clips)
     inputs = artifacts.student_inputs
     if inputs.targets_uri is not None:
@@ -81,8 +82,9 @@ def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[st
     Raises:
         ConfigError: `teacher.checkpoint` gives one.
     """
-    artifacts = artifacts or artifacts_of(config)
-    check_disjoint(artifacts)
+    if artifacts is None:
+        artifacts = artifacts_of(config)
+        check_disjoint(artifacts)
     if config.teacher.checkpoint:
         raise ConfigError(
             f"teacher.checkpoint: is set ({config.teacher.checkpoint!r}), so there is none to train"

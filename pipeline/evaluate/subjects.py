@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts.identity import MODEL_FOLDER, model_identity, teacher_location
-from pipeline.clips.stage import training_clips
-from pipeline.clips.table import ClipSet
-from pipeline.config.sections import Config, ConfigError
-from pipeline.distill.stage import find_student
+from pipeline.artifacts.identity import MODEL_FOLDER, Artifacts, baseline_subject, model_subject
+from pipeline.artifacts.manifests import RunManifest
+from pipeline.clips.library import open_clips
+from pipeline.config import Config, ConfigError
 from pipeline.evaluate.baselines import BASELINES
+from pipeline.models import CheckpointHints
 from pipeline.models.build import checkpoint_hints
-from pipeline.models.checkpoints import CheckpointHints
 from pipeline.tracking.versions import fetch_model
 
 
@@ -29,8 +28,9 @@ class Subject:
     tags: dict[str, str] = field(default_factory=dict)  # how it came about, for its record
 
     def identity(self) -> dict[str, Any]:
-        model = model_identity(self.model_uri, self.hints) if self.model_uri else None
-        return {"model": model, "baseline": self.baseline, "slots": self.num_slots}
+        if self.model_uri is None:
+            return baseline_subject(self.baseline or "", self.num_slots)
+        return model_subject(self.model_uri, self.hints)
 
     def record(self) -> dict[str, str]:
         """Its tags in MLflow."""
@@ -41,11 +41,11 @@ class Subject:
         return {"method": "other", **self.tags, **loading}
 
 
-def finished_student(config: Config) -> str:
-    """The run folder of this config's student; raises storage.IncompleteError where it is not finished."""
-    run_uri = find_student(config, training_clips(config))
-    storage.read_manifest(run_uri)
-    return run_uri
+def finished_student(artifacts: Artifacts) -> str:
+    """The run folder of a config's student; raises storage.IncompleteError where it is not finished."""
+    open_clips(artifacts.clips)
+    RunManifest.read(artifacts.student.uri)
+    return artifacts.student.uri
 
 
 # Of a run's tags, with its scores.
@@ -57,7 +57,7 @@ def _recorded(tags: dict[str, str]) -> dict[str, str]:
 
 
 def student_subject(run_uri: str) -> Subject:
-    tags = storage.read_manifest(run_uri)["tags"]
+    tags = RunManifest.read(run_uri).tags
     return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER), tags=_recorded(tags))
 
 
@@ -76,17 +76,16 @@ def baseline_subjects(num_slots: int) -> dict[str, Subject]:
     }
 
 
-def _own_models(config: Config) -> dict[str, Subject]:
-    """The student of this config and, where there is one, its teacher."""
-    clips_uri = training_clips(config)
-    models = {config.distill.name or "student": student_subject(finished_student(config))}
-    teacher = teacher_location(config, ClipSet(clips_uri).fingerprint)
-    if config.evaluate.teacher and storage.exists(teacher):
-        models["teacher"] = teacher_subject(config, teacher)
+def own_models(artifacts: Artifacts) -> dict[str, Subject]:
+    """The student of a config and, where there is one, its teacher."""
+    config = artifacts.config
+    models = {config.distill.name or "student": student_subject(finished_student(artifacts))}
+    if config.evaluate.teacher and storage.exists(artifacts.teacher.uri):
+        models["teacher"] = teacher_subject(config, artifacts.teacher.uri)
     return models
 
 
-def _named_model(config: Config) -> dict[str, Subject]:
+def named_model(config: Config) -> dict[str, Subject]:
     """`evaluate.model`: a version of the registry, a run's model folder, or a public file.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pyarrow.parquet as pq
 
 from pipeline import storage, tracking
+from pipeline.artifacts.manifests import ClipManifest, EvaluationManifest, Manifest, RunManifest, TargetManifest
 from pipeline.clips.table import INDEX_FILE, SOURCES_FILE
 from pipeline.evaluate.scoring import SCORES
 from pipeline.tracking.client import client_of, error_code
@@ -21,7 +22,9 @@ from pipeline.tracking.versions import find_version
 
 SHOWN_VIDEOS = 5  # of a clip set, where not all are asked for
 _RUN_KEYS = ("method", "beta", "seed", "steps", "teacher", "trained_on", "git_revision")
+_NO_TARGETS = "None"  # what versions of earlier releases say where they had none
 _T = TypeVar("_T")
+_M = TypeVar("_M", bound=Manifest)
 
 
 @dataclass
@@ -57,13 +60,13 @@ class Lineage:
         """The same for people: each link below the one that was made of it."""
         aliases = ", ".join(f"@{alias}" for alias in self.version["aliases"])
         lines = [f"{self.version['uri']}{f' ({aliases})' if aliases else ''}, {self.version['created']}"]
-        lines += _scores_in_words(self.evaluation) if self.evaluation else ["  scores: none"]
+        lines += _score_lines(self.evaluation) if self.evaluation else ["  scores: none"]
         if self.evaluation_clips:
-            lines += ["  evaluated on", *_clips_in_words(self.evaluation_clips, "    ", all_videos)]
-        lines += ["  trained by", *_in_words(self.run, "    ")]
-        lines += ["    from targets", *_in_words(self.targets, "      ")] if self.targets else []
-        lines += ["      of the teacher", *_in_words(self.teacher, "        ")] if self.teacher else []
-        lines += ["      of the clips", *_clips_in_words(self.clips, "        ", all_videos)]
+            lines += ["  evaluated on", *_clip_lines(self.evaluation_clips, "    ", all_videos)]
+        lines += ["  trained by", *_lines(self.run, "    ")]
+        lines += ["    from targets", *_lines(self.targets, "      ")] if self.targets else []
+        lines += ["      of the teacher", *_lines(self.teacher, "        ")] if self.teacher else []
+        lines += ["      of the clips", *_clip_lines(self.clips, "        ", all_videos)]
         if self.missing:
             lines += ["missing:", *(f"  {what}" for what in self.missing)]
         return "\n".join(lines)
@@ -86,19 +89,17 @@ def trace(model_uri: str, tracking_uri: str) -> Lineage:
     client = client_of(tracking_uri)
     aliases = client.get_registered_model(version.name).aliases
     run_uri = tags[tracking.RUN_TAG]
-    run = _read(run_uri, "the training run", missing)
-    manifest = run.pop("manifest", {})
-    known = {**tags, **manifest.get("tags", {})}
-    run |= {key: known[key] for key in _RUN_KEYS if key in known}
-    run |= {"created": manifest.get("created"), "seconds": manifest.get("seconds")}
+    manifest = _read(RunManifest, run_uri, "the training run", missing)
+    run = _run(run_uri, manifest, tags)
     run["mlflow_run"] = _mlflow_run(client, version.run_id, tracking_uri, missing)
     # A run folder that is gone leaves the fingerprints, by which the folders beside it are named.
     root = run_uri.rstrip("/").rsplit("/", 2)[0]
-    targets_uri = manifest.get("targets_uri")
-    if not manifest and tags.get("targets", "None") != "None":
+    targets_uri = manifest.targets_uri if manifest else None
+    if manifest is None and tags.get("targets", _NO_TARGETS) != _NO_TARGETS:
         targets_uri = storage.join(root, "targets", tags["targets"])
-    targets = _targets(targets_uri, missing) if targets_uri else None
-    teacher_uri = (targets or {}).pop("teacher_uri", None) or manifest.get("teacher_uri")
+    targets = _read(TargetManifest, targets_uri, "the targets", missing) if targets_uri else None
+    teacher_uri = (targets and targets.teacher_uri) or (manifest and manifest.teacher_uri)
+    clips_uri = manifest.clips_uri if manifest else storage.join(root, "clips", tags.get("clips", "unknown"))
     evaluation = _evaluation(tags, missing)
     evaluation_clips = (evaluation or {}).get("clips_uri")
     return Lineage(
@@ -110,11 +111,9 @@ def trace(model_uri: str, tracking_uri: str) -> Lineage:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(version.creation_timestamp / 1000)),
         },
         run=run,
-        targets=targets,
+        targets=_targets(targets_uri, targets) if targets_uri else None,
         teacher=_teacher(teacher_uri, tags, targets, missing) if teacher_uri else None,
-        clips=_clips(
-            manifest.get("clips_uri") or storage.join(root, "clips", tags.get("clips", "unknown")), missing
-        ),
+        clips=_clips(clips_uri, missing),
         evaluation=evaluation,
         evaluation_clips=_clips(evaluation_clips, missing) if evaluation_clips else None,
         missing=missing,
@@ -131,12 +130,25 @@ def _try(read: Callable[[], _T], what: str, missing: list[str]) -> _T | None:
         return None
 
 
-def _read(uri: str, what: str, missing: list[str], kind: str | None = None) -> dict[str, Any]:
-    """A link with its `uri`, `fingerprint` and `manifest`, or with `missing`."""
-    manifest = _try(lambda: storage.read_manifest(uri, kind=kind), f"{what} {uri}", missing)
+def _read(kind: type[_M], uri: str, what: str, missing: list[str]) -> _M | None:
+    """A folder's manifest; None, and a word in `missing`, where it can't be had."""
+    return _try(lambda: kind.read(uri), f"{what} {uri}", missing)
+
+
+def _link(uri: str, manifest: Manifest | None) -> dict[str, Any]:
     if manifest is None:
         return {"uri": uri, "fingerprint": storage.name(uri), "missing": True}
-    return {"uri": uri, "fingerprint": manifest.get("fingerprint"), "manifest": manifest}
+    return {"uri": uri, "fingerprint": manifest.fingerprint}
+
+
+def _run(uri: str, manifest: RunManifest | None, tags: dict[str, str]) -> dict[str, Any]:
+    known = {**tags, **(manifest.tags if manifest else {})}
+    return {
+        **_link(uri, manifest),
+        **{key: known[key] for key in _RUN_KEYS if key in known},
+        "created": manifest and manifest.created,
+        "seconds": manifest and manifest.seconds,
+    }
 
 
 def _mlflow_run(client: Any, run_id: str | None, tracking_uri: str, missing: list[str]) -> str | None:
@@ -149,20 +161,18 @@ def _mlflow_run(client: Any, run_id: str | None, tracking_uri: str, missing: lis
     return run_id
 
 
-def _targets(uri: str, missing: list[str]) -> dict[str, Any]:
-    link = _read(uri, "the targets", missing, "targets")
-    manifest = link.pop("manifest", {})
-    keys = ("created", "rows", "views", "rollout", "student_features", "teacher_features", "teacher_uri")
-    link |= {key: manifest[key] for key in keys if manifest.get(key) is not None}
-    return link | ({"teacher": manifest["teacher"]} if "teacher" in manifest else {})
+def _targets(uri: str, manifest: TargetManifest | None) -> dict[str, Any]:
+    keys = {"created", "rows", "views", "rollout", "student_features", "teacher_features", "teacher_uri"}
+    known = manifest.model_dump(mode="json", include=keys, exclude_none=True) if manifest else {}
+    known.pop("teacher_uri", None)
+    return _link(uri, manifest) | known
 
 
 def _teacher(
-    uri: str, tags: dict[str, str], targets: dict[str, Any] | None, missing: list[str]
+    uri: str, tags: dict[str, str], targets: TargetManifest | None, missing: list[str]
 ) -> dict[str, Any]:
     """The model that the slots came from; its weights are told by the hashes of its files."""
-    identity = (targets or {}).pop("teacher", {})
-    link = {"uri": uri, "name": tags.get("teacher"), **identity}
+    link = {"uri": uri, "name": tags.get("teacher"), **(targets.teacher if targets else {})}
     there = _try(lambda: storage.exists(uri), f"the teacher {uri}", missing)
     if there is False:
         missing.append(f"the teacher {uri}: it is not there (any more)")
@@ -173,29 +183,32 @@ def _evaluation(tags: dict[str, str], missing: list[str]) -> dict[str, Any] | No
     """The scores that the version was compared by, with their protocol; None where it has none."""
     if "evaluation_uri" not in tags:
         return None
-    link = _read(tags["evaluation_uri"], "the evaluation", missing, "evaluation")
-    manifest = link.pop("manifest", {})
+    uri = tags["evaluation_uri"]
+    manifest = _read(EvaluationManifest, uri, "the evaluation", missing)
+    link = _link(uri, manifest)
     scores = {name: float(tags[f"score.{name}"]) for name in SCORES if f"score.{name}" in tags}
-    link |= {key: manifest[key] for key in ("clips_uri", "videos", "created") if key in manifest}
-    rules = manifest.get("protocol", {})
-    return link | {"scores": scores, "protocol": {key: rules.get(key) for key in ("name", "in_words")}}
+    if manifest:
+        link |= {"clips_uri": manifest.clips_uri, "videos": manifest.videos, "created": manifest.created}
+    rules = manifest and manifest.protocol
+    protocol = {"name": rules.name, "in_words": rules.in_words} if rules else {"name": None, "in_words": None}
+    return link | {"scores": scores, "protocol": protocol}
 
 
 def _clips(uri: str, missing: list[str]) -> dict[str, Any]:
     """A clip set with the ids of the videos that it was made of."""
-    link = _read(uri, "the clips", missing, "clips")
-    manifest = link.pop("manifest", {})
-    keys = ("created", "dataset", "settings", "videos", "clips", "frames", "annotated_videos", "bad")
-    link |= {key: manifest[key] for key in keys if key in manifest}
-    if not manifest:
+    manifest = _read(ClipManifest, uri, "the clips", missing)
+    link = _link(uri, manifest)
+    if manifest is None:
         return link
+    keys = {"created", "dataset", "settings", "videos", "clips", "frames", "annotated_videos", "bad"}
+    link |= manifest.model_dump(mode="json", include=keys, exclude_none=True)
     # Clip sets of earlier versions did not say what they were made of; their videos they do name.
-    file = SOURCES_FILE if "dataset" in manifest else INDEX_FILE
+    file = SOURCES_FILE if manifest.dataset else INDEX_FILE
     place = storage.join(uri, file)
     ids = _try(lambda: _column(place, "video_id"), f"the list of videos {place}", missing)
     if ids is not None:
         link["video_ids"] = ids
-    return link | {"sources_recorded": "dataset" in manifest}
+    return link | {"sources_recorded": manifest.dataset is not None}
 
 
 def _column(uri: str, name: str) -> list[str]:
@@ -203,7 +216,7 @@ def _column(uri: str, name: str) -> list[str]:
         return pq.read_table(file, columns=[name]).column(name).to_pylist()
 
 
-def _scores_in_words(evaluation: dict[str, Any]) -> list[str]:
+def _score_lines(evaluation: dict[str, Any]) -> list[str]:
     scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in evaluation["scores"].items())
     rules = evaluation["protocol"]
     lines = [f"  scores: {scores or 'none'}"]
@@ -212,7 +225,7 @@ def _scores_in_words(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _in_words(link: dict[str, Any], indent: str) -> list[str]:
+def _lines(link: dict[str, Any], indent: str) -> list[str]:
     lines = [f"{indent}{link['uri']}{' MISSING' if link.get('missing') else ''}"]
     for key, value in link.items():
         if key not in ("uri", "missing", "video_ids", "bad") and value not in (None, ""):
@@ -228,8 +241,8 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _clips_in_words(link: dict[str, Any], indent: str, all_videos: bool) -> list[str]:
-    lines = _in_words({k: v for k, v in link.items() if k != "sources_recorded"}, indent)
+def _clip_lines(link: dict[str, Any], indent: str, all_videos: bool) -> list[str]:
+    lines = _lines({k: v for k, v in link.items() if k != "sources_recorded"}, indent)
     ids = link.get("video_ids", [])
     if link.get("sources_recorded") is False:
         lines.append(f"{indent}sources were not recorded by the version that made these clips; their videos:")

@@ -18,23 +18,37 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import registry_model, storage, tracking
+from pipeline import storage, tracking
 from pipeline.artifacts.identity import MODEL_FOLDER
 from pipeline.config import Config
-from pipeline.evaluate.stage import evaluate_subjects
+from pipeline.artifacts.manifests import RunManifest
+from pipeline.clips.library import artifacts_of
+from pipeline.evaluate.records import Evaluation
+from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import finished_student, student_subject
 from pipeline.log import log
 from pipeline.registry.lock import registry_lock
 from pipeline.tracking.client import ServerUnavailable, error_code, slow_transfers
-from pipeline.tracking.versions import _fetch, find_version
+from pipeline.tracking.versions import fetch_version, find_version
 
 CHAMPION = "champion"
 
 
-def register(
+def register(config: Config) -> dict[str, Any]:
+    """Registers the student of a config with its scores, if its videos have masks; see `register_run`."""
+    artifacts = artifacts_of(config)
+    run_uri = finished_student(artifacts)
+    evaluation = None
+    if config.evaluate.split is not None:
+        name = config.distill.name or "student"
+        evaluation = score_subjects(artifacts, {name: student_subject(run_uri)})[name]
+    return register_run(config, run_uri, evaluation)
+
+
+def register_run(
     config: Config,
     run_uri: str,
-    evaluation: dict[str, Any] | None,
+    evaluation: Evaluation | None,
     *,
     contend: bool = True,
     more_tags: Mapping[str, str] = MappingProxyType({}),
@@ -43,7 +57,7 @@ def register(
 
     Args:
         run_uri: the student's run folder.
-        evaluation: what `evaluate` returned for it; None where there are no masks to score against.
+        evaluation: its scores; None where there are no masks to score against.
         contend: whether it may become the champion; without, the alias stays where it is.
         more_tags: further tags of the version.
 
@@ -53,7 +67,7 @@ def register(
         storage.IncompleteError: the run has not finished.
         ServerUnavailable, AccessDenied: MLflow; the student is kept.
     """
-    manifest = storage.read_manifest(run_uri)
+    manifest = RunManifest.read(run_uri)
     try:
         return _register(config, run_uri, manifest, evaluation, contend, more_tags)
     except ServerUnavailable as error:
@@ -67,8 +81,8 @@ def register(
 def _register(
     config: Config,
     run_uri: str,
-    manifest: dict[str, Any],
-    evaluation: dict[str, Any] | None,
+    manifest: RunManifest,
+    evaluation: Evaluation | None,
     contend: bool,
     more_tags: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -77,15 +91,15 @@ def _register(
     _create_model(client, name)
     tags = {
         tracking.RUN_TAG: run_uri,
-        **{k: v for k, v in manifest["tags"].items() if "." not in k},
-        "run_fingerprint": manifest["fingerprint"],
+        **{k: v for k, v in manifest.tags.items() if "." not in k},
+        "run_fingerprint": manifest.fingerprint,
         "config": json.dumps(config.model_dump(mode="json", include={"student", "targets", "distill"})),
         **more_tags,
     }
     if evaluation is not None:
-        protocol = evaluation["protocol"]["fingerprint"]
-        tags |= {"evaluation": protocol, "evaluation_uri": evaluation["uri"]}
-        for key, value in evaluation["scores"].items():
+        protocol = evaluation.protocol.fingerprint
+        tags |= {"evaluation": protocol, "evaluation_uri": evaluation.uri}
+        for key, value in evaluation.scores.items():
             # The latest score to look at, and one for each evaluation to compare by.
             tags |= {f"score.{key}": f"{value:.6f}", f"score.{protocol}.{key}": f"{value:.6f}"}
     source = run_id = None
@@ -115,7 +129,7 @@ def _register(
     }
 
 
-def appoint(config: Config, version: int, rivals: Collection[int]) -> tuple[bool, str]:
+def set_champion(config: Config, version: int, rivals: Collection[int]) -> tuple[bool, str]:
     """Makes a version the champion if it scores better than the standing one, as `register` does.
 
     Where the standing one is among `rivals` (of which `version` was chosen by more than its own score), the
@@ -171,12 +185,14 @@ def _pack(model_uri: str, folder: Path) -> None:
     from mlflow.pyfunc import save_model
     from mlflow.types import Schema, TensorSpec
 
+    from pipeline.registry import pyfunc
+
     pixels = np.dtype(np.uint8)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(pixels, (-1, -1, -1, 3))]),
         outputs=Schema([TensorSpec(pixels, (-1, -1, -1))]),
     )
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     with (
         storage.local_copy(model_uri) as model,
         tempfile.TemporaryDirectory() as scratch,
@@ -187,8 +203,8 @@ def _pack(model_uri: str, folder: Path) -> None:
         warnings.filterwarnings("ignore", message=".*input example.*")
         save_model(
             path=str(folder),
-            python_model=registry_model.__file__,
-            artifacts={registry_model.ARTIFACT: model},
+            python_model=pyfunc.__file__,
+            artifacts={pyfunc.ARTIFACT: model},
             signature=signature,
             code_paths=[str(code)],
             pip_requirements=[
@@ -198,14 +214,14 @@ def _pack(model_uri: str, folder: Path) -> None:
         )
 
 
-def _mlflow_run(config: Config, run_uri: str, manifest: dict[str, Any]) -> str:
+def _mlflow_run(config: Config, run_uri: str, manifest: RunManifest) -> str:
     """The run that trained the student; a new one where this server does not know it."""
     try:
-        return tracking.connect(config).get_run(manifest["mlflow_run"]).info.run_id
+        return tracking.connect(config).get_run(manifest.mlflow_run).info.run_id
     except Exception as error:
         if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
             raise
-    run_id = tracking.start_run(config, run_uri, manifest["fingerprint"], manifest["tags"])
+    run_id = tracking.start_run(config, run_uri, manifest.fingerprint, manifest.tags)
     tracking.complete_run(config, run_uri, run_id)
     return run_id
 
@@ -251,15 +267,5 @@ def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any
     An earlier version there is replaced. Errors as in `downloaded`.
     """
     target = storage.absolute(str(folder))
-    _fetch(find_version(model_uri, tracking_uri), target, tracking_uri, replace=True)
+    fetch_version(find_version(model_uri, tracking_uri), target, tracking_uri, replace=True)
     return {"uri": target, "model": model_uri}
-
-
-def register_stage(config: Config) -> dict[str, Any]:
-    """Registers the student of this config with its scores, if its videos have masks."""
-    run_uri = finished_student(config)
-    evaluation = None
-    if config.evaluate.split is not None:
-        name = config.distill.name or "student"
-        evaluation = evaluate_subjects(config, {name: student_subject(run_uri)})[name]
-    return register(config, run_uri, evaluation)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pipeline import storage
+from pipeline.artifacts.manifests import RunManifest
+from pipeline.tracking import HISTORY_FILE
 from pipeline.distill.stage import NonFiniteLoss
 from pipeline.log import redact
 from pipeline.sweep.settings import Trial
@@ -57,17 +59,17 @@ def failed(trial: Trial, error: BaseException, seconds: float | None = None) -> 
 
 def finished(trial: Trial, seconds: float | None = None) -> Ended:
     """The record of a trial whose student is published."""
-    manifest: dict[str, Any] = storage.read_manifest(trial.run_uri)
+    manifest = RunManifest.read(trial.run_uri)
     history = storage.read_json(storage.join(trial.run_uri, HISTORY_FILE))
     return Ended(
         "finished",
         trial.title,
         trial.run_uri,
-        manifest["mlflow_run"],
-        step=manifest["steps"],
-        seconds=seconds if seconds is not None else manifest["seconds"],
+        manifest.mlflow_run,
+        step=manifest.steps,
+        seconds=seconds if seconds is not None else manifest.seconds,
         validations=[scores for row in history[:-1] if (scores := _validation(row))],
-        losses=manifest["losses"],
+        losses=manifest.losses,
     )
 
 

@@ -66,7 +66,7 @@ def end_child(config: Config, run_uri: str, status: str) -> str | None:
         return None
 
 
-def adopt(
+def nest_runs(
     config: Config, parent: str, sweep_uri: str, trials: Sequence[Trial], ended: dict[str, Ended]
 ) -> None:
     """Nests every trial's run below the parent, also those of students that were there before the sweep.

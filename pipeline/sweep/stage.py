@@ -7,47 +7,35 @@ has ended: whatever happens to the driver, a sweep that is started again goes on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from pipeline import stages, storage
-from pipeline.artifacts.identity import teacher_location
-from pipeline.artifacts.once import lease
-from pipeline.clips.stage import find_clips
-from pipeline.clips.table import ClipSet
+from pipeline import storage
+from pipeline.artifacts.identity import Artifacts
+from pipeline.artifacts.manifests import SweepManifest, TrialEntry
+from pipeline.artifacts.once import lease, missing_files
+from pipeline.clips.library import artifacts_of, check_disjoint, open_clips
+from pipeline.clips.stage import shard
 from pipeline.compute import gpus_to_use, ray_session
 from pipeline.config import Config, ConfigError
-from pipeline.distill.stage import find_student
+from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES
-from pipeline.evaluate.subjects import Subject
+from pipeline.evaluate.stage import score_subjects
+from pipeline.evaluate.subjects import Subject, baseline_subjects, student_subject, teacher_subject
+from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import CheckpointHints
 from pipeline.models.build import load_model
-from pipeline.registry.stage import appoint, register
-from pipeline.report.charts import chart_png
-from pipeline.report.pictures import Picture
-from pipeline.report.render import Page, markdown
-from pipeline.report.table import Table
+from pipeline.registry.stage import register_run, set_champion
 from pipeline.sweep.ended import Ended, find_ended
-from pipeline.sweep.page import (
-    NUMBERS,
-    TABLE_CSV,
-    TABLE_MD,
-    TABLE_TEXT,
-    _best_summary,
-    _without_nan,
-    sweep_chart,
-)
-from pipeline.sweep.results import Best, Result, as_csv, as_json, choose_best, sweep_table, text
-from pipeline.sweep.runs import adopt, log_results, parent_run
+from pipeline.sweep.page import PLOT, TABLE_CSV, TABLE_MD, best_summary, page_files
+from pipeline.sweep.results import Best, Result, choose_best
+from pipeline.sweep.runs import log_results, nest_runs, parent_run
 from pipeline.sweep.settings import Setting, Trial, plan_trials
 from pipeline.sweep.trials import run_trials
-from pipeline.targets.stage import cache
+from pipeline.targets.stage import cache, target_files
 
-FORMAT = 1
 
 
 class SweepFailed(RuntimeError):
@@ -59,21 +47,21 @@ class Plan:
     """The trials with their run folders, and where the sweep's own files go."""
 
     uri: str
-    clips_uri: str
+    artifacts: Artifacts  # of the config itself
     trials: list[Trial]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The scores of everything that finished, each as `evaluate` returned it."""
+    """The scores of everything that finished."""
 
     results: list[Result]
-    evaluations: dict[str, dict[str, Any]]  # by the trial's title
+    evaluations: dict[str, Evaluation]  # by the trial's title
     others: dict[str, dict[str, float]]  # teachers
     baselines: dict[str, dict[str, float]]
 
 
-def run_sweep(config: Config) -> dict[str, Any]:
+def sweep(config: Config) -> dict[str, Any]:
     """Trains, scores, compares and registers the students of a config's `sweep` section.
 
     Whatever is there already is reused: clips, targets, students, scores. Returns the job's summary.
@@ -83,13 +71,14 @@ def run_sweep(config: Config) -> dict[str, Any]:
         SweepFailed: no trial finished.
     """
     trials = plan_trials(config)
-    stages.check_disjoint(config)
-    plan = _find_plan(config, trials)
+    artifacts = artifacts_of(config)
+    check_disjoint(artifacts)
+    plan = _find_plan(artifacts, trials)
     if plan is not None and storage.is_complete(plan.uri) and not _left(plan):
         log(f"sweep: this sweep is finished, reusing {plan.uri}")
         return _conclude(config, plan)
     with ray_session(config):
-        plan = plan or _prepare(config, trials)
+        plan = plan or _prepare(artifacts, trials)
         with lease(plan.uri, "sweep"):
             if _left(plan):
                 gpus_to_use(config)  # as many trials run at a time as there is room for now
@@ -101,43 +90,49 @@ def _left(plan: Plan) -> int:
     return len(plan.trials) - len(find_ended(plan.uri, plan.trials))
 
 
-def _find_plan(config: Config, trials: Sequence[Trial]) -> Plan | None:
+def _find_plan(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan | None:
     """The plan where clips and targets are there; None where they have to be made first."""
     try:
-        clips_uri = stages.training_clips(config)
-        if not storage.is_complete(find_clips(config, config.evaluate.split or "")):
+        open_clips(artifacts.clips)
+        open_clips(artifacts.evaluation_clips)
+        if any(_lacks_targets(one) for one in _one_a_setting(artifacts, trials).values()):
             return None
-        return _locate(config, clips_uri, trials)
-    except (storage.IncompleteError, ConfigError):
+        return _locate(artifacts, trials)
+    except ConfigError:
         return None  # `_prepare` makes it or says what is wrong
 
 
-def _prepare(config: Config, trials: Sequence[Trial]) -> Plan:
+def _prepare(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan:
     """Clips, and the targets of every setting."""
-    stages.shard_stage(config)
-    clips_uri = stages.training_clips(config)
-    done: set[str] = set()
-    for trial in trials:
-        if trial.setting.name in done:
-            continue  # seeds share their targets
-        done.add(trial.setting.name)
+    shard(artifacts.config)
+    for setting, one in _one_a_setting(artifacts, trials).items():
         try:
-            try:
-                find_student(trial.config, clips_uri)
-            except storage.IncompleteError:
-                cache(trial.config, clips_uri)
+            if _lacks_targets(one):
+                cache(one.config, one)
         except ConfigError as error:
-            raise ConfigError(f"{trial.setting.name}: {error}") from error
-    return _locate(config, clips_uri, trials)
+            raise ConfigError(f"{setting}: {error}") from error
+    return _locate(artifacts, trials)
 
 
-def _locate(config: Config, clips_uri: str, trials: Sequence[Trial]) -> Plan:
+def _one_a_setting(artifacts: Artifacts, trials: Sequence[Trial]) -> dict[str, Artifacts]:
+    """By the names of the settings what is made of each: seeds share their targets."""
+    first = {trial.setting.name: trial for trial in reversed(trials)}
+    return {name: artifacts.of(trial.config) for name, trial in reversed(first.items())}
+
+
+def _lacks_targets(artifacts: Artifacts) -> bool:
+    """Whether a student would learn from targets that have not been made, or have lost files."""
+    uri = artifacts.student_inputs.targets_uri
+    return uri is not None and (not storage.is_complete(uri) or bool(missing_files(uri, target_files)))
+
+
+def _locate(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan:
     """Gives every trial its run folder, and the sweep its own.
 
     Raises:
         ConfigError: two settings that are one student.
     """
-    located = [replace(trial, run_uri=find_student(trial.config, clips_uri)) for trial in trials]
+    located = [replace(trial, run_uri=artifacts.of(trial.config).student.uri) for trial in trials]
     first: dict[str, Trial] = {}
     for trial in located:
         other = first.setdefault(trial.run_uri, trial)
@@ -146,18 +141,8 @@ def _locate(config: Config, clips_uri: str, trials: Sequence[Trial]) -> Plan:
                 f"sweep: {other.title!r} and {trial.title!r} train the same student, as what they differ in "
                 "decides nothing about it; leave one out"
             )
-    sweep = config.sweep
-    content = {
-        "format": FORMAT,
-        "trials": [[t.setting.name, t.seed, t.key] for t in located],
-        "asha": [sweep.grace_steps, sweep.reduction_factor, config.distill.validate_every]
-        if sweep.asha
-        else None,
-        "clips": storage.name(find_clips(config, config.evaluate.split or "")),
-        "evaluate": config.evaluate.model_dump(mode="json", exclude={"model"}),
-    }
-    root = storage.absolute(config.storage.root)
-    return Plan(storage.join(root, "sweeps", storage.fingerprint(content)), clips_uri, located)
+    uri = artifacts.sweep([(trial.setting.name, trial.seed, trial.key) for trial in located]).uri
+    return Plan(uri, artifacts, located)
 
 
 def _conclude(config: Config, plan: Plan) -> dict[str, Any]:
@@ -165,15 +150,20 @@ def _conclude(config: Config, plan: Plan) -> dict[str, Any]:
     if not storage.is_complete(plan.uri):
         storage.write_bytes(storage.join(plan.uri, "config.yaml"), config.to_yaml().encode())
     with parent_run(config, plan.uri) as parent:
-        ended = run_trials(config, plan.uri, plan.clips_uri, plan.trials, parent)
-        adopt(config, parent, plan.uri, plan.trials, ended)
+        ended = run_trials(config, plan.uri, plan.artifacts.clips.uri, plan.trials, parent)
+        nest_runs(config, parent, plan.uri, plan.trials, ended)
         if not any(e.status == "finished" for e in ended.values()):
             errors = "; ".join(f"{e.trial}: {e.error or e.status}" for e in ended.values())
             raise SweepFailed(f"sweep: none of {len(ended)} trials finished: {errors}")
         outcome = _score(config, plan, ended)
         best = choose_best(outcome.results, config.evaluate.score)
-        files, table = _write(config, plan, outcome, best, ended)
-        print(text(table), flush=True)
+        score = config.evaluate.score
+        first = next(iter(outcome.evaluations.values()))
+        files, table = page_files(
+            storage.name(plan.uri), outcome.results, outcome.others, outcome.baselines, first, best, config
+        )
+        _publish(plan, files, best_summary(best, score), ended)
+        print(plain_text(table), flush=True)
         metrics, params = _best_numbers(best)
         log_results(config, parent, files, metrics, params)
         if best is not None:
@@ -185,17 +175,17 @@ def _conclude(config: Config, plan: Plan) -> dict[str, Any]:
 def _score(config: Config, plan: Plan, ended: dict[str, Ended]) -> Outcome:
     """Every finished student with teachers and baselines, in one pass over the evaluation clips."""
     students = {
-        trial.title: stages.student_subject(trial.run_uri)
+        trial.title: student_subject(trial.run_uri)
         for trial in plan.trials
         if ended[trial.key].status == "finished"
     }
-    teachers = _teachers(config, plan) if config.evaluate.teacher else {}
+    teachers = _teachers(plan) if config.evaluate.teacher else {}
     baselines = {}
     if config.evaluate.baselines:
         uri = next(iter(students.values())).model_uri
         assert uri is not None
-        baselines = stages.baseline_subjects(load_model(uri, CheckpointHints()).config.num_slots)
-    found = stages.evaluate_subjects(config, {**baselines, **teachers, **students})
+        baselines = baseline_subjects(load_model(uri, CheckpointHints()).config.num_slots)
+    found = score_subjects(plan.artifacts, {**baselines, **teachers, **students})
     results = []
     for setting in dict.fromkeys(trial.setting.name for trial in plan.trials):
         of_setting = [trial for trial in plan.trials if trial.setting.name == setting]
@@ -206,7 +196,7 @@ def _score(config: Config, plan: Plan, ended: dict[str, Ended]) -> Outcome:
         results.append(
             Result(
                 of_setting[0].setting,
-                {t.seed: found[t.title]["scores"] for t in by_status["finished"]},
+                {t.seed: found[t.title].scores for t in by_status["finished"]},
                 {t.seed: ended[t.key].error or "" for t in by_status["failed"]},
                 {t.seed: ended[t.key].step for t in by_status["stopped"]},
             )
@@ -214,78 +204,56 @@ def _score(config: Config, plan: Plan, ended: dict[str, Ended]) -> Outcome:
     return Outcome(
         results,
         {name: found[name] for name in students},
-        {name: found[name]["scores"] for name in teachers},
-        {name: found[name]["scores"] for name in baselines},
+        {name: found[name].scores for name in teachers},
+        {name: found[name].scores for name in baselines},
     )
 
 
-def _teachers(config: Config, plan: Plan) -> dict[str, Subject]:
+def _teachers(plan: Plan) -> dict[str, Subject]:
     """Each teacher of a trial once, where it is there."""
-    fingerprint = ClipSet(plan.clips_uri).fingerprint
     teachers: dict[str, Subject] = {}
     known = set()
-    for trial in plan.trials:
-        uri = teacher_location(trial.config, fingerprint)
+    for setting, artifacts in _one_a_setting(plan.artifacts, plan.trials).items():
+        uri = artifacts.teacher.uri
         if uri not in known and storage.exists(uri):
             known.add(uri)
             # Most sweeps have one; those of several need their names.
-            name = "teacher" if not teachers else f"teacher ({trial.setting.name})"
-            teachers[name] = stages.teacher_subject(trial.config, uri)
+            name = "teacher" if not teachers else f"teacher ({setting})"
+            teachers[name] = teacher_subject(artifacts.config, uri)
     return teachers
 
 
-def _write(
-    config: Config, plan: Plan, outcome: Outcome, best: Best | None, ended: dict[str, Ended]
-) -> tuple[list[tuple[str, bytes]], Table]:
-    """The sweep's files, then its manifest, unless a trial is worth another try; returns them and the table."""
-    results, score = outcome.results, config.evaluate.score
-    protocol = next(iter(outcome.evaluations.values()))
-    notes = [f"Protocol {protocol['protocol']['name']}: {protocol['protocol']['in_words']}; "]
-    notes[0] += f"{protocol['videos']} videos."
-    notes += [f"Chosen: {best.reason}."] if best else []
-    table = sweep_table(
-        results, outcome.others, outcome.baselines, score=score, dataset=config.dataset.title, notes=notes
-    )
-    plot = Picture(Path("/") / PLOT, "Scores", "Error bars: sample standard deviation over seeds.")
-    page = Page(f"Sweep {storage.name(plan.uri)}", [], [table], [plot], [])
-    numbers = as_json(results, {**outcome.others, **outcome.baselines})
-    numbers["best"] = _best_summary(best, score)
-    files = [
-        (TABLE_TEXT, (text(table) + "\n").encode()),
-        (TABLE_CSV, as_csv(results).encode()),
-        (TABLE_MD, markdown(page, Path("/")).encode()),
-        (NUMBERS, (json.dumps(_without_nan(numbers), indent=2) + "\n").encode()),
-        (PLOT, chart_png(sweep_chart(results, outcome.others))),
-    ]
+def _publish(
+    plan: Plan,
+    files: Sequence[tuple[str, bytes]],
+    best: dict[str, Any] | None,
+    ended: dict[str, Ended],
+) -> None:
+    """Writes the sweep's files, then its manifest, unless a trial is worth another try."""
     if storage.is_complete(plan.uri):
-        return files, table
+        return
     for name, content in files:
         storage.write_bytes(storage.join(plan.uri, name), content)
     again = [e.trial for e in ended.values() if not e.final]
     if again:
         log(f"sweep: start it again to try once more: {'; '.join(again)}")
-        return files, table
-    storage.publish(
-        plan.uri,
-        {
-            "kind": "sweep",
-            "fingerprint": storage.name(plan.uri),
-            "created": storage.timestamp(),
-            "clips_uri": plan.clips_uri,
-            "trials": [
-                {
-                    "setting": t.setting.name,
-                    "values": dict(t.setting.values),
-                    "seed": t.seed,
-                    "run": t.run_uri,
-                    "status": ended[t.key].status,
-                }
-                for t in plan.trials
-            ],
-            "best": _best_summary(best, score),
-        },
-    )
-    return files, table
+        return
+    SweepManifest(
+        fingerprint=storage.name(plan.uri),
+        created=storage.timestamp(),
+        clips_uri=plan.artifacts.clips.uri,
+        trials=tuple(
+            TrialEntry(
+                setting=t.setting.name,
+                values=dict(t.setting.values),
+                seed=t.seed,
+                run=t.run_uri,
+                status=ended[t.key].status,
+            )
+            for t in plan.trials
+        ),
+        best=best,
+    ).publish(plan.uri)
 
 
 def _best_numbers(best: Best | None) -> tuple[dict[str, float], dict[str, Any]]:
@@ -313,14 +281,14 @@ def _register(config: Config, plan: Plan, outcome: Outcome, best: Best | None) -
             continue
         tags = _version_tags(plan, trial.setting, by_setting[trial.setting.name], score)
         evaluation = outcome.evaluations[trial.title]
-        done = register(trial.config, trial.run_uri, evaluation, contend=False, more_tags=tags)
+        done = register_run(trial.config, trial.run_uri, evaluation, contend=False, more_tags=tags)
         versions[trial.title] = done["version"]
     if best is None:
         return {"versions": versions, "champion": False, "reason": f"no trial has a {score}"}
     chosen = next(
         t for t in plan.trials if t.setting.name == best.result.setting.name and t.seed == best.seed
     )
-    champion, reason = appoint(config, versions[chosen.title], set(versions.values()))
+    champion, reason = set_champion(config, versions[chosen.title], set(versions.values()))
     log(f"register: {reason}")
     return {"versions": versions, "champion": champion, "reason": reason}
 

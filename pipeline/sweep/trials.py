@@ -11,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline import storage
+from pipeline.clips.library import artifacts_of
 from pipeline.compute import arrow_filesystem, root_cause
 from pipeline.config import Config, ConfigError
 from pipeline.distill.stage import distill
 from pipeline.log import log
-from pipeline.report.scores import TITLES
+from pipeline.evaluate.scoring import TITLES
 from pipeline.sweep.ended import Ended, failed, find_ended, finished, read_ended, write_ended
+from pipeline.sweep.ray_internals import has_dashboard, keep_aws_keys_from_tune, name_this_cluster
 from pipeline.sweep.runs import child_tags, end_child
 from pipeline.sweep.settings import Trial, grace_steps
 
@@ -66,27 +68,15 @@ def trial(options: Mapping[str, Any], jobs: Mapping[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
         settings["train_callbacks"] = [TuneReportCallback()]
-        _name_this_cluster()
+        name_this_cluster()
     try:
-        distill(one.config, jobs["clips"], title=one.title, run_tags=jobs["tags"], **settings)
+        artifacts = artifacts_of(one.config, jobs["clips"])
+        distill(one.config, artifacts, title=one.title, run_tags=jobs["tags"], **settings)
         ended = finished(one, round(time.monotonic() - started, 1))
     except Exception as error:  # one trial's end is not the sweep's
         ended = failed(one, root_cause(error), round(time.monotonic() - started, 1))
     write_ended(jobs["sweep"], one, ended)
     tune.report({"ended": ended.status})
-
-
-def _name_this_cluster() -> None:
-    """Lets Ray Train give back what a stopped trial held where several local Rays run on one machine.
-
-    Its cleaner, an actor that outlives the trial, asks the dashboard of the one cluster that it finds or that
-    `RAY_ADDRESS` names; with several and no name it dies, and the workers' placement group is never freed.
-    """
-    import ray
-    from ray.train.v2._internal import constants
-
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def concurrent_trials(nodes: Sequence[Mapping[str, float]], trials: Sequence[Config]) -> int:
@@ -155,12 +145,8 @@ def _run_on_tune(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints tables at any verbosity
     import ray
     from ray import tune
-    from ray.tune.execution import class_cache
 
-    # Tune would put AWS's keys into each trial's runtime environment, which Ray logs. They are the nodes' to have.
-    class_cache.ENV_VARS_TO_PROPAGATE -= {
-        n for n in class_cache.ENV_VARS_TO_PROPAGATE if n.startswith("AWS_")
-    }
+    keep_aws_keys_from_tune()
     # It looks for the result files that were turned off.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -214,10 +200,9 @@ def _asha(config: Config, ended: Sequence[Ended]) -> Any:
         ConfigError: the cluster has no dashboard, without which Ray leaks what a stopped trial with Train workers
             held, and the next one waits for ever.
     """
-    from ray._private.worker import get_dashboard_url
     from ray.tune.schedulers import ASHAScheduler
 
-    if config.distill.workers and not get_dashboard_url():
+    if config.distill.workers and not has_dashboard():
         raise ConfigError(
             "sweep.asha: this Ray cluster runs without its dashboard, and would not get back what stopped trials "
             "held; start it with --include-dashboard=true, or use distill.workers=0"
@@ -296,14 +281,14 @@ def _follower(config: Config, sweep_uri: str, pending: Sequence[Trial], total: i
             self.running.discard(key)
             seconds = f" in {ended.seconds:.0f} s" if ended.seconds is not None else ""
             log(
-                f"sweep: {ended.trial} {_in_words(ended, metric)}{seconds}; {total - self.left} of {total} ended, "
+                f"sweep: {ended.trial} {_ended_as(ended, metric)}{seconds}; {total - self.left} of {total} ended, "
                 f"{len(self.running)} running, {self.left - len(self.running)} waiting"
             )
 
     return Follower()
 
 
-def _in_words(ended: Ended, metric: str) -> str:
+def _ended_as(ended: Ended, metric: str) -> str:
     if ended.status == "failed":
         return f"FAILED: {ended.error}"
     last = ended.losses if ended.status == "finished" else ended.validations[-1] if ended.validations else {}

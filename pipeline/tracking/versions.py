@@ -77,11 +77,11 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
     found = find_version(model_uri, tracking_uri)
     uri = storage.join(folder, f"{found.name}-{found.version}-{storage.fingerprint(found.source)}")
     if not storage.is_complete(uri):
-        _fetch(found, uri, tracking_uri)
+        fetch_version(found, uri, tracking_uri)
     return uri, dict(found.tags)
 
 
-def _fetch(version: Any, folder: str, tracking_uri: str, *, replace: bool = False) -> None:
+def fetch_version(version: Any, folder: str, tracking_uri: str, *, replace: bool = False) -> None:
     """Writes a version's safetensors and config, and where they come from, into a folder."""
     with downloaded(f"models:/{version.name}/{version.version}", tracking_uri) as source:
         if replace:  # an earlier version's folder is unfinished until all of it is the new one's
