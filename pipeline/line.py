@@ -19,7 +19,8 @@ from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES
 from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
-from pipeline.evaluate.table import plain_text, score_table
+from pipeline.evaluate.scoring import score_table
+from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import SlotModel, load_slot_model
 from pipeline.models.build import checkpoint_hints, load_model, load_teacher
@@ -28,7 +29,6 @@ from pipeline.report.gallery import GROUND_TRUTH, video_panel
 from pipeline.segment.figures import comparison, to_png
 from pipeline.segment.stage import segment
 from pipeline.targets.stage import cache
-
 
 NO_KD = "student, no KD"
 SLOTMATCH = "SlotMatch"

@@ -54,8 +54,12 @@ def all_once(uris: Collection[str], label: str, *, files: Files | None = None) -
         left = unpublished()
         for uri in left:
             if missing := missing_files(uri, files):
-                log(f"{label}: {uri} was published, but {_listed(missing)} not there (any more); making it again")
-                storage.delete(storage.join(uri, storage.MANIFEST))  # no reader shall take it for whole meanwhile
+                log(
+                    f"{label}: {uri} was published, but {_listed(missing)} not there (any more); making it again"
+                )
+                storage.delete(
+                    storage.join(uri, storage.MANIFEST)
+                )  # no reader shall take it for whole meanwhile
         yield left
 
 

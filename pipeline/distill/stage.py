@@ -99,7 +99,8 @@ def _check_targets(uri: str) -> None:
     TargetSet(uri)
     if missing := missing_files(uri, target_files):
         raise ConfigError(
-            f"{uri} has lost {len(missing)} of its files ({missing[0]}, …); make them again: python -m jobs.cache CONFIG"
+            f"{uri} has lost {len(missing)} of its files ({missing[0]}, …); make them again: "
+            "python -m jobs.cache CONFIG"
         )
 
 

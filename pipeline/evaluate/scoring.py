@@ -7,7 +7,7 @@ video's length (but for the cyclic roll-out, which needs the whole of a sample).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from pipeline.clips.schema import Clip, stack_masks
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, central_square, nearest_resize, stable_hash
+from pipeline.artifacts.manifests import Rules
 from pipeline.config.protocols import Protocol
 from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.table import Cell, Column, Row, Table, cells, one_decimal
@@ -174,6 +175,11 @@ def samples(clips: Iterator[Clip], frames: int) -> Iterator[Iterator[Clip]]:
 def _cut(clip: Clip, part: slice) -> Clip:
     masks = None if clip.masks is None else clip.masks[part]
     return Clip(clip.video_id, clip.clip_index, clip.full, clip.frames[part], masks)
+
+
+def recorded_protocol(rules: Rules) -> Protocol:
+    """The protocol of a recorded evaluation."""
+    return Protocol(**rules.model_dump(include={field.name for field in fields(Protocol)}))
 
 
 def view_of(protocol: Protocol, height: int, width: int) -> View:

@@ -27,7 +27,8 @@ from pipeline.evaluate.baselines import BASELINES, Predictor
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
 from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_video
 from pipeline.evaluate.subjects import Subject, baseline_subjects, named_model, own_models
-from pipeline.evaluate.table import plain_text, score_table
+from pipeline.evaluate.scoring import score_table
+from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
 from pipeline.models import SlotModel
 from pipeline.models.build import load_model

@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 import pyarrow.parquet as pq
 
 from pipeline import storage, tracking
-from pipeline.artifacts.manifests import ClipManifest, EvaluationManifest, Manifest, RunManifest, TargetManifest
+from pipeline.artifacts.manifests import (
+    ClipManifest,
+    EvaluationManifest,
+    Manifest,
+    RunManifest,
+    TargetManifest,
+)
 from pipeline.clips.table import INDEX_FILE, SOURCES_FILE
 from pipeline.evaluate.scoring import SCORES
 from pipeline.tracking.client import client_of, error_code

@@ -20,9 +20,9 @@ import numpy as np
 
 from pipeline import storage, tracking
 from pipeline.artifacts.identity import MODEL_FOLDER
-from pipeline.config import Config
 from pipeline.artifacts.manifests import RunManifest
 from pipeline.clips.library import artifacts_of
+from pipeline.config import Config
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import finished_student, student_subject

@@ -12,7 +12,8 @@ from pipeline.clips.schema import Clip
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, nearest_resize
 from pipeline.compute import best_device
-from pipeline.config.protocols import PRESETS, Protocol, recorded_protocol
+from pipeline.config.protocols import PRESETS, Protocol
+from pipeline.evaluate.scoring import recorded_protocol, view_of
 from pipeline.evaluate.records import METHODS
 from pipeline.evaluate.scoring import model_predictor, samples
 from pipeline.models import SlotModel
@@ -37,7 +38,7 @@ def video_panel(
     A row without a model is the ground truth: objects by number, -1 where there is none. Of a long video only
     the first frames are shown.
     """
-    view = protocol.view(video.height, video.width)
+    view = view_of(protocol, video.height, video.width)
     scale = min(1.0, MAX_SIDE / max(view.height, view.width))
     size = (max(1, round(scale * view.height)), max(1, round(scale * view.width)))
     frames, objects = _read(clips, video, view, size)
@@ -136,7 +137,7 @@ class Gallery:
 
     @property
     def protocol(self) -> Protocol:
-        return recorded_protocol(next(iter(self.selection.models.values())).protocol.model_dump())
+        return recorded_protocol(next(iter(self.selection.models.values())).protocol)
 
     def _model(self, name: str) -> SlotModel:
         record = self.selection.models[name]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline import storage
 from pipeline.artifacts.manifests import RunManifest
-from pipeline.tracking import HISTORY_FILE
 from pipeline.distill.stage import NonFiniteLoss
 from pipeline.log import redact
 from pipeline.sweep.settings import Trial
-from pipeline.tracking.runs import HISTORY_FILE
+from pipeline.tracking import HISTORY_FILE
 
 TRIALS_FOLDER = "trials"
 

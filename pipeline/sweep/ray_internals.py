@@ -40,7 +40,9 @@ def name_this_cluster() -> None:
 
 def keep_aws_keys_from_tune() -> None:
     """Tune would put AWS's keys into each trial's runtime environment, which Ray logs; they are the nodes' to have."""
-    with _reaching("AWS keys of this process may be in Ray's logs: rotate them, or give them to the nodes alone"):
+    with _reaching(
+        "AWS keys of this process may be in Ray's logs: rotate them, or give them to the nodes alone"
+    ):
         from ray.tune.execution import class_cache
 
         variables = class_cache.ENV_VARS_TO_PROPAGATE

@@ -29,13 +29,12 @@ from pipeline.models import CheckpointHints
 from pipeline.models.build import load_model
 from pipeline.registry.stage import register_run, set_champion
 from pipeline.sweep.ended import Ended, find_ended
-from pipeline.sweep.page import PLOT, TABLE_CSV, TABLE_MD, best_summary, page_files
+from pipeline.sweep.page import PLOT, TABLE_MD, best_summary, page_files
 from pipeline.sweep.results import Best, Result, choose_best
 from pipeline.sweep.runs import log_results, nest_runs, parent_run
 from pipeline.sweep.settings import Setting, Trial, plan_trials
 from pipeline.sweep.trials import run_trials
 from pipeline.targets.stage import cache, target_files
-
 
 
 class SweepFailed(RuntimeError):

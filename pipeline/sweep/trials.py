@@ -15,8 +15,8 @@ from pipeline.clips.library import artifacts_of
 from pipeline.compute import arrow_filesystem, root_cause
 from pipeline.config import Config, ConfigError
 from pipeline.distill.stage import distill
-from pipeline.log import log
 from pipeline.evaluate.scoring import TITLES
+from pipeline.log import log
 from pipeline.sweep.ended import Ended, failed, find_ended, finished, read_ended, write_ended
 from pipeline.sweep.ray_internals import has_dashboard, keep_aws_keys_from_tune, name_this_cluster
 from pipeline.sweep.runs import child_tags, end_child
