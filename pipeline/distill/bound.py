@@ -86,6 +86,67 @@ def reconstruction_bound(
         raise ValueError(
             f"frames, points and iterations must be at least 1, not {frames}, {points} and {iterations}"
         )
+    decode = _feature_decoder(decoder, feature_size)
+    # In inference mode there are no Jacobians; fused attention kernels have no forward derivative.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(teacher_BTND.device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        slots = _SlotDistances.of(teacher_BTND, student_BTND)
+        pairs = [s.detach().clone().float().flatten(0, 1) for s in (teacher_BTND, student_BTND)]
+        measured, elements = _decoded_distance(decode, *pairs)
+        furthest = slots.any_norm_M.topk(min(frames, slots.any_norm_M.numel())).indices.tolist()
+        segments = [_segment(pairs[0][m], pairs[1][m], points) for m in furthest]
+        lipschitz = max(_spectral_norm(decode, s, iterations=iterations, seed=seed) for s in segments)
+    bound = lipschitz**2 * slots.equal_norm_M.mean().item()
+    bound_any_norm = lipschitz**2 * slots.any_norm_M.mean().item()
+    return ReconstructionBound(
+        measured=measured,
+        measured_mse=measured / elements,
+        cosine_distance=slots.cosine,
+        teacher_norm=slots.teacher_norm,
+        student_norm=slots.student_norm,
+        lipschitz=lipschitz,
+        bound=bound,
+        bound_any_norm=bound_any_norm,
+        ratio=_ratio(bound, measured),
+        ratio_any_norm=_ratio(bound_any_norm, measured),
+    )
+
+
+@dataclass(frozen=True)
+class _SlotDistances:
+    """How far apart two sets of slots are; `*_M` hold squared distances, summed over a frame's slots.
+
+    any_norm_M: as they are. equal_norm_M: without what only a difference of norms adds, as the theorem has them.
+    """
+
+    cosine: float
+    teacher_norm: float
+    student_norm: float
+    any_norm_M: Tensor
+    equal_norm_M: Tensor
+
+    @classmethod
+    def of(cls, teacher_BTND: Tensor, student_BTND: Tensor) -> _SlotDistances:
+        # In float64 on the CPU (not every device has that): they are few, and close slots cancel.
+        teacher, student = (s.detach().clone().cpu().double() for s in (teacher_BTND, student_BTND))
+        norms_T, norms_S = teacher.norm(dim=-1), student.norm(dim=-1)
+        any_norm_BT = (teacher - student).square().sum(dim=(2, 3))
+        equal_norm_BT = (any_norm_BT - (norms_T - norms_S).square().sum(dim=2)).clamp_min(0)
+        return cls(
+            cosine=max(slot_kd_loss(student, teacher).item(), 0.0),  # rounding can go below
+            teacher_norm=norms_T.mean().item(),
+            student_norm=norms_S.mean().item(),
+            any_norm_M=any_norm_BT.flatten(),
+            equal_norm_M=equal_norm_BT.flatten(),
+        )
+
+
+def _feature_decoder(decoder: nn.Module, feature_size: int | None) -> Callable[[Tensor], Tensor]:
+    """Slots `(M, N, d)` to what the decoder makes of them `(M, P, F)`: the first `feature_size` channels, or all."""
 
     def decode(slots_MND: Tensor) -> Tensor:
         outputs = decoder(slots_MND)[0]
@@ -95,53 +156,20 @@ def reconstruction_bound(
             )
         return outputs[..., :feature_size]
 
-    # In inference mode there are no Jacobians; fused attention kernels have no forward derivative.
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(teacher_BTND.device.type, enabled=False),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        # Slots in float64 on the CPU (not every device has that): they are few, and close slots cancel.
-        teacher, student = (s.detach().clone().cpu().double() for s in (teacher_BTND, student_BTND))
-        cosine_distance = max(slot_kd_loss(student, teacher).item(), 0.0)  # rounding can go below
-        norms_T, norms_S = teacher.norm(dim=-1), student.norm(dim=-1)
-        distances_BT = (teacher - student).square().sum(dim=(2, 3))
-        equal_norm_BT = (distances_BT - (norms_T - norms_S).square().sum(dim=2)).clamp_min(0)
+    return decode
 
-        teacher_MND, student_MND = (
-            s.detach().clone().float().flatten(0, 1) for s in (teacher_BTND, student_BTND)
-        )
-        errors, elements = [], 1
-        for pair in zip(
-            teacher_MND.split(_DECODED_AT_ONCE), student_MND.split(_DECODED_AT_ONCE), strict=True
-        ):
-            difference_MPF = decode(pair[0]) - decode(pair[1])
-            elements = difference_MPF[0].numel()
-            errors.append(difference_MPF.square().sum(dim=(1, 2)))
-        measured = torch.cat(errors).mean().item()
 
-        chosen = distances_BT.flatten().topk(min(frames, distances_BT.numel())).indices.tolist()
-        lipschitz = max(
-            _spectral_norm(
-                decode, _segment(teacher_MND[m], student_MND[m], points), iterations=iterations, seed=seed
-            )
-            for m in chosen
-        )
-    bound = lipschitz**2 * equal_norm_BT.mean().item()
-    bound_any_norm = lipschitz**2 * distances_BT.mean().item()
-    return ReconstructionBound(
-        measured=measured,
-        measured_mse=measured / elements,
-        cosine_distance=cosine_distance,
-        teacher_norm=norms_T.mean().item(),
-        student_norm=norms_S.mean().item(),
-        lipschitz=lipschitz,
-        bound=bound,
-        bound_any_norm=bound_any_norm,
-        ratio=_ratio(bound, measured),
-        ratio_any_norm=_ratio(bound_any_norm, measured),
-    )
+def _decoded_distance(
+    decode: Callable[[Tensor], Tensor], teacher_MND: Tensor, student_MND: Tensor
+) -> tuple[float, int]:
+    """The squared distance of two reconstructions, as a mean over the frames, and how many numbers each has."""
+    errors, elements = [], 1
+    parts = zip(teacher_MND.split(_DECODED_AT_ONCE), student_MND.split(_DECODED_AT_ONCE), strict=True)
+    for teacher, student in parts:
+        difference_MPF = decode(teacher) - decode(student)
+        elements = difference_MPF[0].numel()
+        errors.append(difference_MPF.square().sum(dim=(1, 2)))
+    return torch.cat(errors).mean().item(), elements
 
 
 def _segment(start_ND: Tensor, end_ND: Tensor, points: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop on Ray Train."""
+"""A training run on this machine or on a cluster: Ray Train around the trainer, MLflow and pictures beside it."""
 
 from __future__ import annotations
 
@@ -7,60 +7,81 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from pipeline import storage
 from pipeline.compute import arrow_filesystem, gpus_to_use, ray_session
-from pipeline.config.sections import ConfigError, Training
-from pipeline.distill.run import OnValidation, TrainingSpec
-from pipeline.distill.trainer import train_loop
+from pipeline.config import ConfigError, Training
+from pipeline.distill.run import OnValidation, Run
+from pipeline.distill.trainer import Hooks, Outcome, Trainer
+from pipeline.segment.figures import Panel, comparison
+from pipeline.tracking import RunLogger
 
 
-def _worker(options: dict[str, Any]) -> dict[str, Any]:
+def fit(run: Run, on_validation: OnValidation | None = None, train_callbacks: Sequence[Any] = ()) -> Outcome:
+    """Trains to the end: in this process where `workers` is 0, else on Ray.
+
+    Args:
+        on_validation: see `Hooks`; called in this process, so only with `workers` = 0.
+        train_callbacks: Ray Train's, to follow the same validations of its workers (`ray.train.report`).
+
+    Raises:
+        ConfigError: more workers than fit the cluster.
+    """
+    if run.settings.workers == 0:
+        hooks = Hooks(on_validation=on_validation) if on_validation else Hooks()
+        return Trainer(run, hooks=hooks, logger=RunLogger(run.config, run.mlflow_run), draw=_draw).train()
+    with ray_session(run.config):
+        return _fit_on_ray(run, train_callbacks)
+
+
+def _draw(frames: np.ndarray, labels: np.ndarray) -> Image.Image:
+    return comparison([Panel(frames, {"masks": labels})], across=1, width=640)
+
+
+def _worker(options: dict[str, Any]) -> Outcome:
     """What Ray Train runs on every worker."""
     import ray.train
     import ray.train.torch
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     context = ray.train.get_context()
-
-    def report(step: int) -> None:
-        ray.train.report({"step": step})  # a barrier: every worker reports as often
-
-    return train_loop(
-        options["spec"],
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=ray.train.torch.get_device(),
-        after_checkpoint=report,
+    run: Run = options["run"]
+    rank = context.get_world_rank()
+    # `report` is a barrier: every worker reports as often.
+    hooks = Hooks(
+        after_checkpoint=lambda step: ray.train.report({"step": step}),
         on_validation=lambda step, scores: ray.train.report({"step": step, **scores}),
         preempted=lambda: ray.train.get_preemption_info() is not None,
     )
+    return Trainer(
+        run,
+        rank=rank,
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        hooks=hooks,
+        logger=RunLogger(run.config, run.mlflow_run if rank == 0 else None),
+        draw=_draw,
+    ).train()
 
 
-def _fit(
-    spec: TrainingSpec, on_validation: OnValidation | None, train_callbacks: Sequence[Any]
-) -> dict[str, Any]:
-    if spec.settings.workers == 0:
-        return train_loop(spec, on_validation=on_validation) if on_validation else train_loop(spec)
-    with ray_session(spec.config):
-        return _fit_on_ray(spec, train_callbacks)
-
-
-def _fit_on_ray(spec: TrainingSpec, callbacks: Sequence[Any]) -> dict[str, Any]:
+def _fit_on_ray(run: Run, callbacks: Sequence[Any]) -> Outcome:
     import ray.train
     import ray.train.torch
 
-    config, settings = spec.config, spec.settings
+    config, settings = run.config, run.settings
     root = storage.join(storage.absolute(config.storage.root), "ray")
     # Ray keeps only its own bookkeeping here; the checkpoints are ours. A name of its own for every
     # attempt: Ray would take a finished run of the same name for one to be resumed.
-    name = f"{spec.role}-{uuid.uuid4().hex[:12]}"
+    name = f"{run.kind}-{uuid.uuid4().hex[:12]}"
     gpus = gpus_to_use(config)
     _check_resources(settings, gpus)
     worker: Any = _worker
     run_config: Any = ray.train.RunConfig  # typed as the older one, which has no logging_config
     trainer = ray.train.torch.TorchTrainer(
         worker,
-        train_loop_config={"spec": spec},
+        train_loop_config={"run": run},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=gpus > 0,

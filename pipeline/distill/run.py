@@ -4,70 +4,133 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.config.sections import Config, ConfigError, Distill, TeacherTraining, Training
+from pipeline import storage
+from pipeline.config import Config, ConfigError, Distill, TeacherTraining, Training
 from pipeline.distill.step import Objective, Terms
+from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.models.build import build_student, build_teacher, load_teacher, seeded
-from pipeline.models.slot_model import SlotModel, SlotModelConfig
 
 OnValidation = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
-class TrainingSpec:
-    """What one training run needs to know; travels to every worker."""
+class Run:
+    """What one training run needs to know; travels to every worker.
 
+    Made by `Run.student` and `Run.teacher`: all that differs between the two is decided there.
+    """
+
+    kind: Literal["student", "teacher"]
+    stage: str  # the job that trains it
     config: Config
-    role: str  # "student" or "teacher"
-    run_uri: str
+    settings: Training  # the config's section that says how
+    terms: Terms
+    builder: Callable[[Run], tuple[Objective, SlotModel | None]]  # of `build`
+    uri: str
     clips_uri: str
     targets_uri: str | None = None
     teacher_uri: str | None = None
     teacher_config: SlotModelConfig | None = None  # gives the sizes that the student leaves open
+    views: int | None = None  # that each clip has; None: a new one in every epoch
+    bound_every: int = 0  # steps between measurements of Theorem 1; 0: never
+    public_checkpoint: bool = False  # whether the model is published in the public layout as well
+    name: str = ""  # the user's
+    title: str = ""  # what a sweep calls it
     validation_uri: str | None = None  # the clips that `validate_every` scores on
     mlflow_run: str | None = None
-    title: str = ""  # what a sweep calls it
 
-    @property
-    def settings(self) -> Training:
-        return self.config.distill if self.role == "student" else self.config.teacher.train
+    @classmethod
+    def student(
+        cls,
+        config: Config,
+        uri: str,
+        clips_uri: str,
+        *,
+        targets_uri: str | None,
+        teacher_uri: str | None,
+        teacher_config: SlotModelConfig | None,
+        title: str = "",
+    ) -> Run:
+        """Distillation into a student, from cached targets or a live teacher; or training without one."""
+        settings = config.distill
+        return cls(
+            kind="student",
+            stage="distill",
+            config=config,
+            settings=settings,
+            terms=student_terms(settings),
+            builder=_build_student,
+            uri=uri,
+            clips_uri=clips_uri,
+            targets_uri=targets_uri,
+            teacher_uri=teacher_uri,
+            teacher_config=teacher_config,
+            views=None if settings.fresh_views else config.targets.views,
+            bound_every=settings.measure_bound_every if settings.distils else 0,
+            name=settings.name,
+            title=title,
+        )
+
+    @classmethod
+    def teacher(cls, config: Config, uri: str, clips_uri: str) -> Run:
+        """Training of a teacher on the clips alone."""
+        return cls(
+            kind="teacher",
+            stage="teacher",
+            config=config,
+            settings=config.teacher.train,
+            terms=teacher_terms(config.teacher.train),
+            builder=_build_teacher,
+            uri=uri,
+            clips_uri=clips_uri,
+            views=config.targets.views,
+            public_checkpoint=True,
+        )
 
     @property
     def label(self) -> str:
-        name = self.title or (self.config.distill.name if self.role == "student" else "")
-        return f"{'distill' if self.role == 'student' else 'teacher'}{f' ({name})' if name else ''}"
+        """What messages call it."""
+        name = self.title or self.name
+        return f"{self.stage} ({name})" if name else self.stage
+
+    @property
+    def run_name(self) -> str:
+        """What MLflow calls it, where it has no title."""
+        return self.name or f"{self.kind}-{storage.name(self.uri)[:8]}"
 
 
-def build(spec: TrainingSpec) -> tuple[Objective, SlotModel | None]:
+def build(run: Run) -> tuple[Objective, SlotModel | None]:
     """What is trained for, with the model to train, and the teacher where it runs live.
 
     Raises:
         ConfigError: sizes that don't fit, weights that can't be had, or a teacher that does not give what
             the method needs.
     """
-    config, settings = spec.config, spec.settings
-    if isinstance(settings, Distill):
-        return _build_distillation(spec, settings)
+    return run.builder(run)
+
+
+def _build_teacher(run: Run) -> tuple[Objective, None]:
     try:
-        return Objective(build_teacher(config), terms(settings)), None
+        return Objective(build_teacher(run.config), run.terms), None
     except ValueError as error:
         raise ConfigError(f"teacher: {error}") from error
 
 
-def _build_distillation(spec: TrainingSpec, settings: Distill) -> tuple[Objective, SlotModel | None]:
-    config = spec.config
+def _build_student(run: Run) -> tuple[Objective, SlotModel | None]:
+    config, settings = run.config, run.config.distill
     teacher = None
-    if spec.teacher_uri is not None:
-        teacher = load_teacher(config, spec.teacher_uri).requires_grad_(False)
-    student = build_student(config, teacher=teacher or spec.teacher_config, seed=settings.seed)
+    if run.teacher_uri is not None:
+        teacher = load_teacher(config, run.teacher_uri).requires_grad_(False)
+    student = build_student(config, teacher=teacher or run.teacher_config, seed=settings.seed)
     student.decoder.fast = settings.fast_decoder
     try:
         with seeded(settings.seed):
-            objective = Objective(student, terms(settings), teacher=teacher if settings.distils else None)
+            objective = Objective(student, run.terms, teacher=teacher if settings.distils else None)
     except ValueError as error:
         raise ConfigError(f"distill.method={settings.method}: {error}") from error
-    if settings.distils and settings.measure_bound_every and objective.teacher_decoder is None:
+    if run.bound_every and objective.teacher_decoder is None:
         raise ConfigError(
             "distill.measure_bound_every: the teacher's decoder reconstructs no features, which Theorem 1 compares; "
             "nearest valid: 0"
@@ -75,24 +138,29 @@ def _build_distillation(spec: TrainingSpec, settings: Distill) -> tuple[Objectiv
     return objective, teacher if settings.distils and settings.live_teacher else None
 
 
-def terms(settings: Training) -> Terms:
-    """What a training section asks to be trained for."""
-    common: dict[str, Any] = {"alpha": settings.alpha, "temperature": settings.temperature}
-    if isinstance(settings, TeacherTraining):
-        return Terms(
-            **common,
-            reconstruction=settings.reconstruction,
-            similarity=settings.similarity,
-            similarity_temperature=settings.similarity_temperature,
-            similarity_threshold=settings.similarity_threshold,
-        )
-    assert isinstance(settings, Distill)
+def teacher_terms(settings: TeacherTraining) -> Terms:
+    """What a teacher is trained for."""
+    return Terms(
+        **_common_terms(settings),
+        reconstruction=settings.reconstruction,
+        similarity=settings.similarity,
+        similarity_temperature=settings.similarity_temperature,
+        similarity_threshold=settings.similarity_threshold,
+    )
+
+
+def student_terms(settings: Distill) -> Terms:
+    """What a student is trained for, by `distill.method`."""
     slot_losses = {"slotmatch_mse": "mse", "slotmatch_hungarian": f"hungarian_{settings.matching}"}
     return Terms(
-        **common,
+        **_common_terms(settings),
         slot_kd=settings.beta if settings.distils_slots else 0.0,
         slot_loss=slot_losses.get(settings.method, "cosine"),
         reconstruction_kd=settings.reconstruction_kd_weight if settings.distils_reconstruction else 0.0,
         feature_kd=settings.feature_kd_weight if settings.method == "feature_kd" else 0.0,
         slot_map=settings.slot_map and settings.distils and settings.method != "feature_kd",
     )
+
+
+def _common_terms(settings: Training) -> dict[str, Any]:
+    return {"alpha": settings.alpha, "temperature": settings.temperature}

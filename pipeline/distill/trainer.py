@@ -1,17 +1,24 @@
-"""The training loop that every worker runs; students and teachers differ only in their `TrainingSpec`."""
+"""The training loop, the same for students and teachers and on every worker.
+
+It needs PyTorch and the readers of clips and targets alone: whoever has Ray, MLflow or something to draw with passes
+them in (`Hooks`, `Logger`, `Draw`), as `ray_train` does.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
@@ -19,88 +26,224 @@ from pipeline.artifacts.identity import MODEL_FOLDER
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
 from pipeline.compute import keep_freed_memory
-from pipeline.config import Distill
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
-from pipeline.distill.run import OnValidation, TrainingSpec, build
+from pipeline.distill.run import OnValidation, Run, build
 from pipeline.distill.step import Batch, learning_rate_factor, training_step
 from pipeline.distill.validation import Validation
 from pipeline.log import Progress, log
-from pipeline.models import SlotModel, save_public_checkpoint, save_slot_model
-from pipeline.segment.figures import Panel, comparison
+from pipeline.models import save_public_checkpoint, save_slot_model
 from pipeline.targets.maker import teacher_outputs
 from pipeline.targets.table import TargetSet
-from pipeline.tracking.runs import HISTORY_FILE, RunLogger
+from pipeline.tracking import HISTORY_FILE
 
 PUBLIC_CHECKPOINT = "teacher.ckpt"
 
 PREEMPTION_CHECK_STEPS = 5  # each check asks all workers
 
-
-def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.bfloat16
-    return None
+Draw = Callable[
+    [np.ndarray, np.ndarray], Image.Image
+]  # of frames (T, H, W, 3) uint8 and slot numbers (T, H, W)
 
 
-class _Run:
-    """The models and the data of one worker."""
+@dataclass(frozen=True)
+class Hooks:
+    """What else happens while a run trains.
 
-    def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
-        self.spec, self.device = spec, device
-        self.clips = ClipSet(spec.clips_uri)
-        self.targets = TargetSet(spec.targets_uri) if spec.targets_uri else None
-        settings = spec.settings
-        objective, teacher = build(spec)
-        self.objective = objective.to(device)
-        self.model = objective.model
-        self.teacher = teacher.to(device) if teacher is not None else None
-        self.bound_every = 0
-        if isinstance(settings, Distill) and settings.distils:
-            self.bound_every = settings.measure_bound_every
-        # Features are worth reading only if they replace the frames altogether.
-        self.cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
-        self.validation = (
-            Validation(spec.validation_uri, spec.config.evaluate) if spec.validation_uri is not None else None
-        )
+    after_checkpoint: called by every worker with the step.
+    on_validation: called by every worker with the step and the scores (`validation_video_mbo`, …) of each
+        validation but the one at the end, first those before the checkpoint that the run goes on from.
+    preempted: whether a worker's node is about to be taken away, the same on every worker; asked every
+        `PREEMPTION_CHECK_STEPS` steps. The first yes makes a checkpoint at once.
+    """
 
-    def shared_objective(self, world_size: int) -> torch.nn.Module:
+    after_checkpoint: Callable[[int], None] = lambda step: None
+    on_validation: OnValidation = lambda step, scores: None
+    preempted: Callable[[], bool] = lambda: False
+
+
+class Logger(Protocol):
+    """Where metrics and pictures go, as `tracking.RunLogger`."""
+
+    def metrics(self, values: dict[str, float], step: int) -> None: ...
+
+    def file(self, path: str | Path, folder: str | None = None) -> None: ...
+
+    def flush(self, *, last: bool = False) -> None: ...
+
+
+class NoLogger:
+    """Metrics are in the history alone."""
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        pass
+
+    def file(self, path: str | Path, folder: str | None = None) -> None:
+        pass
+
+    def flush(self, *, last: bool = False) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "non-finite" where the gradient of step `step + 1` was. `history`: the metrics of each logged
+    step."""
+
+    status: Literal["ok", "non-finite"]
+    step: int
+    history: list[dict[str, float]]
+
+
+class Trainer:
+    """One worker of a run, with its models and its data. The models and checkpoints go to the run's folder."""
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        hooks: Hooks | None = None,
+        logger: Logger | None = None,
+        draw: Draw | None = None,
+    ) -> None:
+        """
+        Args:
+            logger: sees what is the mean over the workers; wanted of the first one.
+            draw: makes the pictures that the first worker logs; without it there are none.
+
+        Raises:
+            ConfigError: as `build`.
+            storage.IncompleteError: clips or targets are not published.
+        """
+        self.run, self.rank, self.world_size = run, rank, world_size
+        self.device = device or torch.device("cpu")
+        self.hooks, self.logger, self.draw = hooks or Hooks(), logger or NoLogger(), draw
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.clips = ClipSet(run.clips_uri)
+        self.targets = TargetSet(run.targets_uri) if run.targets_uri else None
+        objective, teacher = build(run)
+        self.objective = objective.to(self.device)
+        self.model = objective.model.train()
+        self.teacher = teacher.to(self.device) if teacher is not None else None
+        self.optimizer = torch.optim.Adam(objective.trainable_parameters(), lr=run.settings.learning_rate)
+        self.validation = Validation(run.validation_uri, run.config.evaluate) if run.validation_uri else None
+        self.step = 0  # that many are done
+        self.history: list[dict[str, float]] = []
+        self._pace = _Pace(self.step)
+        self._noticed = False  # that a node is about to be taken away
+
+    def train(self) -> Outcome:
+        """Trains to the end, from the newest checkpoint of the run if there is one.
+
+        Raises:
+            ValueError: a damaged checkpoint, or targets of other clips (TargetMismatch).
+        """
+        self.resume()
+        run, settings = self.run, self.run.settings
+        shared = self._share_objective()
+        status: Literal["ok", "non-finite"] = "ok"
+        with self.loader() as loader, self._progress() as progress:
+            self._pace = _Pace(self.step)
+            for raw, waited in loader:
+                self._pace.waited += waited
+                batch, rate = self.batch(raw), self.learning_rate()
+                values = self.train_step(shared, batch, rate)
+                if not math.isfinite(values["gradient_norm"]):
+                    status = "non-finite"
+                    break
+                self.step += 1
+                if self.due(run.bound_every):
+                    values |= self.objective.measure_bound(batch)
+                values = self.log(values, rate)
+                if progress:
+                    progress.advance(note=f"loss {values['total']:.4f}")
+                if self.due(max(1, settings.steps // settings.overlays)):
+                    self.picture()
+                if self.notice() or self.due(settings.checkpoint_every):
+                    self.save()
+        self.logger.flush(last=True)
+        if status == "ok" and self.rank == 0:
+            self.publish()
+        return Outcome(status, self.step, self.history)
+
+    def resume(self) -> None:
+        """Goes to where the newest checkpoint of the run is, if there is one.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        latest = latest_checkpoint(self.run.uri)
+        if latest:
+            state = load_checkpoint(latest, self.objective, self.optimizer)
+            self.step, self.history = state.step, list(state.history)
+            if self.rank == 0:
+                log(f"{self.run.label}: going on from step {self.step} ({latest})")
+        for row in self.history:
+            scores = {key: value for key, value in row.items() if key.startswith("validation_")}
+            if scores and row["step"] < self.run.settings.steps:
+                self.hooks.on_validation(int(row["step"]), scores)
+
+    def _share_objective(self) -> torch.nn.Module:
         """The loss as a module, its gradients averaged over the workers."""
-        if world_size == 1:
+        if self.world_size == 1:
             return self.objective
         # With one frame a clip nothing uses the predictor.
         alone = self.clips.clip_frames == 1
         return DistributedDataParallel(self.objective, find_unused_parameters=alone)
 
-    def loader(self, start: int, rank: int, world_size: int) -> Loader:
-        """This worker's batches from step `start` on."""
-        settings, config = self.spec.settings, self.spec.config
+    def loader(self) -> Loader:
+        """This worker's share of the batches that are left."""
+        run, config, settings = self.run, self.run.config, self.run.settings
         sampler = Sampler(
-            self.clips.videos,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            views=None if isinstance(settings, Distill) and settings.fresh_views else config.targets.views,
+            self.clips.videos, seed=settings.seed, batch_size=settings.batch_size, views=run.views
         )
+        # Features are worth reading only if they replace the frames altogether.
+        cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
         return Loader(
-            self.spec.clips_uri,
-            self.spec.targets_uri,
+            run.clips_uri,
+            run.targets_uri,
             sampler,
             recipe=config.targets,
             dataset_seed=config.dataset.seed,
-            pixels=not self.cached_features,
-            teacher_features=self.objective.terms.feature_kd > 0 and self.targets is not None,
-            rank=rank,
-            world_size=world_size,
-            start=start,
+            pixels=not cached_features,
+            teacher_features=run.terms.feature_kd > 0 and self.targets is not None,
+            rank=self.rank,
+            world_size=self.world_size,
+            start=self.step,
             stop=settings.steps,
             threads=settings.loader_threads,
         )
 
+    def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
+        """The first worker's."""
+        if self.rank > 0:
+            return contextlib.nullcontext()
+        progress = Progress(self.run.label, self.run.settings.steps, "steps")
+        progress.skip(self.step)
+        return progress
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every few steps (0: never) and at the end happens after this one."""
+        return every > 0 and (self.step % every == 0 or self.step == self.run.settings.steps)
+
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        settings = self.run.settings
+        factor = learning_rate_factor(
+            self.step, warmup_steps=settings.warmup_steps, total_steps=settings.steps
+        )
+        return settings.learning_rate * factor
+
     def batch(self, raw: RawBatch) -> Batch:
+        """What was read, prepared for the model, with what a live teacher makes of it, on the device."""
         targets, teacher_features = raw.target_slots, raw.teacher_features
         if self.teacher is not None:
             assert raw.pixels is not None
-            rollout = self.spec.config.targets.rollout
+            rollout = self.run.config.targets.rollout
             with torch.no_grad():
                 targets, teacher_features = teacher_outputs(self.teacher, raw.pixels, raw.views, rollout)
         initial = None
@@ -109,141 +252,113 @@ class _Run:
         video = self.model.prepare(raw.pixels) if raw.pixels is not None else None
         return Batch(video, raw.features, targets, teacher_features, initial).to(self.device)
 
-    def picture(self, folder: str, step: int) -> Path:
-        """An overlay strip of the first video's first clip."""
+    def train_step(self, shared: torch.nn.Module, batch: Batch, rate: float) -> dict[str, float]:
+        """One update of the weights; returns the losses and the gradient norm, as `training_step`."""
+        settings = self.run.settings
+        mixed = settings.precision == "bf16" or (settings.precision == "auto" and self.device.type == "cuda")
+        return training_step(
+            shared,
+            self.optimizer,
+            batch,
+            learning_rate=rate,
+            gradient_clip=settings.gradient_clip,
+            autocast=torch.bfloat16 if mixed else None,
+        )
+
+    def log(self, values: dict[str, float], rate: float) -> dict[str, float]:
+        """Puts a step's values into the history where one is due, as their mean over the workers; returns them."""
+        run, settings = self.run, self.run.settings
+        validates = self.validation is not None and self.due(settings.validate_every)
+        if not (validates or self.due(run.bound_every) or self.due(settings.log_every)):
+            return values
+        values = _mean_over_workers(values, self.world_size, self.device)
+        frames = settings.batch_size * self.clips.clip_frames
+        speed = {"learning_rate": rate, **self._pace.speed(self.step, frames)}
+        scores = self.validate() if validates else {}
+        values |= scores
+        self.history.append({"step": self.step, **values})
+        self.logger.metrics({**values, **speed}, self.step)
+        self._pace = _Pace(self.step)
+        if validates and self.step < settings.steps:
+            self.hooks.on_validation(self.step, scores)
+        return values
+
+    def validate(self) -> dict[str, float]:
+        """The model's scores on the validation clips, by all workers together; none where no object is in sight."""
+        assert self.validation is not None
+        return self.validation.scores(self.model, self.rank, self.world_size)
+
+    def picture(self) -> None:
+        """Logs an overlay strip of the first video's first clip."""
+        if self.rank > 0 or self.draw is None:
+            return
         video = next(v for v in self.clips.videos if v.full_clips)
         frames = self.clips.read_clip(video.shard, video.first_row).frames
-        config = self.spec.config
+        config = self.run.config
         view = make_view(config.targets, config.dataset.seed, video.video_id, 0, 0, video.height, video.width)
         pixels = apply_view(frames, view)
         self.model.eval()
         *_, (_, _, masks) = self.model.stream([pixels], noise_seed=view.noise_seed)
         labels = self.model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
         self.model.train()
-        path = Path(folder) / f"overlay_{step:08d}.png"
-        comparison([Panel(pixels, {"masks": labels})], across=1, width=640).save(path)
-        return path
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / f"overlay_{self.step:08d}.png"
+            self.draw(pixels, labels).save(path)
+            self.logger.file(path, "overlays")
 
-
-def train_loop(
-    spec: TrainingSpec,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | None = None,
-    after_checkpoint: Callable[[int], None] = lambda step: None,
-    on_validation: OnValidation = lambda step, scores: None,
-    preempted: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Trains to the end, from the newest checkpoint of the run if there is one.
-
-    Args:
-        after_checkpoint: called by every worker with the step.
-        on_validation: called by every worker with the step and the scores (`validation_video_mbo`, …) of each
-            validation but the one at the end, first those before the checkpoint that the run goes on from.
-        preempted: whether a worker's node is about to be taken away, the same on every worker; asked every
-            `PREEMPTION_CHECK_STEPS` steps. The first yes makes a checkpoint at once.
-
-    Returns `status` ("ok", or "non-finite" where the gradient was), the last step, the history of
-    losses and the rate. The models and checkpoints are in the run folder.
-    """
-    settings, device = spec.settings, device or torch.device("cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    run = _Run(spec, device)
-    model = run.model
-    model.train()
-    optimizer = torch.optim.Adam(run.objective.trainable_parameters(), lr=settings.learning_rate)
-    state = TrainingState(0, [])
-    resumed = latest_checkpoint(spec.run_uri)
-    if resumed:
-        state = load_checkpoint(resumed, run.objective, optimizer)
-        if rank == 0:
-            log(f"{spec.label}: going on from step {state.step} ({resumed})")
-    for row in state.history:
-        if (scores := _validation_scores(row)) and row["step"] < settings.steps:
-            on_validation(int(row["step"]), scores)
-    objective = run.shared_objective(world_size)
-    logger = RunLogger(spec.config, spec.mlflow_run if rank == 0 else None)
-    history = list(state.history)
-    step, status = state.step, "ok"
-    autocast = _autocast_dtype(settings.precision, device)
-    frames_per_step = settings.batch_size * run.clips.clip_frames
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        loader = stack.enter_context(run.loader(step, rank, world_size))
-        progress = stack.enter_context(Progress(spec.label, settings.steps, "steps")) if rank == 0 else None
-        if progress:
-            progress.skip(step)
-        waited, noticed = 0.0, False
-        since = time.monotonic()
-        last = step
-        for raw, seconds in loader:
-            waited += seconds
-            factor = learning_rate_factor(
-                step, warmup_steps=settings.warmup_steps, total_steps=settings.steps
+    def notice(self) -> bool:
+        """Whether it is news that a worker's node is about to be taken away."""
+        if self._noticed or self.step % PREEMPTION_CHECK_STEPS or not self.hooks.preempted():
+            return False
+        self._noticed = True
+        if self.rank == 0:
+            log(
+                f"{self.run.label}: a node is about to be taken away; making a checkpoint of step {self.step} now"
             )
-            rate = settings.learning_rate * factor
-            batch = run.batch(raw)
-            values = training_step(
-                objective,
-                optimizer,
-                batch,
-                learning_rate=rate,
-                gradient_clip=settings.gradient_clip,
-                autocast=autocast,
+        return True
+
+    def save(self) -> None:
+        """Makes a checkpoint of this step."""
+        if self.rank == 0:
+            save_checkpoint(
+                self.run.uri,
+                self.objective,
+                self.optimizer,
+                TrainingState(self.step, self.history),
+                keep=self.run.settings.keep_checkpoints,
             )
-            if not math.isfinite(values["gradient_norm"]):
-                status = "non-finite"
-                break
-            step += 1
-            validate = run.validation if _due(step, settings.validate_every, settings.steps) else None
-            measure = _due(step, run.bound_every, settings.steps)
-            if measure:
-                values |= run.objective.measure_bound(batch)
-            if validate or measure or _due(step, settings.log_every, settings.steps):
-                values = _mean_over_workers(values, world_size, device)
-                elapsed = max(time.monotonic() - since, 1e-9)
-                speed = {
-                    "learning_rate": rate,
-                    "frames_per_second": (step - last) * frames_per_step / elapsed,
-                    "data_wait_share": waited / elapsed,
-                }
-                if validate:
-                    values |= validate.scores(model, rank, world_size)
-                history.append({"step": step, **values})
-                logger.metrics({**values, **speed}, step)
-                waited, since, last = 0.0, time.monotonic(), step
-                if validate and step < settings.steps:
-                    on_validation(step, _validation_scores(values))
-            if progress:
-                progress.advance(note=f"loss {values['total']:.4f}")
-            if rank == 0 and _due(step, max(1, settings.steps // settings.overlays), settings.steps):
-                logger.file(run.picture(scratch, step), "overlays")
-            notice = not noticed and step % PREEMPTION_CHECK_STEPS == 0 and preempted()
-            if notice and rank == 0:
-                log(f"{spec.label}: a node is about to be taken away; making a checkpoint of step {step} now")
-            noticed |= notice
-            if notice or _due(step, settings.checkpoint_every, settings.steps):
-                if rank == 0:
-                    saved = TrainingState(step, history)
-                    save_checkpoint(
-                        spec.run_uri, run.objective, optimizer, saved, keep=settings.keep_checkpoints
-                    )
-                after_checkpoint(step)
-    logger.flush(last=True)
-    if status == "ok" and rank == 0:
-        _publish_model(spec, model, history)
-    return {"status": status, "step": step, "history": history}
+        self.hooks.after_checkpoint(self.step)
+
+    def publish(self) -> None:
+        """Writes the model and the history, unless the run is published already."""
+        run = self.run
+        if storage.is_complete(run.uri):
+            log(f"{run.label}: another job has published this run meanwhile; its model stays")
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            save_slot_model(self.model, scratch)
+            storage.upload_folder(scratch, storage.join(run.uri, MODEL_FOLDER))
+        if run.public_checkpoint:
+            with tempfile.TemporaryDirectory() as scratch:
+                save_public_checkpoint(self.model, Path(scratch) / PUBLIC_CHECKPOINT, step=run.settings.steps)
+                storage.upload_folder(scratch, run.uri)
+        storage.write_json(storage.join(run.uri, HISTORY_FILE), self.history)
 
 
-def _validation_scores(values: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if key.startswith("validation_")}
+@dataclass
+class _Pace:
+    """How fast training has been since a step, for which time was lost to waiting for data."""
 
+    step: int
+    waited: float = 0.0  # seconds
+    since: float = field(default_factory=time.monotonic)
 
-def _due(step: int, every: int, steps: int) -> bool:
-    """Whether something that happens every few steps (0: never) and at the end happens after this one."""
-    return every > 0 and (step % every == 0 or step == steps)
+    def speed(self, step: int, frames_per_step: int) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self.since, 1e-9)
+        return {
+            "frames_per_second": (step - self.step) * frames_per_step / elapsed,
+            "data_wait_share": self.waited / elapsed,
+        }
 
 
 def _mean_over_workers(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:
@@ -254,17 +369,3 @@ def _mean_over_workers(values: dict[str, float], world_size: int, device: torch.
     )
     dist.all_reduce(tensor)
     return dict(zip(values, (tensor / world_size).tolist(), strict=True))
-
-
-def _publish_model(spec: TrainingSpec, model: SlotModel, history: list[dict[str, float]]) -> None:
-    if storage.is_complete(spec.run_uri):
-        log(f"{spec.label}: another job has published this run meanwhile; its model stays")
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        save_slot_model(model, scratch)
-        storage.upload_folder(scratch, storage.join(spec.run_uri, MODEL_FOLDER))
-    if spec.role == "teacher":
-        with tempfile.TemporaryDirectory() as scratch:
-            save_public_checkpoint(model, Path(scratch) / PUBLIC_CHECKPOINT, step=spec.settings.steps)
-            storage.upload_folder(scratch, spec.run_uri)
-    storage.write_json(storage.join(spec.run_uri, HISTORY_FILE), history)

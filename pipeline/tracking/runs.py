@@ -128,12 +128,13 @@ class RunLogger:
         return True
 
     def metrics(self, values: dict[str, float], step: int) -> None:
+        if self.run_id is None:
+            return
         from mlflow.entities import Metric
 
-        if self.run_id is not None:
-            now = int(time.time() * 1000)
-            self._pending += [Metric(k, float(v), now, step) for k, v in values.items()]
-            self.flush()
+        now = int(time.time() * 1000)
+        self._pending += [Metric(k, float(v), now, step) for k, v in values.items()]
+        self.flush()
 
     def flush(self, *, last: bool = False) -> None:
         while self._pending:

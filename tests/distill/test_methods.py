@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.distill.run import terms
+from pipeline.distill.run import student_terms
 from pipeline.distill.step import Batch, Objective, Terms, training_step
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 
@@ -228,7 +228,7 @@ def test_every_method_of_the_config_has_its_terms():
     def of(method, **settings):
         values = {"method": method, "beta": 0.4, **settings}
         features = {"teacher_features": True}
-        return terms(resolve_config({"distill": values, "targets": features}).distill)
+        return student_terms(resolve_config({"distill": values, "targets": features}).distill)
 
     assert of("no_kd") == Terms()
     assert of("slotmatch") == Terms(slot_kd=0.4)
