@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.log import log
-from pipeline.tracking.client import PatientClient, error_code
+from pipeline.tracking.client import PatientClient, ServerUnavailable, error_code
 
 SECONDS_UNTIL_BROKEN = (
     60.0  # that a waiting job sees one and the same holder, before it takes the holder for dead
@@ -41,8 +41,7 @@ def registry_lock(client: PatientClient, name: str) -> Iterator[PatientClient]:
     try:
         yield client.within(SECONDS_UNTIL_BROKEN / 2)
     finally:
-        if _holder(client, lock) == me:
-            _ignoring(client.delete_registered_model, lock, code="RESOURCE_DOES_NOT_EXIST")
+        _release(client, lock, me)
 
 
 def _acquire(client: PatientClient, lock: str, me: str) -> None:
@@ -61,6 +60,19 @@ def _acquire(client: PatientClient, lock: str, me: str) -> None:
             _break(client, lock, holder)
             seen = ""
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _release(client: PatientClient, lock: str, me: str) -> None:
+    """Deletes the lock while it is ours: where the answer is lost, another job may have it by now.
+
+    One that can't be deleted is taken from us by whoever waits for it.
+    """
+    for _ in range(3):
+        if _holder(client, lock) != me:
+            return
+        with contextlib.suppress(ServerUnavailable):
+            _ignoring(client.delete_registered_model, lock, code="RESOURCE_DOES_NOT_EXIST")
+            return
 
 
 def _create(client: PatientClient, lock: str, me: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -104,13 +105,15 @@ def log_results(
     import tempfile
     from pathlib import Path
 
+    from mlflow.entities import Metric
+
     client = tracking.connect(config)
     known = client.get_run(parent).data.params
     for key, value in params.items():
         if key not in known:
             client.log_param(parent, key, str(value)[:500])
-    for key, number in metrics.items():
-        client.log_metric(parent, key, number)
+    now = int(time.time() * 1000)
+    client.log_batch(parent, metrics=[Metric(key, number, now, 0) for key, number in metrics.items()])
     with tempfile.TemporaryDirectory() as scratch:
         for name, content in files:
             path = Path(scratch) / name

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,43 @@ SECONDS_BETWEEN_CALLS = 2.0  # meanwhile
 ANSWER_WITHIN, TRANSFER_WITHIN = 20, 600  # seconds: a request, and one that sends or fetches a model
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _T = TypeVar("_T")
+
+# What may be sent again though it may have arrived: reads, and writes that leave the same behind when done twice.
+# Not so `create_run` and `create_model_version`, which make something new each time, `log_metric`, which takes the time
+# anew, and `delete_registered_model`, in between which and its repetition another job may have taken the name.
+READS = frozenset(
+    {
+        "download_artifacts",
+        "get_experiment_by_name",
+        "get_metric_history",
+        "get_model_version",
+        "get_model_version_by_alias",
+        "get_model_version_download_uri",
+        "get_registered_model",
+        "get_run",
+        "list_artifacts",
+        "search_model_versions",
+        "search_registered_models",
+        "search_runs",
+    }
+)
+IDEMPOTENT_WRITES = frozenset(
+    {
+        "create_experiment",  # by a name that is unique: done already, it says RESOURCE_ALREADY_EXISTS,
+        "create_registered_model",  # for which the caller looks
+        "delete_run",
+        "log_artifact",
+        "log_artifacts",
+        "log_batch",  # values come with their step and time
+        "log_param",
+        "rename_registered_model",  # to a name that nothing else gets
+        "set_model_version_tag",
+        "set_registered_model_alias",
+        "set_tag",
+        "set_terminated",
+        "update_run",
+    }
+)
 
 
 class ServerUnavailable(RuntimeError):
@@ -95,21 +133,47 @@ def plain_client(tracking_uri: str) -> Any:
 def slow_transfers() -> Iterator[None]:
     """Has MLflow wait longer for answers in the block: a server that passes a file on answers when all is stored.
 
-    `MLFLOW_HTTP_REQUEST_TIMEOUT`, where it is set, holds for these too.
+    `MLFLOW_HTTP_REQUEST_TIMEOUT`, where the user has set it, holds for these too. MLflow reads that variable at each
+    request and takes no timeout as an argument of what transfers files, so the whole process has the longer one until
+    the last of the blocks, nested or in other threads, has ended; other requests merely wait longer meanwhile.
     """
-    before = os.environ.get(_TIMEOUT)
-    if before not in (None, str(ANSWER_WITHIN)):
-        yield
-        return
-    os.environ[_TIMEOUT] = str(TRANSFER_WITHIN)
+    _TRANSFERS.begin()
     try:
         yield
     finally:
-        os.environ[_TIMEOUT] = str(ANSWER_WITHIN)
+        _TRANSFERS.end()
+
+
+class _Transfers:
+    """How many blocks of `slow_transfers` are open: the first sets the timeout, the last sets it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._open, self._set_by_us = threading.Lock(), 0, False
+
+    def begin(self) -> None:
+        with self._lock:
+            if self._open == 0:
+                self._set_by_us = os.environ.get(_TIMEOUT) in (None, str(ANSWER_WITHIN))
+                if self._set_by_us:
+                    os.environ[_TIMEOUT] = str(TRANSFER_WITHIN)
+            self._open += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0 and self._set_by_us:
+                os.environ[_TIMEOUT] = str(ANSWER_WITHIN)
+
+
+_TRANSFERS = _Transfers()
 
 
 class PatientClient:
-    """An MlflowClient whose calls wait for a server that is away, see `patiently`."""
+    """An MlflowClient whose calls wait for a server that is away, see `patiently`.
+
+    `READS` and `IDEMPOTENT_WRITES` are sent again where only the answer may be lost; all else is sent again only where
+    it never arrived.
+    """
 
     def __init__(self, plain: Any, uri: str, deadline: float = math.inf) -> None:
         self._plain, self._uri, self._deadline = plain, uri, deadline
@@ -121,13 +185,10 @@ class PatientClient:
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             operation = functools.partial(getattr(self._plain, name), *arguments, **options)
-            return patiently(self._uri, operation, repeat=name not in _NOT_REPEATED, deadline=self._deadline)
+            repeat = name in READS or name in IDEMPOTENT_WRITES
+            return patiently(self._uri, operation, repeat=repeat, deadline=self._deadline)
 
         return call
-
-
-# What makes something new each time: never sent again once it may have arrived.
-_NOT_REPEATED = ("create_run", "create_model_version")
 
 
 def patiently(

@@ -176,6 +176,20 @@ def test_the_other_place_of_coco(tmp_path):
     assert_holds(clips, truth)
 
 
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".png"])
+@pytest.mark.parametrize("kind", ["davis", "ytvis", "coco"])
+def test_frames_in_every_picture_format(kind, suffix, tmp_path):
+    truth = of_split(WRITERS[kind](tmp_path / "data"), training_split(kind))
+    for path in (tmp_path / "data").rglob("*.jpg"):
+        Image.open(path).convert("RGB").save(path.with_suffix(suffix), lossless=True)
+        path.unlink()
+    for path in (tmp_path / "data").rglob("*.json"):
+        path.write_text(path.read_text().replace(".jpg", suffix))
+    clips, report = clip_set(find(kind, tmp_path / "data"), tmp_path)
+    assert report["bad"] == []
+    assert_holds(clips, truth)
+
+
 # --- names ----------------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ def read(video: VideoRef, short_side: int | None) -> FrameIterator:
 
 def _decoded(video: VideoRef) -> Iterator[RawFrame]:
     name = storage.name(video.path)
-    frame = RawFrame(name, decode_image(read_whole(video.path, name), name), None)
+    frame = RawFrame(name, decode_image(read_whole(video.path, name), name))
     if video.details["objects"] is not None:
         frame = with_objects(frame, video.details["objects"], video.details["size"])
     yield frame

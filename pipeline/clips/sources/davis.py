@@ -13,14 +13,7 @@ from pathlib import PurePosixPath
 from pipeline import storage
 from pipeline.clips.sources.base import FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key, read_whole
-from pipeline.clips.sources.frames import (
-    RawFrame,
-    check_mask_size,
-    decode_labels,
-    fitted,
-    label_masks,
-    read_images,
-)
+from pipeline.clips.sources.frames import RawFrame, fitted, read_images, with_labels
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
 
@@ -104,7 +97,5 @@ def _decoded(video: VideoRef) -> Iterator[RawFrame]:
             mask = details["masks"][index]
             mask_name = PurePosixPath(mask).name
             content = read_whole(storage.join(details["labels"], mask), f"mask {mask_name}")
-            labels = decode_labels(content, mask_name)
-            check_mask_size(mask_name, labels.shape, frame)
-            frame = frame._replace(masks=label_masks(labels))
+            frame = with_labels(frame, content, mask_name)
         yield frame

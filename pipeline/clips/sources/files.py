@@ -13,7 +13,9 @@ from pipeline import storage
 from pipeline.clips.sources.base import BadVideo
 from pipeline.storage import FileInfo
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# What a frame or a mask may be stored as: by Pillow's name of a format, the suffixes of its files.
+PICTURE_FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "WEBP": (".webp",)}
+_SUFFIXES = tuple(suffix for suffixes in PICTURE_FORMATS.values() for suffix in suffixes)
 _THREADS = 16  # they wait for disks and networks, and hashing releases the GIL
 _A = TypeVar("_A")
 _T = TypeVar("_T")
@@ -26,7 +28,7 @@ def natural_key(name: str) -> list[Any]:
 
 def is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
 
 
 class HashMemo:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator
-from pipeline.clips.sources.files import read_whole
+from pipeline.clips.sources.files import PICTURE_FORMATS, read_whole
 from pipeline.clips.views import nearest_resize
 
 VOID = 255
@@ -31,11 +31,15 @@ DECODING_ERRORS = (
 
 
 class RawFrame(NamedTuple):
-    """A frame at its own size, `(H, W, 3)` uint8, with `(H, W)` bool masks, and what messages call it."""
+    """A frame as stored, `(H, W, 3)` uint8, with `(H, W)` bool masks, and what messages call it.
+
+    Layouts without a clock give no time; then the frame's number stands for it.
+    """
 
     name: str
     pixels: np.ndarray
-    masks: dict[int, np.ndarray] | None
+    masks: dict[int, np.ndarray] | None = None
+    seconds: float | None = None
 
 
 def reason(error: Exception, path: object = "") -> str:
@@ -45,20 +49,22 @@ def reason(error: Exception, path: object = "") -> str:
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray:
-    """Pixels (H, W, 3) of a JPEG or PNG, grey ones repeated; raises BadVideo, calling it `name`."""
+    """Pixels (H, W, 3) of a picture, grey ones repeated; raises BadVideo, calling it `name`."""
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(content), formats=tuple(PICTURE_FORMATS)) as image:
             return np.asarray(image.convert("RGB"))
     except DECODING_ERRORS as error:
         raise BadVideo(f"frame {name} can't be decoded ({reason(error)})") from error
 
 
 def decode_labels(content: bytes, name: str) -> np.ndarray:
-    """The labels (H, W) uint8 of a palette or grey PNG; raises BadVideo, calling it `name`."""
+    """The labels (H, W) uint8 of a palette or grey picture; raises BadVideo, calling it `name`."""
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(content), formats=tuple(PICTURE_FORMATS)) as image:
             if image.mode not in ("P", "L", "1"):
                 raise BadVideo(f"mask {name} is a {image.mode} image, not one of labels")
+            if image.format not in ("PNG", "BMP"):
+                raise BadVideo(f"mask {name} is a {image.format}, which does not keep labels; save it as PNG")
             return np.asarray(image).astype(np.uint8)
     except DECODING_ERRORS as error:
         raise BadVideo(f"mask {name} can't be decoded ({reason(error)})") from error
@@ -76,6 +82,13 @@ def check_mask_size(mask: str, size: Sequence[int], frame: RawFrame) -> None:
         raise BadVideo(f"mask {mask} is {size[1]}x{size[0]}, its frame {frame.name} {width}x{height} pixels")
 
 
+def with_labels(frame: RawFrame, content: bytes, mask: str) -> RawFrame:
+    """The frame with the masks of a label image of its size; raises BadVideo, calling that `mask`."""
+    labels = decode_labels(content, mask)
+    check_mask_size(mask, labels.shape, frame)
+    return frame._replace(masks=label_masks(labels))
+
+
 def target_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
     if short_side is None or short_side == min(height, width):
         return height, width
@@ -88,7 +101,7 @@ def read_images(folder: str, files: Iterable[str]) -> Iterator[RawFrame]:
     for file in files:
         name = storage.name(file)
         content = read_whole(storage.join(folder, file), f"frame {name}")
-        yield RawFrame(name, decode_image(content, name), None)
+        yield RawFrame(name, decode_image(content, name))
 
 
 def fitted(frames: Iterable[RawFrame], short_side: int | None) -> FrameIterator:
@@ -97,21 +110,21 @@ def fitted(frames: Iterable[RawFrame], short_side: int | None) -> FrameIterator:
     Raises:
         BadVideo: frames of differing sizes.
     """
-    size: tuple[int, int] | None = None
+    first: tuple[int, int] | None = None
     for index, frame in enumerate(frames):
         height, width = frame.pixels.shape[:2]
-        size = size or (height, width)
-        if size != (height, width):
+        first = first or (height, width)
+        if first != (height, width):
             raise BadVideo(
-                f"frame {frame.name} is {width}x{height}, the first one {size[1]}x{size[0]} pixels"
+                f"its frame size changes from {first[::-1]} to {(width, height)} (width, height) at frame {frame.name}"
             )
         target = target_size(height, width, short_side)
         pixels, masks = frame.pixels, frame.masks
-        if target != size:
+        if target != first:
             image = Image.fromarray(pixels).resize((target[1], target[0]), Image.Resampling.BICUBIC)
             pixels = np.asarray(image)
             masks = None if masks is None else {i: nearest_resize(m, target) for i, m in masks.items()}
-        yield Frame(pixels, float(index), masks)
+        yield Frame(pixels, float(index) if frame.seconds is None else frame.seconds, masks)
 
 
 def resample(frames: FrameIterator, fps: float | None, max_seconds: float | None) -> FrameIterator:

@@ -19,14 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, check_complete, in_threads, read_part
-from pipeline.clips.sources.frames import (
-    RawFrame,
-    check_mask_size,
-    decode_image,
-    decode_labels,
-    fitted,
-    label_masks,
-)
+from pipeline.clips.sources.frames import RawFrame, decode_image, fitted, with_labels
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
 
@@ -146,12 +139,8 @@ def _decoded(video: VideoRef) -> Iterator[RawFrame]:
     if masks is not None and len(masks) != len(frames):
         raise BadVideo(f"has {len(frames)} frames but {len(masks)} masks")
     for index, png in enumerate(frames):
-        frame = RawFrame(str(index), decode_image(png, str(index)), None)
-        if masks is not None:
-            labels = decode_labels(masks[index], str(index))
-            check_mask_size(str(index), labels.shape, frame)
-            frame = frame._replace(masks=label_masks(labels))
-        yield frame
+        frame = RawFrame(str(index), decode_image(png, str(index)))
+        yield frame if masks is None else with_labels(frame, masks[index], str(index))
 
 
 @cache

@@ -7,7 +7,6 @@ is background and 255 is void.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -16,12 +15,20 @@ from typing import Any
 import av
 import numpy as np
 from av.stream import Disposition
-from PIL import Image
 
 from pipeline import storage
-from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
+from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key, read_whole
-from pipeline.clips.sources.frames import label_masks, reason, target_size
+from pipeline.clips.sources.frames import (
+    RawFrame,
+    decode_labels,
+    fitted,
+    label_masks,
+    read_images,
+    reason,
+    target_size,
+)
+from pipeline.clips.views import nearest_resize
 from pipeline.storage import FileInfo
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
@@ -159,30 +166,13 @@ def read(video: VideoRef, short_side: int | None) -> FrameIterator:
     Storage that fails is no bad video: then its error is raised.
     """
     is_folder = video.details.get("folder") or os.path.isdir(video.path)
-    decode = _read_folder(video.path, short_side) if is_folder else _read_file(video, short_side)
-    masks = video.details.get("masks")
-    yield from _with_masks(decode, [storage.join(masks, name) for name in _images(masks)] if masks else None)
+    stored = read_images(video.path, _images(video.path)) if is_folder else _read_file(video, short_side)
+    frames, masks = fitted(stored, short_side), video.details.get("masks")
+    yield from _with_masks(frames, masks) if masks else frames
 
 
-def _read_folder(folder: str, short_side: int | None) -> FrameIterator:
-    size = None
-    for index, name in enumerate(_images(folder)):
-        content = read_whole(storage.join(folder, name), f"frame {name}")
-        try:
-            with Image.open(io.BytesIO(content)) as file:
-                image = file.convert("RGB")
-                size = size or image.size
-                if image.size != size:
-                    raise BadVideo(f"frame {name} is {image.size}, the first one {size} (width, height)")
-                height, width = target_size(image.height, image.width, short_side)
-                if (width, height) != image.size:
-                    image = image.resize((width, height), Image.Resampling.BICUBIC)
-                yield Frame(np.asarray(image), float(index), None)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise BadVideo(f"frame {name} can't be decoded ({reason(error)})") from error
-
-
-def _read_file(video: VideoRef, short_side: int | None) -> FrameIterator:
+def _read_file(video: VideoRef, short_side: int | None) -> Iterator[RawFrame]:
+    """A video file's frames. FFmpeg resizes them while it converts their colours, which is one pass fewer."""
     remote = None
     if storage.is_remote(video.path):
         remote = storage.RangeFile(video.path, 0, video.bytes, ahead=AHEAD)
@@ -206,7 +196,7 @@ def _read_file(video: VideoRef, short_side: int | None) -> FrameIterator:
         raise remote.failure
 
 
-def _decode(container: Any, stream: Any, short_side: int | None) -> FrameIterator:
+def _decode(container: Any, stream: Any, short_side: int | None) -> Iterator[RawFrame]:
     stream.thread_count = 1  # Ray runs one task a core
     packets = index = 0
     reach = 0.0  # seconds up to which any stream has data
@@ -222,8 +212,7 @@ def _decode(container: Any, stream: Any, short_side: int | None) -> FrameIterato
             pixels = image.to_ndarray()
             if frame.rotation:  # degrees counter-clockwise, from the file's display matrix
                 pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-            seconds = frame.time if frame.time is not None else float(index)
-            yield Frame(pixels, float(seconds), None)
+            yield RawFrame(str(index), pixels, seconds=None if frame.time is None else float(frame.time))
             index += 1
     if index == 0:
         raise BadVideo("not one frame could be decoded")
@@ -236,33 +225,23 @@ def _decode(container: Any, stream: Any, short_side: int | None) -> FrameIterato
         raise BadVideo(f"truncated: {reach - start:.1f} of {declared:.1f} seconds are there")
 
 
-def _with_masks(frames: FrameIterator, masks: list[str] | None) -> FrameIterator:
-    if masks is None:
-        yield from frames
-        return
+def _with_masks(frames: FrameIterator, folder: str) -> FrameIterator:
+    """Frames with the masks of a folder's label images, one each in order."""
+    names = _images(folder)
     count = 0
     for frame in frames:
-        if count >= len(masks):
-            raise BadVideo(f"has more frames than masks ({len(masks)})")
-        yield frame._replace(masks=_read_masks(masks[count], frame.pixels.shape[:2]))
+        if count >= len(names):
+            raise BadVideo(f"has more frames than masks ({len(names)})")
+        yield frame._replace(masks=_read_masks(folder, names[count], frame.pixels.shape[:2]))
         count += 1
-    if count != len(masks):
-        raise BadVideo(f"has {count} frames but {len(masks)} masks")
+    if count != len(names):
+        raise BadVideo(f"has {count} frames but {len(names)} masks")
 
 
-def _read_masks(uri: str, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
-    name = storage.name(uri)
-    content = read_whole(uri, f"mask {name}")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise BadVideo(f"mask {name} is a {image.mode} image, not one of labels")
-            mask_ratio, frame_ratio = image.width / image.height, shape[1] / shape[0]
-            if abs(mask_ratio / frame_ratio - 1) > 0.02:
-                raise BadVideo(
-                    f"mask {name} is {image.width}x{image.height}, its frame {shape[1]}x{shape[0]} pixels"
-                )
-            labels = np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.NEAREST))
-    except OSError as error:
-        raise BadVideo(f"mask {name} can't be decoded ({reason(error)})") from error
-    return label_masks(labels)
+def _read_masks(folder: str, name: str, size: tuple[int, ...]) -> dict[int, np.ndarray]:
+    """Masks (H, W) bool at a frame's size, of a label image that may have another one of the same shape."""
+    labels = decode_labels(read_whole(storage.join(folder, name), f"mask {name}"), name)
+    (mask_height, mask_width), (height, width) = labels.shape, size
+    if abs(mask_width * height / (mask_height * width) - 1) > 0.02:
+        raise BadVideo(f"mask {name} is {mask_width}x{mask_height}, its frame {width}x{height} pixels")
+    return label_masks(nearest_resize(labels, (height, width)))

@@ -188,7 +188,7 @@ def _decoded(video: VideoRef) -> Iterator[RawFrame]:
         segmentations = open_array(video.path, _SEGMENTATIONS, *video.details[_SEGMENTATIONS])
         segmentations = _check_segmentations(segmentations, frames, is_image)
     for index in range(frames.shape[0]):
-        frame = RawFrame(str(index), frames.step(index), None)
+        frame = RawFrame(str(index), frames.step(index))
         if segmentations is not None:
             frame = frame._replace(masks=_masks(segmentations.step(index), is_image))
         yield frame
@@ -205,7 +205,7 @@ def _check_segmentations(array: Array, frames: Array, is_image: bool) -> Array:
     if array.shape[0] != frames.shape[0]:
         raise BadVideo(f"has {frames.shape[0]} frames but segmentations of {array.shape[0]}")
     size = array.shape[2:] if is_image else array.shape[1:3]
-    check_mask_size(_SEGMENTATIONS, size, RawFrame("0", np.empty(frames.shape[1:3]), None))
+    check_mask_size(_SEGMENTATIONS, size, RawFrame("0", np.empty(frames.shape[1:3])))
     return array
 
 
