@@ -16,10 +16,9 @@ from pipeline.compute import best_device, ray_session
 from pipeline.config import Config, with_overrides
 from pipeline.distill.stage import distill, train_teacher
 from pipeline.evaluate.records import Evaluation
-from pipeline.evaluate.scoring import SCORES
+from pipeline.evaluate.scoring import SCORES, score_table
 from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
-from pipeline.evaluate.scoring import score_table
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import SlotModel, load_slot_model

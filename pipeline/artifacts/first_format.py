@@ -21,7 +21,8 @@ _KEYS = {
         initial_slots_from_teacher live_teacher fresh_views fast_decoder""",
     "Evaluate": """split model protocol clip_frames mask_size crop background ignore_overlaps rollout masks score
         teacher baselines validation_videos""",
-    "Protocol": "clip_frames mask_size crop background ignore_overlaps rollout masks",  # of `config.protocols`
+    "SyntheticSettings": "videos frames size min_objects max_objects fps seed",
+    "Protocol": "clip_frames mask_size crop background ignore_overlaps rollout masks",
 }
 
 # By the name of a section's class.

@@ -292,14 +292,15 @@ class Artifacts:
         }
         return self._place("sweeps", content)
 
-    def generated(self, settings: Mapping[str, Any]) -> Artifact:
-        """A folder of generated videos with these settings."""
-        return self._place("generated", {**settings, "format": CLIPS_FORMAT, "av": _decoder()["av"]})
+    def generated(self, settings: Any) -> Artifact:
+        """A folder of generated videos; `settings` is the dataclass `SyntheticSettings`."""
+        content = counted_fields(settings)
+        return self._place("generated", {**content, "format": CLIPS_FORMAT, "av": _decoder()["av"]})
 
 
 def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
     """Of a section's settings what decides content, by key; without those of `but`."""
-    first = FIRST_KEYS[type(section).__name__]
+    first = FIRST_KEYS.get(type(section).__name__, frozenset())
     defaults = type(section).model_fields
     ignored = run_details(type(section)) | set(but)
     return {
@@ -312,8 +313,7 @@ def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
 
 def later(section: Section) -> dict[str, Any]:
     """Of a section whose first settings are counted one by one: the later ones that are not at their defaults."""
-    first = FIRST_KEYS[type(section).__name__]
-    return {key: value for key, value in counted(section).items() if key not in first}
+    return counted(section, but=FIRST_KEYS[type(section).__name__])
 
 
 def clip_settings(config: Config) -> dict[str, Any]:
@@ -330,13 +330,15 @@ def view_recipe(config: Config) -> dict[str, Any]:
 
 def protocol_rules(protocol: Protocol) -> dict[str, Any]:
     """A protocol's rules without its name."""
-    first = FIRST_KEYS["Protocol"]
-    return {
-        field.name: value
-        for field in fields(protocol)
-        if field.name != "name"
-        and ((value := getattr(protocol, field.name)) != field.default or field.name in first)
-    }
+    return {key: value for key, value in counted_fields(protocol).items() if key != "name"}
+
+
+def counted_fields(values: Any) -> dict[str, Any]:
+    """`counted` for a dataclass: its fields without defaults, those of the first format, and what differs."""
+    kinds = [kind.__name__ for kind in type(values).__mro__]
+    first = next(FIRST_KEYS[kind] for kind in kinds if kind in FIRST_KEYS)
+    known = {field.name: (getattr(values, field.name), field.default) for field in fields(values)}
+    return {key: value for key, (value, default) in known.items() if key in first or value != default}
 
 
 def _what_distills(settings: Distill) -> dict[str, Any]:

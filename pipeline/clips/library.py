@@ -79,7 +79,7 @@ def _generate(config: Config, split: str) -> str:
         size=settings.size,
         seed=len(counts) * settings.seed + list(counts).index(kind),  # no split shares a video with another
     )
-    folder = artifacts_of(config).generated(asdict(synthetic)).uri
+    folder = artifacts_of(config).generated(synthetic).uri
     if storage.is_complete(folder):
         return folder
     manifest: dict[str, Any] = {"kind": "generated", "settings": asdict(synthetic)}

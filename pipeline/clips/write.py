@@ -18,7 +18,7 @@ from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_m
 from pipeline.clips.sources import read_video
 from pipeline.clips.sources.base import BadVideo, Frame, VideoRef
 from pipeline.clips.table import VideoEntry
-from pipeline.config.sections import Clips
+from pipeline.config import Clips
 
 
 @dataclass(frozen=True)

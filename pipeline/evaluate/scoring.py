@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from pipeline.artifacts.manifests import Rules
 from pipeline.clips.schema import Clip, stack_masks
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, central_square, nearest_resize, stable_hash
-from pipeline.artifacts.manifests import Rules
 from pipeline.config.protocols import Protocol
 from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.table import Cell, Column, Row, Table, cells, one_decimal

@@ -25,9 +25,8 @@ from pipeline.config import Config
 from pipeline.config.protocols import Protocol, choose_protocol
 from pipeline.evaluate.baselines import BASELINES, Predictor
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
-from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_video
+from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_table, score_video
 from pipeline.evaluate.subjects import Subject, baseline_subjects, named_model, own_models
-from pipeline.evaluate.scoring import score_table
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
 from pipeline.models import SlotModel

@@ -13,9 +13,8 @@ from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, nearest_resize
 from pipeline.compute import best_device
 from pipeline.config.protocols import PRESETS, Protocol
-from pipeline.evaluate.scoring import recorded_protocol, view_of
 from pipeline.evaluate.records import METHODS
-from pipeline.evaluate.scoring import model_predictor, samples
+from pipeline.evaluate.scoring import model_predictor, recorded_protocol, samples, view_of
 from pipeline.models import SlotModel
 from pipeline.models.build import load_model
 from pipeline.report.select import NothingToShow, Selection

@@ -20,7 +20,7 @@ from pipeline.clips.schema import Clip
 from pipeline.clips.table import SHARD_FOLDER, ClipSet
 from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.compute import best_device, keep_freed_memory
-from pipeline.config.sections import Config
+from pipeline.config import Config
 from pipeline.models.build import build_student, load_teacher
 from pipeline.models.slot_model import SlotModel
 from pipeline.targets.table import FEATURES, TargetMismatch, TargetSet, _schema

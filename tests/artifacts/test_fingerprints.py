@@ -1,0 +1,221 @@
+"""What decides an artifact's folder: pinned values, and what a setting changes and does not change."""
+
+import json
+from dataclasses import make_dataclass
+from pathlib import Path
+
+import pytest
+from artifacts.worlds import MadeUpVideos, at, fingerprints, publish_targets, use_one_decoder, world, write_model
+from pydantic import create_model
+
+from pipeline import storage
+from pipeline.artifacts import identity
+from pipeline.artifacts.identity import Artifacts
+from pipeline.config import Config, with_overrides
+from pipeline.config.protocols import Protocol
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fingerprints.json").read_text())
+CONFIGS = ("demo", "movi_e")
+STUDENTS = {
+    "student, no KD": {"distill.method": "no_kd"},
+    "student, Hungarian": {"distill.method": "slotmatch_hungarian"},
+    "student, live teacher": {"distill.live_teacher": True},
+    "student, feature KD": {"distill.method": "feature_kd", "targets.teacher_features": True},
+    "student, 2 views": {"targets.views": 2},
+    "student, seed 7": {"distill.seed": 7},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_decoder(monkeypatch):
+    use_one_decoder(monkeypatch)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fingerprints_are_those_of_the_first_release(name, tmp_path):
+    """Nobody's clips, targets, students and scores are orphaned by an upgrade."""
+    pinned = GOLDEN[name]
+    artifacts = world(name, tmp_path)
+    found = fingerprints(artifacts)
+    assert found == {key: pinned[key] for key in found}
+    for student, overrides in STUDENTS.items():
+        if student not in pinned:
+            continue  # a live teacher would have to be loaded
+        other = at(with_overrides(artifacts.config, overrides))
+        assert other.student.fingerprint == pinned[student], student
+        if f"{student}: settings" in pinned:
+            assert other.student_settings == pinned[f"{student}: settings"]
+
+
+def test_generated_videos_keep_their_folders(tmp_path):
+    from pipeline.clips.sources.synthetic import SyntheticSettings
+
+    artifacts = world("demo", tmp_path)
+    for number, split in enumerate(("train", "validation", "test")):
+        settings = SyntheticSettings(videos=400 if split == "train" else 60, frames=24, size=96, seed=number)
+        assert artifacts.generated(settings).fingerprint == GOLDEN["demo"][f"generated {split}"]
+
+
+# --- a setting that a later version adds --------------------------------------------------------------
+
+
+def later_version(section):
+    """A section of the config, and all sections in it, with one more setting."""
+    fields = {
+        name: (later_version(type(value)), later_version(type(value))())
+        for name, field in section.model_fields.items()
+        if isinstance(value := field.get_default(call_default_factory=True), identity.Section)
+    }
+    return create_model(section.__name__, __base__=section, later=(float, 0.5), **fields)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_new_setting_changes_no_fingerprint(name, tmp_path, monkeypatch):
+    before = fingerprints(world(name, tmp_path))
+    config = world(name, tmp_path).config
+    newer = later_version(Config).model_validate(config.model_dump(mode="json"))
+    assert newer.distill.later == newer.teacher.train.later == newer.dataset.synthetic.later == 0.5
+    monkeypatch.setattr(identity, "Protocol", Protocol)
+    assert fingerprints(at(newer)) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("clips", {"clips", "evaluation clips", "teacher", "targets", "student", "student: settings", "protocol"}),
+        ("teacher", {"teacher", "targets", "student", "student: settings"}),
+        ("student", {"student", "student: settings"}),
+        ("targets", {"teacher", "targets", "student", "student: settings"}),
+        ("distill", {"student", "student: settings"}),
+        ("evaluate", set()),
+        ("mlflow", set()),
+    ],
+)
+def test_a_new_setting_counts_where_it_is_not_at_its_default(section, changes, tmp_path):
+    before = fingerprints(world("movi_e", tmp_path))
+    values = world("movi_e", tmp_path).config.model_dump(mode="json")
+    values[section]["later"] = 0.75
+    newer = later_version(Config).model_validate(values)
+    assert changed(before, fingerprints(at(newer))) >= changes
+    if not changes:
+        assert changed(before, fingerprints(at(newer))) <= {"sweep"}
+
+
+def test_a_new_rule_of_protocols_counts_where_it_is_not_at_its_default(tmp_path):
+    Newer = make_dataclass("Newer", [("later", float, 0.5)], bases=(Protocol,), frozen=True)
+    rules = identity.protocol_rules(Protocol("paper", clip_frames=4))
+    assert identity.protocol_rules(Newer("paper", clip_frames=4)) == rules
+    assert identity.protocol_rules(Newer("paper", clip_frames=4, later=1.0)) == {**rules, "later": 1.0}
+
+
+# --- which setting changes what -----------------------------------------------------------------------
+
+SCORED = {"evaluation", "evaluation of the teacher", "evaluation of a grid", "protocol"}
+STUDENT = {"student", "student: settings", "sweep"}
+FROM_TARGETS = {"targets", *STUDENT}
+FROM_TEACHER = {"teacher", *FROM_TARGETS}
+ALL = {"clips", "evaluation clips", *FROM_TEACHER, *SCORED}
+
+# Of a teacher its files decide what is made with it, and those of these tests are always the same.
+DECIDES = [
+    ("clips.clip_frames=2", ALL),
+    ("clips.quality=50", ALL),
+    ("clips.videos_per_shard=2", ALL),
+    ("dataset.seed=1", FROM_TEACHER),
+    ("dataset.name=other", set()),
+    ("teacher.train.steps=5000", {"teacher"}),
+    ("teacher.train.seed=1", {"teacher"}),
+    ("teacher.decoder_hidden_sizes=[8]", {"teacher"}),
+    ("teacher.name=other", set()),
+    ("targets.views=2", FROM_TEACHER),
+    ("targets.flip=0.1", FROM_TEACHER),
+    ("targets.rollout=cyclic", FROM_TARGETS),
+    ("targets.student_features=true", FROM_TARGETS),
+    ("targets.teacher_features=true", FROM_TARGETS),
+    ("student.image_size=224", STUDENT),
+    ("student.decoder_hidden_sizes=[8]", STUDENT),
+    ("student.mean=[0,0,0]", STUDENT),
+    ("distill.beta=0.3", {"student", "student: settings"}),  # which a sweep varies itself
+    ("distill.seed=1", {"student"}),
+    ("distill.name=mine", {"student", "sweep"}),
+    ("distill.steps=5000", STUDENT),
+    ("distill.workers=1", STUDENT),
+    ("distill.precision=fp32", STUDENT),
+    ("distill.method=slotmatch_mse", STUDENT),
+    ("distill.matching=frame", set()),  # of another method
+    ("evaluate.mask_size=64", {*SCORED, "sweep"}),
+    ("evaluate.split=test", {"evaluation clips", *SCORED, "sweep"}),
+    ("evaluate.score=image_mbo", {"sweep"}),
+    ("sweep.seeds=[1]", {"sweep"}),
+]
+RUN_DETAILS = [
+    "clips.max_bad_fraction=0.5",
+    "targets.batch_size=2",
+    "targets.verify=0.5",
+    "mlflow.experiment=other",
+    "ray.gpus=1",
+    "sweep.max_concurrent=1",
+    *(
+        f"{section}.{key}"
+        for section in ("distill", "teacher.train")
+        for key in (
+            "cpus_per_worker=0.5",
+            "loader_threads=1",
+            "log_every=7",
+            "checkpoint_every=7",
+            "validate_every=7",
+            "keep_checkpoints=7",
+            "overlays=7",
+            "max_failures=7",
+        )
+    ),
+    "distill.measure_bound_every=7",
+]
+
+
+def changed(before, after):
+    return {key for key in before if before[key] != after[key]}
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_decoder(patch)
+        root = tmp_path_factory.mktemp("movi_e")
+        return root, fingerprints(world("movi_e", root))
+
+
+@pytest.mark.parametrize(("override", "expected"), DECIDES)
+def test_what_a_setting_changes(override, expected, unchanged):
+    root, before = unchanged
+    assert changed(before, fingerprints(world("movi_e", root, override))) == expected
+
+
+@pytest.mark.parametrize("override", RUN_DETAILS)
+def test_run_details_change_nothing(override, unchanged):
+    root, before = unchanged
+    assert changed(before, fingerprints(world("movi_e", root, override))) == set()
+
+
+# --- defaults, files ----------------------------------------------------------------------------------
+
+
+def test_defaults_stay(tmp_path):
+    """A setting counts by how it differs from its default, so a default is never changed: add a new setting."""
+    pinned = json.loads((Path(__file__).parents[1] / "golden" / "defaults.json").read_text())
+    now = Config().model_dump(mode="json")
+    assert {section: {key: now[section][key] for key in keys} for section, keys in pinned.items()} == pinned
+
+
+def test_a_file_is_hashed_once(tmp_path, monkeypatch):
+    hashed = []
+    real = storage.hash_file
+    monkeypatch.setattr(storage, "hash_file", lambda uri: hashed.append(uri) or real(uri))
+    artifacts = world("movi_e", tmp_path)
+    for beta in (0.1, 0.2, 0.3):
+        artifacts.of(with_overrides(artifacts.config, {"distill.beta": beta})).student  # noqa: B018
+    assert len(hashed) == len(set(hashed)) == 2  # the teacher's config and weights
+    write_model(artifacts.teacher.uri, 3)  # another file under the same name
+    fresh = Artifacts(artifacts.config, MadeUpVideos())
+    assert fresh.targets.fingerprint != artifacts.targets.fingerprint
+    publish_targets(fresh)
