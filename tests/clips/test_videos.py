@@ -361,17 +361,6 @@ def test_masks(tmp_path, labels):
             np.testing.assert_array_equal(mask, label == object_id)
 
 
-def test_palette_masks_are_read_by_index(tmp_path, labels):
-    video = write_video(tmp_path / "a.mp4", [picture()])
-    folder = tmp_path / "masks"
-    folder.mkdir()
-    image = Image.fromarray(labels[0]).convert("P")
-    image.putdata(labels[0].flatten().tolist())
-    image.putpalette([0, 0, 0, *[128, 0, 0] * 255])
-    image.save(folder / "0.png")
-    assert sorted(read(video, folder)[0].masks) == [3, 7]
-
-
 def test_masks_follow_the_resized_frames(tmp_path, labels):
     video = write_video(tmp_path / "a.mp4", [picture()] * 3)
     frames = read(video, write_images(tmp_path / "masks", labels), short_side=32)
@@ -398,12 +387,6 @@ def test_mask_of_another_shape(tmp_path):
     video = write_video(tmp_path / "a.mp4", [picture()])
     folder = write_images(tmp_path / "masks", np.zeros((1, 64, 64), np.uint8))
     assert reason_against(video, folder) == "mask 00000.png is 64x64, its frame 96x64 pixels"
-
-
-def test_mask_that_is_a_colour_picture(tmp_path):
-    video = write_video(tmp_path / "a.mp4", [picture()])
-    folder = write_images(tmp_path / "masks", [picture()])
-    assert reason_against(video, folder) == "mask 00000.png is a RGB image, not one of labels"
 
 
 def test_mask_that_a_lossy_format_has_changed(tmp_path, labels):

@@ -17,7 +17,6 @@ from pipeline import storage, tracking
 from pipeline.distill.stage import distill
 from pipeline.registry.stage import register
 from pipeline.tracking import client as mlflow_client
-from pipeline.tracking import runs
 from pipeline.tracking.client import AccessDenied, ServerUnavailable
 
 pytestmark = [
@@ -67,7 +66,7 @@ def assert_all_metrics_arrived(config, summary):
 )
 def test_a_server_that_comes_back_gets_what_it_missed(no_kd, mlflow_server, at_step, monkeypatch, capfd):
     config, clips = no_kd
-    monkeypatch.setattr(runs, "SECONDS_BETWEEN_TRIES", 0.1)
+    monkeypatch.setattr("pipeline.tracking.runs.SECONDS_BETWEEN_TRIES", 0.1)
     at_step(6, mlflow_server.kill)
     at_step(16, mlflow_server.start)
     summary = distill(config, clips)
