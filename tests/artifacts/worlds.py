@@ -53,7 +53,12 @@ def publish_clips(uri):
     with storage.atomic_write(storage.join(uri, INDEX_FILE)) as file:
         pq.write_table(pa.Table.from_pylist(rows), file)
     ClipManifest(
-        fingerprint=storage.name(uri), settings={"clip_frames": 4}, clips=3, videos=3, annotated_videos=3, shards=()
+        fingerprint=storage.name(uri),
+        settings={"clip_frames": 4},
+        clips=3,
+        videos=3,
+        annotated_videos=3,
+        shards=(),
     ).publish(uri)
 
 
