@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from jobs._main import run_stage
+from jobs._job import Job
+from jobs._main import run
 from pipeline.config import Config
 
 
@@ -15,5 +16,12 @@ def stage(config: Config) -> dict[str, Any]:
     return distill_stage(config)
 
 
+JOB = Job(
+    "distill",
+    __doc__,
+    stage,
+    ("distill", "student", "teacher", "targets", "evaluate", "mlflow", "ray", "storage"),
+)
+
 if __name__ == "__main__":
-    sys.exit(run_stage("distill", __doc__ or "", stage))
+    sys.exit(run(JOB))
