@@ -1,1 +1,1 @@
-"""One thin, submittable entry point a stage: `python -m jobs.STAGE CONFIG [section.key=value …]`."""
+"""One thin, submittable entry point a stage; `python -m jobs` lists them."""

@@ -1,5 +1,7 @@
 """What every entry point does: parse, call the library, end stdout with one line of JSON.
 
+One grammar: `python -m jobs.STAGE [WORDS …] CONFIG.yaml [PRESET.yaml …] [section.key=value …] [--flags]`. Each
+`jobs/STAGE.py` declares a `Job`, which `run` runs and `parse` only reads.
 Exit codes: 0 done, 1 failed, 2 a command line or config that can't be run (before Ray starts).
 """
 
@@ -7,84 +9,182 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
-from pipeline import storage
-from pipeline.compute import root_cause
-from pipeline.config import Config, ConfigError, load_config, resolve_config
+import yaml
+
+from jobs._help import help_text
+from jobs._job import Job
+from pipeline.config import Config, ConfigError, Section, load_config, read_settings, shipped_configs
 from pipeline.log import log, redact, redact_output, redacted, traceback_text
 
+STAGES = (
+    *("shard", "teacher", "cache", "distill", "evaluate", "register", "pipeline"),  # in the order of the flow
+    *("pull", "segment", "lineage"),  # what to do with a registered model
+    *("sweep", "evidence", "report"),  # comparisons
+)
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line without the secrets in it."""
 
-    def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(redact(message), file)
+@dataclass(frozen=True)
+class Call:
+    """A command line that can be run: `job.run(config, **arguments)`."""
+
+    job: Job
+    config: Config
+    arguments: dict[str, Any]
+    dry_run: bool
+
+    def to_yaml(self) -> str:
+        """What it would be run with."""
+        if not self.job.keys:
+            return self.config.to_yaml()
+        values = dict(self.arguments)
+        if isinstance(settings := values.pop("settings", None), Section):
+            values |= settings.model_dump(mode="json")
+        for key in self.job.keys:
+            section, name = key.split(".")
+            values[key] = getattr(getattr(self.config, section), name)
+        return yaml.safe_dump(values, sort_keys=False)
 
 
-def run_stage(
-    job: str,
-    description: str,
-    stage: Callable[[Config], dict[str, Any]],
-    check: Callable[[Config], object] = lambda config: None,
-) -> int:
-    """The command line of a stage that takes a config.
+def find_job(stage: str) -> Job:
+    """The job of a stage. Raises ConfigError, which names the nearest one, for any other word."""
+    if stage not in STAGES:
+        near = difflib.get_close_matches(stage, STAGES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(STAGES)}"
+        raise ConfigError(f"{stage!r} is no stage; {hint}")
+    return importlib.import_module(f"jobs.{stage}").JOB
 
-    `check` may raise a ConfigError for a config that this stage can't run, also in a dry run.
+
+def parse(job: str, words: Sequence[str]) -> Call:
+    """Reads the command line of a stage, its config included, without running it.
+
+    Raises:
+        ConfigError: no such stage, or what can't be run: words, files, keys or values.
+        SystemExit: --help or --schema, after it was printed.
     """
+    return _parse(find_job(job), words, f"python -m jobs.{job}")
+
+
+def run(job: Job, words: Sequence[str] | None = None, *, called: str = "") -> int:
+    """Runs a job from its command line (`sys.argv`'s by default); returns the exit code."""
     redact_output()
-    parser = Parser(f"python -m jobs.{job}", description=description)
-    parser.add_argument("config", help="a YAML file, as in configs/")
-    parser.add_argument(
-        "changes",
-        nargs="*",
-        metavar="PRESET.yaml or section.key=value",
-        help="what differs from it: files of a few settings, as in configs/methods/, and settings",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    arguments = parser.parse_intermixed_args()
     try:
-        presets = [word for word in arguments.changes if re.fullmatch(r"[^=]+\.ya?ml", word)]
-        overrides = [word for word in arguments.changes if word not in presets]
-        config = load_config(arguments.config, overrides, presets=presets)
-        check(config)
+        call = _parse(job, sys.argv[1:] if words is None else words, called or f"python -m jobs.{job.name}")
     except ConfigError as error:
-        return refuse(job, error)
-    if arguments.dry_run:
-        print(config.to_yaml(), end="")
+        return refuse(job.name, error)
+    if call.dry_run:
+        print(redact(call.to_yaml()), end="")
         return 0
-    return report(job, lambda: stage(config))
+    return report(job.name, lambda: job.run(call.config, **call.arguments))
 
 
-def split_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Command-line words that are no settings, and the `key=value` ones."""
-    words = [a for a in arguments if not re.match(r"[a-z_.]+=", a)]
-    return words, dict(a.split("=", 1) for a in arguments if a not in words)
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, job: Job, called: str) -> None:
+        super().__init__(add_help=False)
+        self._job, self._called = job, called
+        self.add_argument("words", nargs="*")
+        for option in job.options:
+            if option.metavar:
+                self.add_argument(option.flag, type=option.type, default=option.default)
+            else:
+                self.add_argument(option.flag, action="store_true")
+        self.add_argument("--dry-run", action="store_true")
+        self.add_argument("--schema", action=_Schema, nargs=0)
+        self.add_argument("-h", "--help", action="help")
+
+    def format_help(self) -> str:
+        return help_text(self._job, self._called)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self._called} --help")
 
 
-REGISTRY_SETTINGS = ("mlflow.tracking_uri", "storage.root")
+class _Schema(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(json.dumps(Config.model_json_schema(), indent=2))
+        parser.exit()
 
 
-def check_settings(settings: dict[str, str], known: Sequence[str]) -> None:
-    """Raises ConfigError for the first key that is not among the known ones."""
-    for key, value in settings.items():
+def _parse(job: Job, words: Sequence[str], called: str) -> Call:
+    options = vars(_Parser(job, called).parse_intermixed_args(list(words)))
+    typed, dry_run = options.pop("words"), options.pop("dry_run")
+    del options["schema"]
+    others = [word for word in typed if not _is_setting(word)]
+    # The first word is the config, whatever it is called, of a job that has no words of its own.
+    files = [word for n, word in enumerate(others) if _is_yaml(word) or (n == 0 and not job.words)]
+    arguments, overrides = {}, [word for word in typed if word not in files]
+    if job.words:
+        own, overrides = _split(job, [word for word in typed if _is_setting(word)])
+        arguments = _fill(job, [word for word in others if word not in files], called)
+        if job.settings is not None:
+            arguments["settings"] = read_settings(job.settings, own)
+    path: str | Path | None = files[0] if files else None
+    if path is None and job.default_config:
+        path = shipped_configs().get(job.default_config, Path(job.default_config))
+    if path is None and not job.keys:
+        raise ConfigError(f"no config given{_file_hint(typed)}; see {called} --help")
+    config = load_config(path, overrides, presets=files[1:])
+    arguments |= options
+    job.check(config, **arguments)
+    return Call(job, config, arguments, dry_run)
+
+
+def _is_setting(word: str) -> bool:
+    return re.match(r"[a-z_.]+=", word) is not None
+
+
+def _is_yaml(word: str) -> bool:
+    return re.fullmatch(r"[^=]+\.ya?ml", word) is not None
+
+
+def _fill(job: Job, words: list[str], called: str) -> dict[str, Any]:
+    """The job's words by their names, as `Job.run` takes them."""
+    arguments: dict[str, Any] = {}
+    for word in job.words:
+        if not words:
+            raise ConfigError(f"no {word.shown.split()[0].lower()} given; see {called} --help")
+        arguments[word.name] = words if word.many else words[0]
+        words = [] if word.many else words[1:]
+    if words:
+        raise ConfigError(f"{words[0]!r} is not of the form key=value")
+    return arguments
+
+
+def _split(job: Job, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The job's own settings, and the overrides of the config.
+
+    Raises:
+        ConfigError: a key that is neither.
+    """
+    own = list(job.settings.model_fields) if job.settings is not None else []
+    known = [*own, *job.keys]
+    settings, overrides = {}, []
+    for word in words:
+        key, value = word.split("=", 1)
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(known)}"
-            raise ConfigError(f"{key}: unknown setting (value {value!r}); {hint}")
+            hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(known)}"
+            raise ConfigError(f"{key}: unknown setting (value {value!r}){_file_hint([word]) or hint}")
+        if key in own:
+            settings[key] = value
+        else:
+            overrides.append(word)
+    return settings, overrides
 
 
-def registry_uri(settings: dict[str, str]) -> str:
-    """The tracking server or database, for jobs that take no config file."""
-    chosen = {k: v for k, v in settings.items() if k in REGISTRY_SETTINGS}
-    if "storage.root" in chosen:
-        chosen["storage.root"] = storage.absolute(chosen["storage.root"])
-    return resolve_config({}, [f"{k}={v}" for k, v in chosen.items()]).tracking_uri
+def _file_hint(words: Sequence[str]) -> str:
+    """What to type for a file whose name reads as a setting."""
+    file = next((word for word in words if _is_setting(word) and Path(word).exists()), None)
+    return f"; the file of this name is ./{file}" if file else ""
 
 
 def refuse(job: str, error: Exception) -> int:
@@ -100,7 +200,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
-    """Runs a job and prints its summary; an error is one clear line, with its traceback before it."""
+    """Runs a job and prints its summary; an error is one clear line, with its traceback before it.
+
+    The exit code is 1 too where the summary has a status of its own, which is not "ok".
+    """
     redact_output()
     started = time.monotonic()
 
@@ -116,14 +219,17 @@ def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
         _print_summary({"job": job, "status": "interrupted", "seconds": elapsed()})
         return 1
     except Exception as error:
+        from pipeline.compute import root_cause
+
         cause = root_cause(error)
         if not _is_ours(cause):
             log(traceback_text(error).rstrip())
         log(f"error: {cause}")
         _print_summary({"job": job, "status": "failed", "seconds": elapsed(), "error": str(cause)})
         return 1
-    _print_summary({"job": job, "status": "ok", "seconds": elapsed(), **summary})
-    return 0
+    summary = {"job": job, "status": "ok", "seconds": elapsed(), **summary}
+    _print_summary(summary)
+    return int(summary["status"] != "ok")
 
 
 def _is_ours(error: BaseException) -> bool:

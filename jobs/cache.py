@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from jobs._main import run_stage
+from jobs._job import Job
+from jobs._main import run
 from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.targets.stage import cache_stage
+    from pipeline.targets.stage import cache
 
-    return cache_stage(config)
+    return cache(config)
 
+
+JOB = Job("cache", __doc__, stage, ("targets", "teacher", "student", "ray", "storage"))
 
 if __name__ == "__main__":
-    sys.exit(run_stage("cache", __doc__ or "", stage))
+    sys.exit(run(JOB))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from jobs._main import run_stage
+from jobs._job import Job
+from jobs._main import run
 from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.evaluate.stage import evaluate_stage
+    from pipeline.evaluate.stage import evaluate
 
-    return evaluate_stage(config)
+    return evaluate(config)
 
+
+JOB = Job("evaluate", __doc__, stage, ("evaluate", "dataset", "mlflow", "ray", "storage"))
 
 if __name__ == "__main__":
-    sys.exit(run_stage("evaluate", __doc__ or "", stage))
+    sys.exit(run(JOB))

@@ -1,18 +1,22 @@
-"""Train every way to distil from several seeds, score them on the test split, and say which claims hold."""
+"""Score a sweep's students on a test split; say which claims hold.
+
+Trains every way to distil from several seeds first, where that was not done.
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from jobs._main import run_stage
+from jobs._job import Job
+from jobs._main import run
 from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.sweep.evidence import run_evidence
+    from pipeline.sweep.evidence import evidence
 
-    return run_evidence(config)
+    return evidence(config)
 
 
 def check(config: Config) -> None:
@@ -21,5 +25,13 @@ def check(config: Config) -> None:
     check_evidence(config)
 
 
+JOB = Job(
+    "evidence",
+    __doc__,
+    stage,
+    ("evidence", "sweep", "evaluate", "distill", "mlflow", "ray", "storage"),
+    check=check,
+)
+
 if __name__ == "__main__":
-    sys.exit(run_stage("evidence", __doc__ or "", stage, check))
+    sys.exit(run(JOB))

@@ -1,43 +1,34 @@
-"""Where a registered model comes from, back to its videos: python -m jobs.lineage models:/slotmatch@champion
+"""Where a registered model comes from, back to its videos.
 
-Settings: mlflow.tracking_uri=URI (default $MLFLOW_TRACKING_URI), or storage.root=DIR for its SQLite file.
 The exit code is 1 where a link of the chain is missing.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from typing import Any
 
-from jobs._main import REGISTRY_SETTINGS, Parser, check_settings, registry_uri, report, split_settings
-from pipeline.config import ConfigError
+from jobs._job import REGISTERED, REGISTRY_KEYS, Job, Option
+from jobs._main import run
+from pipeline.config import Config
 
 
-def main() -> int:
-    parser = Parser(
-        "python -m jobs.lineage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    parser.add_argument("settings", nargs="*", metavar="key=value")
-    parser.add_argument("--videos", action="store_true", help="list every video, not the first few")
-    arguments = parser.parse_intermixed_args()
-    words, settings = split_settings(arguments.settings)
-    complete = True
+def stage(config: Config, model: str, videos: bool) -> dict[str, Any]:
+    from pipeline.registry.lineage import trace
 
-    def work() -> dict[str, object]:
-        nonlocal complete
-        from pipeline.registry.lineage import trace
+    found = trace(model, config.tracking_uri)
+    print(found.tree(all_videos=videos))
+    return found.summary()
 
-        if words:
-            raise ConfigError(f"{words[0]!r} is not of the form key=value")
-        check_settings(settings, REGISTRY_SETTINGS)
-        found = trace(arguments.model, registry_uri(settings))
-        print(found.tree(all_videos=arguments.videos))
-        complete = not found.missing
-        return found.summary()
 
-    return report("lineage", work) or int(not complete)
-
+JOB = Job(
+    "lineage",
+    __doc__,
+    stage,
+    words=(REGISTERED,),
+    options=(Option("--videos", "list every video, not the first few"),),
+    keys=REGISTRY_KEYS,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(JOB))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from jobs._main import run_stage
+from jobs._job import Job
+from jobs._main import run
 from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.registry.stage import register_stage
+    from pipeline.registry.stage import register
 
-    return register_stage(config)
+    return register(config)
 
+
+JOB = Job("register", __doc__, stage, ("mlflow", "evaluate", "ray", "storage"))
 
 if __name__ == "__main__":
-    sys.exit(run_stage("register", __doc__ or "", stage))
+    sys.exit(run(JOB))

@@ -1,83 +1,78 @@
-"""Segment videos: python -m jobs.segment VIDEO … model=models:/slotmatch@champion out=DIR
+"""Segment videos with a registered model, a folder or a checkpoint.
 
-`model` is a registered model, a model folder or a checkpoint file. Other settings: max_side=1280 (pixels),
-mlflow.tracking_uri=URI, or storage.root=DIR for its SQLite file; and what a public file does not tell:
-num_slots=N where it draws its initial slots, mean=[R,G,B] std=[R,G,B] where they are not ImageNet's, and
-num_heads=N where its ViT has not width / 64 heads.
+Writes an overlay video, label maps and a contact sheet of each.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-from jobs._main import REGISTRY_SETTINGS, Parser, check_settings, registry_uri, report, split_settings
-from pipeline.config import Config, ConfigError, resolve_config
-
-HINTS = ("num_heads", "num_slots", "mean", "std")  # as in a config's `teacher` section
-SETTINGS = ("model", "out", "max_side", *HINTS, *REGISTRY_SETTINGS)
-
-
-def main() -> int:
-    parser = Parser(
-        "python -m jobs.segment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("words", nargs="+", metavar="VIDEO | key=value")
-    videos, settings = split_settings(parser.parse_args().words)
-    return report("segment", lambda: _segment(videos, settings))
+from jobs._job import REGISTRY_KEYS, Job, Word
+from jobs._main import run
+from pipeline.config import Config, ConfigError, Section
+from pipeline.config.fields import PositiveInt
+from pipeline.config.models import Colour, PositiveColour, SlotCount
 
 
-def _segment(videos: list[str], settings: dict[str, str]) -> dict[str, Any]:
-    check_settings(settings, SETTINGS)
-    for key in ("model", "out"):
-        if key not in settings:
-            raise ConfigError(f"{key}: is missing; give {key}=…")
-    if not videos:
-        raise ConfigError("no video given")
+class Settings(Section):
+    """The last four as in a config's `teacher` section: what a public file does not tell."""
+
+    model: str
+    """models:/NAME@ALIAS, models:/NAME/VERSION, a model folder or a checkpoint file"""
+    out: str
+    """the folder to write to, here or s3://bucket/prefix"""
+    max_side: PositiveInt = 1280
+    """longest side of the overlay video, pixels"""
+    num_heads: PositiveInt | None = None
+    """attention heads of a public file's ViT; null: width / 64"""
+    num_slots: SlotCount | None = None
+    """slots of a public file that draws its initial slots"""
+    mean: Colour = (0.485, 0.456, 0.406)
+    """that a public file normalises with, where it is not ImageNet's"""
+    std: PositiveColour = (0.229, 0.224, 0.225)
+    """that a public file normalises with, where it is not ImageNet's"""
+
+
+def check(config: Config, videos: list[str], settings: Settings) -> None:
     stems = [Path(video).stem for video in videos]
     for stem in stems:
         if stems.count(stem) > 1:
             raise ConfigError(
                 f"two videos are named {stem!r}, so one would overwrite the other; give each its own out="
             )
-    side = settings.get("max_side")
-    if side is not None and not (side.isdigit() and int(side) > 0):
-        raise ConfigError(f"max_side: {side!r} is not a whole number above 0")
-    config = _hints_config(settings)
 
+
+def stage(config: Config, videos: list[str], settings: Settings) -> dict[str, Any]:
     from pipeline.compute import best_device
-    from pipeline.models import HintError, load_slot_model
-    from pipeline.models.build import checkpoint_hints
+    from pipeline.models import CheckpointHints, HintError, load_slot_model
     from pipeline.segment.stage import segment
     from pipeline.tracking.versions import downloaded
 
+    hints = CheckpointHints(settings.num_heads, settings.num_slots, settings.mean, settings.std)
     with contextlib.ExitStack() as stack:
-        path: Any = settings["model"]
+        path: Any = settings.model
         if path.startswith("models:/"):
-            path = stack.enter_context(downloaded(path, registry_uri(settings)))
+            path = stack.enter_context(downloaded(path, config.tracking_uri))
         try:
-            model = load_slot_model(path, **checkpoint_hints(config).to_dict()).to(best_device())
+            model = load_slot_model(path, **hints.to_dict()).to(best_device())
         except HintError as error:
             raise ConfigError(str(error)) from None
-    limit = {"max_side": int(side)} if side is not None else {}
-    done = [segment(model, video, settings["out"], **limit) for video in videos]
-    return {"uri": settings["out"], "videos": done, "frames": sum(d["frames"] for d in done)}
+    done = [segment(model, video, settings.out, max_side=settings.max_side) for video in videos]
+    return {"uri": settings.out, "videos": done, "frames": sum(d["frames"] for d in done)}
 
 
-def _hints_config(settings: dict[str, str]) -> Config:
-    """The hints as a config has them, which checks them.
-
-    Raises:
-        ConfigError: values that can't be used, named as the settings are.
-    """
-    try:
-        return resolve_config({}, [f"teacher.{key}={settings[key]}" for key in HINTS if key in settings])
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("teacher.", "")) from None
-
+JOB = Job(
+    "segment",
+    __doc__,
+    stage,
+    words=(Word("videos", "VIDEO …", "video files, here or s3://bucket/key", many=True),),
+    keys=REGISTRY_KEYS,
+    settings=Settings,
+    check=check,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(JOB))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from jobs._main import run_stage
+from jobs._job import Job
+from jobs._main import run
 from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.clips.stage import shard_stage
+    from pipeline.clips.stage import shard
 
-    return shard_stage(config)
+    return shard(config)
 
+
+JOB = Job("shard", __doc__, stage, ("dataset", "clips", "ray", "storage"))
 
 if __name__ == "__main__":
-    sys.exit(run_stage("shard", __doc__ or "", stage))
+    sys.exit(run(JOB))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +10,8 @@ import pytest
 from clip_sets import make_clip_set, random_video
 from students import evaluation, make_finished_run
 
-from jobs import lineage as job
+from jobs._main import run
+from jobs.lineage import JOB
 from pipeline import storage
 from pipeline.config import resolve_config
 from pipeline.registry.lineage import trace
@@ -130,15 +130,14 @@ def test_a_link_that_is_gone_is_named_and_the_rest_is_shown(config, root, gone, 
     assert missing in found.tree()
 
 
-def test_the_exit_code_says_whether_the_chain_is_whole(config, root, monkeypatch, capsys):
-    arguments = ["lineage", CHAMPION, f"storage.root={root}", "--videos"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert job.main() == 0
+def test_the_exit_code_says_whether_the_chain_is_whole(config, root, capsys):
+    arguments = [CHAMPION, f"storage.root={root}", "--videos"]
+    assert run(JOB, arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("train-6" in line for line in lines)
     assert json.loads(lines[-1])["clips"]["videos"] == 7
     shutil.rmtree(root / "clips")
-    assert job.main() == 1
+    assert run(JOB, arguments) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "incomplete"
 
 

@@ -5,9 +5,10 @@ value and the nearest valid one. Nothing here touches a disk beyond the YAML fil
 """
 
 from pipeline.config.fields import ConfigError, Section, run_details
-from pipeline.config.loading import load_config, resolve_config, with_overrides
+from pipeline.config.loading import load_config, read_settings, resolve_config, with_overrides
 from pipeline.config.models import Model, ViT
 from pipeline.config.sections import Clips, Config, Dataset, Evaluate, Sweep, Targets, parse_split
+from pipeline.config.shipped import shipped_configs
 from pipeline.config.training import Distill, TeacherTraining, Training
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "ViT",
     "load_config",
     "parse_split",
+    "read_settings",
     "resolve_config",
     "run_details",
+    "shipped_configs",
     "with_overrides",
 ]

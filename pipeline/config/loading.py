@@ -8,44 +8,51 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.checks import check_combinations, check_dataset, check_models, check_secrets
-from pipeline.config.fields import ConfigError
+from pipeline.config.fields import ConfigError, Section
 from pipeline.config.models import ViT
 from pipeline.config.sections import Config
+from pipeline.config.shipped import find_config, with_shipped_models
 from pipeline.log import redact
+
+S = TypeVar("S", bound=Section)
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, presets: Sequence[str | Path] = ()
+    path: str | Path | None, overrides: Sequence[str] = (), *, presets: Sequence[str | Path] = ()
 ) -> Config:
     """Reads a YAML config, lays presets over it, and applies overrides of the form `section.key=value`.
 
-    A preset is a YAML file that holds a few keys only, as those in configs/methods/; the last one wins.
+    Without a path it is the defaults. A preset is a YAML file that holds a few keys only, as those in
+    configs/methods/; the last one wins. Files that are not there are looked for among those shipped.
 
     Raises:
         ConfigError: no such file, not YAML, or any key or value that can't be used.
     """
     values: dict[str, Any] = {}
     for file in (path, *presets):
-        _lay_over(values, _read_yaml(file))
+        if file is not None:
+            _lay_over(values, _read_yaml(file))
     return _with_absolute_paths(resolve_config(values, overrides))
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        file = find_config(path)
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"config file {str(path)!r} can't be read: {error.strerror}") from error
+        raise ConfigError(f"config file {str(path)!r} can't be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(redact(f"config file {str(path)!r} is not YAML: {error}")) from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"config file {str(path)!r} must hold sections, not {type(values).__name__}")
+    with_shipped_models(file, values)
     return values
 
 
@@ -86,12 +93,7 @@ def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Con
     values = {k: v for k, v in copy.deepcopy(values).items() if v is not None}
     for override in overrides:
         _apply_override(values, override)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        # A union complains once for each of its members; a mapping was never meant to be a name.
-        errors = [e for e in error.errors() if not (e["loc"][-1] == "str" and isinstance(e["input"], dict))]
-        raise ConfigError(redact("\n".join(map(_explain, errors)))) from None
+    config = _validated(Config, values)
     checks = (check_secrets, check_dataset, check_models, check_combinations)
     problems = [problem for check in checks for problem in check(config)]
     if problems:
@@ -99,15 +101,33 @@ def resolve_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Con
     return config
 
 
+def read_settings(model: type[S], settings: Mapping[str, str]) -> S:
+    """A job's own settings, which stand in no section, from what was typed; errors as in `load_config`."""
+    texts = {name for name, field in model.model_fields.items() if field.annotation is str}
+    return _validated(model, {k: v if k in texts else _value(v) for k, v in settings.items()})
+
+
+def _validated(model: type[S], values: dict[str, Any]) -> S:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        # A union complains once for each of its members; a mapping was never meant to be a name.
+        errors = [e for e in error.errors() if not (e["loc"][-1] == "str" and isinstance(e["input"], dict))]
+        raise ConfigError(redact("\n".join(_explain(e, model) for e in errors))) from None
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or "." not in key:
         raise ConfigError(redact(f"override {override!r} is not of the form section.key=value"))
+    _assign(values, key, _value(text), override)
+
+
+def _value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text) if text else None
+        return yaml.safe_load(text) if text else None
     except yaml.YAMLError:
-        value = text
-    _assign(values, key, value, override)
+        return text
 
 
 def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None:
@@ -132,13 +152,13 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     return _with_absolute_paths(resolve_config(values))
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, model: type[Section]) -> str:
     """One line for one pydantic error: the key, the value, and what would be valid."""
     location = [part for part in error["loc"] if part not in ("str", "ViT")]
     key = ".".join(str(part) for part in location)
     value, kind, limits = error.get("input"), error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        names = _field_names(location[:-1])
+        names = _field_names(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.4)
         prefix = ".".join(str(part) for part in location[:-1])
         hint = f"did you mean {'.'.join(filter(None, [prefix, near[0]]))!r}?" if near else ""
@@ -155,14 +175,15 @@ def _explain(error: Any) -> str:
         if name in limits:
             nearest = f"; nearest valid: {limits[name]}" if name in ("ge", "le") else ""
             return f"{key}: {value!r} must be {word} {limits[name]}{nearest}"
+    if kind == "missing" and len(location) == 1:
+        return f"{key}: is missing; give {key}=…"
     if kind == "missing":
         return f"{key}: is missing (needed beside {', '.join(value) if isinstance(value, dict) else value!r})"
     message = error["msg"].removeprefix("Input should be ").split(", unable")[0]
     return f"{key}: {value!r} is not {message}"
 
 
-def _field_names(location: Sequence[Any]) -> list[str]:
-    model: type[BaseModel] = Config
+def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ViT

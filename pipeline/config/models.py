@@ -10,6 +10,10 @@ from pydantic import Field
 from pipeline.config.fields import PositiveFloat, PositiveInt, Section
 from pipeline.config.training import TeacherTraining
 
+SlotCount = Annotated[int, Field(ge=1, le=256)]  # labels are bytes
+Colour = tuple[float, float, float]
+PositiveColour = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
 
 class ViT(Section):
     """A plain vision transformer that has no timm name."""
@@ -33,7 +37,7 @@ class Model(Section):
     """timm (the hub), random, or a local file"""
     image_size: PositiveInt = 336
     """pixels, a multiple of the patch size"""
-    num_slots: Annotated[int, Field(ge=1, le=256)] | None = None  # labels are bytes
+    num_slots: SlotCount | None = None
     """slots of a frame"""
     slot_size: PositiveInt | None = None
     """numbers of a slot"""
@@ -51,9 +55,9 @@ class Model(Section):
     """widths of the MLP decoder's hidden layers"""
     decoder_blocks: PositiveInt = 3
     """transformer blocks of the slot mixer"""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: Colour = (0.485, 0.456, 0.406)
     """of each colour channel, for normalisation; ImageNet's"""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    std: PositiveColour = (0.229, 0.224, 0.225)
     """of each colour channel, for normalisation; ImageNet's"""
 
     @property

@@ -126,9 +126,9 @@ class Sweep(Section):
     `variants: {no KD: {distill.method: no_kd}, K = 4: {targets.views: 4}}`.
     """
 
-    grid: dict[str, Any] = Field({"distill.beta": list(PAPER_BETAS)})
+    grid: dict[str, Any] = Field(default={"distill.beta": list(PAPER_BETAS)})
     """key: values, crossed; for search=random also ranges {low: 1e-4, high: 1e-2, log: true}"""
-    variants: dict[str, dict[str, Any]] = Field({})
+    variants: dict[str, dict[str, Any]] = Field(default={})
     """name: {key: value}; used instead of the grid"""
     seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)
     """of distill.seed"""
@@ -167,7 +167,7 @@ class Evidence(Section):
 
 
 class Evaluate(Section):
-    """What is scored and how; a rule left empty is the protocol's (see pipeline/protocols.py)."""
+    """What is scored and how; a rule left empty is the protocol's."""
 
     split: str | None = None
     """the videos with masks to score on; null: nothing to score"""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DRAWN = ROOT / "tests" / "golden" / "videosaur_tiny.ckpt"
 STAGES = ("shard", "teacher", "cache", "distill", "evaluate", "register", "report", "sweep", "pipeline")
 

@@ -1,0 +1,53 @@
+"""A stage as data: what `jobs/STAGE.py` declares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Section
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that stands for itself on the command line, the argument `name` of `Job.run`."""
+
+    name: str
+    shown: str
+    help: str
+    many: bool = False  # all that are left, as a list
+
+
+@dataclass(frozen=True)
+class Option:
+    """A flag, the argument of `Job.run` that is spelled like it; one with a `metavar` takes a value."""
+
+    flag: str
+    help: str
+    metavar: str = ""
+    type: Callable[[str], Any] = str
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage as the command line knows it: `run(config, **words, **options)` does it and returns its summary.
+
+    A config is required but where `default_config` names a shipped one, or where only `keys` of it are used.
+    """
+
+    name: str
+    description: str
+    run: Callable[..., dict[str, Any]]
+    sections: tuple[str, ...] = ()  # of the config, which --help lists
+    words: tuple[Word, ...] = ()
+    options: tuple[Option, ...] = ()
+    default_config: str | None = None
+    keys: tuple[str, ...] = ()  # the only ones of the config that count, where not all do
+    settings: type[Section] | None = None  # keys of its own, without a section; the argument `settings`
+    check: Callable[..., object] = lambda config, **arguments: None  # raises ConfigError, also in a dry run
+
+
+REGISTERED = Word("model", "MODEL", "models:/NAME@ALIAS or models:/NAME/VERSION")
+REGISTRY_KEYS = ("mlflow.tracking_uri", "storage.root")  # that say where the registry is
