@@ -34,8 +34,8 @@ from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
 from pipeline.clips.stage import shard
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet, VideoEntry
 from pipeline.config import Config, resolve_config
+from pipeline.evaluate.table import DASH
 from pipeline.log import log
-from pipeline.report.table import DASH
 
 SIDE, FRAMES, CLIP_FRAMES = 16, 8, 4
 CLIPS = FRAMES // CLIP_FRAMES  # of a video

@@ -36,9 +36,9 @@ def main() -> int:
         return 0
 
     def work() -> dict[str, object]:
-        from pipeline.report.stage import write_report
+        from pipeline.report import stage
 
-        return write_report(config, arguments.folder, latency_runs=arguments.latency_runs)
+        return stage.report(config, arguments.folder, latency_runs=arguments.latency_runs)
 
     return report("report", work)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from pipeline import storage, tracking
+from pipeline.artifacts.manifests import Rules
 from pipeline.config import Config
 from pipeline.evaluate.scoring import SCORES
 from pipeline.log import log
@@ -38,8 +40,27 @@ METHODS = {
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found of one model or baseline; scores are fractions of 1."""
+
+    uri: str  # the evaluation folder
+    scores: dict[str, float]
+    protocol: Rules
+    videos: int  # that have an object to score
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "uri": self.uri,
+            "scores": self.scores,
+            "protocol": self.protocol.model_dump(mode="json"),
+            "videos": self.videos,
+        }
+
+
+@dataclass(frozen=True)
 class Record:
-    """One evaluation; scores are fractions of 1."""
+    """One evaluation as MLflow has it; scores are fractions of 1."""
 
     uri: str  # the evaluation folder
     clips_uri: str  # what was scored on
@@ -54,7 +75,7 @@ class Record:
     settings: str  # a fingerprint of all that decided the training but the seed; "" where that is not known
     model_uri: str | None  # None for a baseline
     hints: CheckpointHints  # for loading the model again; a folder needs none
-    protocol: dict[str, Any]  # with "name" and "fingerprint"
+    protocol: Rules
     scores: dict[str, float]
     videos: int
     run_id: str
@@ -94,7 +115,10 @@ def find_records(config: Config) -> list[Record]:
 
 
 def record_evaluations(
-    config: Config, clips_uri: str, tags: dict[str, dict[str, str]], results: dict[str, dict[str, Any]]
+    config: Config,
+    clips_uri: str,
+    tags: Mapping[str, Mapping[str, str]],
+    results: Mapping[str, Evaluation],
 ) -> None:
     """Makes each of the named evaluations an MLflow run, or brings the tags of the run it has up to date.
 
@@ -110,23 +134,21 @@ def record_evaluations(
         log(f"mlflow: the scores could not be recorded ({reason}); evaluate again once the server is there")
 
 
-def _record_one(config: Config, name: str, result: dict[str, Any], tags: dict[str, str]) -> None:
+def _record_one(config: Config, name: str, result: Evaluation, tags: dict[str, str]) -> None:
     from mlflow.entities import Metric
 
     mlflow, experiment = tracking.connect(config), tracking.experiment_id(config)
     tags = {
-        tracking.RUN_TAG: result["uri"],
+        tracking.RUN_TAG: result.uri,
         "role": ROLE,
         "name": name,
         "dataset": config.dataset.title,
-        "protocol": json.dumps(result["protocol"]),
-        "videos": str(result["videos"]),
+        "protocol": result.protocol.model_dump_json(),
+        "videos": str(result.videos),
         **tags,
     }
-    found = mlflow.search_runs([experiment], tracking.tag_filter(result["uri"]), max_results=1)
-    if found and (
-        found[0].info.status != "FINISHED" or not set(result["scores"]) <= set(found[0].data.metrics)
-    ):
+    found = mlflow.search_runs([experiment], tracking.tag_filter(result.uri), max_results=1)
+    if found and (found[0].info.status != "FINISHED" or not set(result.scores) <= set(found[0].data.metrics)):
         mlflow.delete_run(found[0].info.run_id)  # its job ended half-way
         found = []
     if found:
@@ -139,7 +161,7 @@ def _record_one(config: Config, name: str, result: dict[str, Any], tags: dict[st
         return
     run_id = mlflow.create_run(experiment, run_name=f"evaluate {name}", tags=tags).info.run_id
     now = int(time.time() * 1000)
-    mlflow.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in result["scores"].items()])
+    mlflow.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in result.scores.items()])
     mlflow.set_terminated(run_id, "FINISHED")
 
 
@@ -163,7 +185,7 @@ def _record(run: Any) -> Record:
         settings=tags.get("settings", ""),
         model_uri=tags.get("model_uri") or None,
         hints=CheckpointHints.from_dict(json.loads(tags.get("hints", "{}"))),
-        protocol=json.loads(tags["protocol"]),
+        protocol=Rules.model_validate_json(tags["protocol"]),
         scores={key: run.data.metrics[key] for key in (*SCORES, "slots_in_use")},
         videos=int(tags["videos"]),
         run_id=run.info.run_id,

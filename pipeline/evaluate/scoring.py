@@ -6,7 +6,7 @@ video's length (but for the cyclic roll-out, which needs the whole of a sample).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +17,17 @@ from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import apply_view, nearest_resize, stable_hash
 from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.protocols import Protocol
+from pipeline.evaluate.table import Cell, Column, Row, Table, cells, one_decimal
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
 from pipeline.models import SlotModel
 
 SCORES = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
+TITLES = {
+    "image_fg_ari": "image FG-ARI",
+    "image_mbo": "image mBO",
+    "video_fg_ari": "video FG-ARI",
+    "video_mbo": "video mBO",
+}
 BACKGROUND = -1  # an object id that no data set uses
 MOST_SLOTS = 256  # labels are bytes
 
@@ -59,6 +66,17 @@ def mean_scores(scores: list[VideoScore]) -> dict[str, float]:
         result[name] = float((values * weights).sum() / weights.sum())
     result["slots_in_use"] = float(np.mean([s.slots_in_use for s in valid]))
     return result
+
+
+def score_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
+    """Scores of `mean_scores` in percent and the slots in use, one row a model, for the terminal."""
+    titles = [*(TITLES[score] for score in SCORES), "slots in use"]
+    lines = []
+    for name, scores in rows:
+        numbers = [*(100 * scores[score] for score in SCORES), scores["slots_in_use"]]
+        lines.append(Row((Cell(name), *cells(*map(one_decimal, numbers)))))
+    columns = (Column("", numeric=False), *(Column(title, width=12) for title in titles))
+    return Table("", "Scores", "", columns, tuple(lines))
 
 
 def model_predictor(model: SlotModel, video_id: str, protocol: Protocol) -> Predictor:

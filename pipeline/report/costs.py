@@ -12,6 +12,7 @@ import torch
 from pipeline import storage
 from pipeline.compute import best_device
 from pipeline.config import Config
+from pipeline.evaluate.table import DASH, Cell, Column, Row, Table, plural
 from pipeline.log import log
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.models.build import load_teacher, model_config, student_sizes
@@ -24,7 +25,6 @@ from pipeline.report.efficiency import (
     device_name,
     measure_latencies,
 )
-from pipeline.report.table import DASH, Cell, Column, Row, Table, plural
 
 GPUS = ("A100", "3090", "2080")
 Pair = tuple[Cost, Cost]  # teacher and student

@@ -17,7 +17,7 @@ from pipeline.evaluate.records import METHODS
 from pipeline.evaluate.scoring import model_predictor, samples
 from pipeline.models import SlotModel
 from pipeline.models.build import load_model
-from pipeline.report.select import NothingToShow, Shown
+from pipeline.report.select import NothingToShow, Selection
 from pipeline.segment.figures import Panel
 
 MAX_FRAMES = 120  # of a video, for a picture
@@ -55,8 +55,8 @@ def video_panel(
             ]
         )
     # Clips of a protocol leave a shorter tail out.
-    shown = min(map(len, labels.values()), default=len(frames))
-    return Panel(frames[:shown], {name: row[:shown] for name, row in labels.items()}, title)
+    length = min(map(len, labels.values()), default=len(frames))
+    return Panel(frames[:length], {name: row[:length] for name, row in labels.items()}, title)
 
 
 def _first_clips(clips: ClipSet, video: VideoEntry, *, masks: bool = False) -> Iterator[Clip]:
@@ -90,8 +90,8 @@ def _read(
 class Gallery:
     """Scores, clips and models of what is shown, each read when it is first needed."""
 
-    def __init__(self, shown: Shown) -> None:
-        self.shown = shown
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
         self._scores: dict[str, dict[str, float]] = {}
         self._models: dict[str, SlotModel] = {}
         self._clips: ClipSet | None = None
@@ -99,16 +99,16 @@ class Gallery:
     @property
     def clips(self) -> ClipSet:
         if self._clips is None:
-            self._clips = ClipSet(next(iter(self.shown.models.values())).clips_uri)
+            self._clips = ClipSet(next(iter(self.selection.models.values())).clips_uri)
         return self._clips
 
     def names(self, *methods: str) -> list[str]:
         """Of those methods that were recorded."""
-        return [name for name in map(self.shown.method, methods) if name]
+        return [name for name in map(self.selection.method, methods) if name]
 
     def required(self, method: str) -> tuple[str, dict[str, float]]:
         """The name and the scores of a model that a picture can't do without."""
-        name = self.shown.method(method)
+        name = self.selection.method(method)
         if name is None:
             raise NothingToShow(f"there is no evaluation of {METHODS[method]}")
         return name, self.scores(name)
@@ -116,7 +116,7 @@ class Gallery:
     def scores(self, name: str) -> dict[str, float]:
         """A model's score of each video."""
         if name not in self._scores:
-            rows = self.shown.models[name].per_video()
+            rows = self.selection.models[name].per_video()
             self._scores[name] = {row["video_id"]: row["video_mbo"] for row in rows}
         return self._scores[name]
 
@@ -136,10 +136,10 @@ class Gallery:
 
     @property
     def protocol(self) -> Protocol:
-        return recorded_protocol(next(iter(self.shown.models.values())).protocol)
+        return recorded_protocol(next(iter(self.selection.models.values())).protocol.model_dump())
 
     def _model(self, name: str) -> SlotModel:
-        record = self.shown.models[name]
+        record = self.selection.models[name]
         if name not in self._models:
             if record.model_uri is None:
                 raise NothingToShow(f"it is not recorded where the model of {name} is")

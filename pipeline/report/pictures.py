@@ -1,7 +1,7 @@
 """The report's pictures: the paper's Figures 1, 3 and 4 from our evaluations, every video's score, the worst.
 
 All show one evaluation: the data set, clips and protocol under which most methods were recorded, and of each
-method the one run that `choose_shown` says. Videos are chosen by their scores alone, never by hand.
+method the one run that `select_runs` says. Videos are chosen by their scores alone, never by hand.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +16,8 @@ from pipeline import storage
 from pipeline.compute import best_device
 from pipeline.config import Config
 from pipeline.evaluate.records import Record
+from pipeline.evaluate.scoring import TITLES
+from pipeline.evaluate.table import plural
 from pipeline.log import log
 from pipeline.models import SlotModel
 from pipeline.models.build import load_model
@@ -25,50 +25,40 @@ from pipeline.report.charts import COLOURS, OTHER_COLOUR, Method, Series, chart_
 from pipeline.report.costs import frames_per_run
 from pipeline.report.efficiency import device_name, measure_latencies
 from pipeline.report.gallery import GROUND_TRUTH, MAX_FRAMES, Gallery
+from pipeline.report.render import Picture
 from pipeline.report.select import (
     NO_KD,
     SLOTMATCH,
     TEACHER,
     NothingToShow,
-    Shown,
-    choose_shown,
+    Selection,
     main_evaluation,
     nearest_to_quantiles,
+    select_runs,
     worst_videos,
 )
-from pipeline.report.table import plural
 from pipeline.segment.figures import Panel, comparison, to_png
 
 WORST = 6
-SCORE = "video mBO"
+SCORE = TITLES["video_mbo"]
 
 Latencies = Mapping[str, tuple[float, int]]  # by model URI: seconds a frame, number of parameters
+Drawing = tuple[bytes, str, str]  # a PNG, its title and its caption
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file with what stands above and below it."""
-
-    path: Path
-    title: str
-    caption: str
-
-
-def write_pictures(
-    config: Config, records: Sequence[Record], folder: str | Path, latencies: Latencies
-) -> list[Picture]:
-    """Writes what pictures the records (the latest first) suffice for, and says which they don't.
+def draw_pictures(config: Config, records: Sequence[Record], latencies: Latencies) -> list[Picture]:
+    """What pictures the records (the latest first) suffice for; says which they don't.
 
     Args:
         latencies: what `model_speeds` measured; empty: there is no Figure 1.
     """
-    shown = choose_shown(records, config.distill.beta)
-    if not shown.models:
+    selection = select_runs(records, config.distill.beta)
+    if not selection.models:
         log("report: no model was evaluated, so there are no pictures")
         return []
-    gallery = Gallery(shown)
-    drawings: dict[str, Callable[[], tuple[bytes, str, str]]] = {
-        "figure1.png": lambda: _figure_1(shown, latencies),
+    gallery = Gallery(selection)
+    drawings: dict[str, Callable[[], Drawing]] = {
+        "figure1.png": lambda: _figure_1(selection, latencies),
         "figure3.png": lambda: _figure_3(gallery),
         "figure4.png": lambda: _figure_4(gallery),
         "scores_by_video.png": lambda: _scores_by_video(gallery),
@@ -82,9 +72,7 @@ def write_pictures(
         except (ValueError, OSError, storage.IncompleteError) as error:  # NothingToShow is a ValueError
             log(f"report: {name} is left out: {error}")
             continue
-        path = Path(folder) / name
-        storage.write_bytes(str(path), content)
-        pictures.append(Picture(path, title, f"{caption} {shown.data}"))
+        pictures.append(Picture(content, name, title, f"{caption} {selection.data}"))
     return pictures
 
 
@@ -118,16 +106,16 @@ def model_speeds(records: Sequence[Record], runs: int) -> dict[str, tuple[float,
 # --- the pictures ---------------------------------------------------------------------------------
 
 
-def _figure_1(shown: Shown, latencies: Latencies) -> tuple[bytes, str, str]:
+def _figure_1(selection: Selection, latencies: Latencies) -> Drawing:
     methods = []
-    for name, record in shown.models.items():
+    for name, record in selection.models.items():
         score = 100 * record.scores["video_mbo"]
         if record.model_uri is not None and record.model_uri in latencies and not math.isnan(score):
             seconds, parameters = latencies[record.model_uri]
             methods.append(Method(name, _colour(record), score, 1 / seconds, parameters))
     if not methods:
         raise NothingToShow("no model's speed was measured")
-    scores = {name: 100 * record.scores["video_mbo"] for name, record in shown.baselines.items()}
+    scores = {name: 100 * record.scores["video_mbo"] for name, record in selection.baselines.items()}
     scores = {name: score for name, score in scores.items() if not math.isnan(score)}
     device = best_device()
     caption = f"{SCORE} over speed on {device_name(device)}; a circle's area is the number of parameters."
@@ -138,7 +126,7 @@ def _figure_1(shown: Shown, latencies: Latencies) -> tuple[bytes, str, str]:
     return chart_png(speed_chart(methods, scores, SCORE)), "Figure 1: score, speed and size", caption
 
 
-def _figure_3(gallery: Gallery) -> tuple[bytes, str, str]:
+def _figure_3(gallery: Gallery) -> Drawing:
     ours, scores = gallery.required(SLOTMATCH)
     videos = nearest_to_quantiles(scores, (0.5, 0.5))
     rows = gallery.names(NO_KD, TEACHER, SLOTMATCH)
@@ -148,7 +136,7 @@ def _figure_3(gallery: Gallery) -> tuple[bytes, str, str]:
     return _png(panels, ours), "Figure 3: frames, models and ground truth", caption
 
 
-def _figure_4(gallery: Gallery) -> tuple[bytes, str, str]:
+def _figure_4(gallery: Gallery) -> Drawing:
     ours, scores = gallery.required(SLOTMATCH)
     plain, plain_scores = gallery.required(NO_KD)
     gains = {video: score - plain_scores.get(video, math.nan) for video, score in scores.items()}
@@ -163,14 +151,14 @@ def _figure_4(gallery: Gallery) -> tuple[bytes, str, str]:
     return _png(panels, ours), "Figure 4: what distillation changes", caption
 
 
-def _scores_by_video(gallery: Gallery) -> tuple[bytes, str, str]:
-    shown = gallery.shown
-    first = shown.method(SLOTMATCH) or next(iter(shown.models))
-    names = [first, *(name for name in shown.models if name != first)]
+def _scores_by_video(gallery: Gallery) -> Drawing:
+    selection = gallery.selection
+    first = selection.method(SLOTMATCH) or next(iter(selection.models))
+    names = [first, *(name for name in selection.models if name != first)]
     videos = sorted({video for name in names for video in gallery.scores(name)})
     series = []
     for name in names:
-        record, scores = shown.models[name], gallery.scores(name)
+        record, scores = selection.models[name], gallery.scores(name)
         values = np.array([100 * scores.get(video, math.nan) for video in videos])
         series.append(Series(name, _colour(record), values, 100 * record.scores["video_mbo"]))
     if np.isnan(series[0].values).all():
@@ -179,7 +167,7 @@ def _scores_by_video(gallery: Gallery) -> tuple[bytes, str, str]:
     return chart_png(score_chart(series, SCORE)), "Scores of all videos", caption
 
 
-def _worst_videos(gallery: Gallery) -> tuple[bytes, str, str]:
+def _worst_videos(gallery: Gallery) -> Drawing:
     ours, scores = gallery.required(SLOTMATCH)
     videos = worst_videos(scores, WORST)
     rows = gallery.names(SLOTMATCH, TEACHER)

@@ -8,22 +8,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import Protocol
 from urllib.parse import quote
 
-from pipeline.report.table import Cell, Column, Table
+from pipeline.evaluate.table import Cell, Column, Table
 
 
-class Picture(Protocol):
-    """A PNG file with what stands above and below it."""
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with what stands above and below it; `link` is the name of its file, beside the page."""
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def caption(self) -> str: ...
+    content: bytes
+    link: str
+    title: str
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,8 @@ LEFT_OUT = "Evaluations that are in no table"
 # --- Markdown -----------------------------------------------------------------------------------
 
 
-def markdown(page: Page, folder: Path) -> str:
-    """Pictures are links relative to `folder`, where the text will lie."""
+def markdown(page: Page) -> str:
+    """Pictures are links."""
     blocks = [f"# {_md(page.title)}", *map(_md_prose, page.intro)]
     for name, tables in _by_name(page.tables):
         blocks.append(f"## {_md(name)}. {_md(tables[0].title)}")
@@ -58,10 +55,9 @@ def markdown(page: Page, folder: Path) -> str:
     if page.pictures:
         blocks.append(f"## {PICTURES}")
     for picture in page.pictures:
-        link = quote(picture.path.relative_to(folder).as_posix())
         blocks += [
             f"### {_md(picture.title)}",
-            f"![{_md(picture.title)}]({link})",
+            f"![{_md(picture.title)}]({quote(picture.link)})",
             _md_prose(picture.caption),
         ]
     return "\n\n".join(blocks) + "\n"
@@ -120,7 +116,7 @@ def html(page: Page) -> str:
     if page.pictures:
         body.append(f"<h2>{PICTURES}</h2>")
     for picture in page.pictures:
-        data = base64.b64encode(picture.path.read_bytes()).decode()
+        data = base64.b64encode(picture.content).decode()
         body.append(
             f'<figure><h3>{escape(picture.title)}</h3><img alt="{escape(picture.title)}" '
             f'src="data:image/png;base64,{data}"><figcaption>{_code(picture.caption)}</figcaption></figure>'

@@ -8,20 +8,28 @@ from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.evaluate.records import Record
-from pipeline.evaluate.scoring import SCORES
-from pipeline.report.select import Choice, Evaluation, choose, mean_and_std, most_common, percent, values
-from pipeline.report.table import DASH, Cell, Column, Row, Table, cells, listing, plural
-
-pass
-
-TITLES = dict(
-    zip(SCORES, ("image FG-ARI", "image mBO", "video FG-ARI", "video mBO"), strict=True),
+from pipeline.evaluate.scoring import SCORES, TITLES
+from pipeline.evaluate.table import (
+    DASH,
+    Cell,
+    Column,
+    Row,
+    Table,
+    cells,
+    listing,
+    mean_and_std,
+    one_decimal,
+    plural,
 )
+from pipeline.report.select import Choice, Conditions, choose, most_common, scores_in_percent
+
+MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
+SAMPLE_STD = "± is the sample standard deviation (n − 1) over n seeds."
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A row: which records may fill it, and what the paper has in it."""
+class RowSpec:
+    """Which records may fill a row, and what the paper has in it."""
 
     label: str
     accepts: Callable[[Record], bool]
@@ -45,11 +53,11 @@ def accepts(
     return test
 
 
-def baseline_rows(records: Sequence[Record], more: int = 0) -> list[Wanted]:
+def baseline_rows(records: Sequence[Record], more: int = 0) -> list[RowSpec]:
     """One row for each trivial baseline that was recorded."""
     names = sorted({record.name for record in records if record.method == "baseline"})
     return [
-        Wanted(
+        RowSpec(
             name,
             lambda record, name=name: record.method == "baseline" and record.name == name,  # type: ignore[misc]
             more=(DASH,) * more,
@@ -64,11 +72,11 @@ def score_columns(scores: Sequence[str], *, paper: bool) -> tuple[Column, ...]:
     return tuple(Column(title, TITLES[score]) for score in scores for title in whose)
 
 
-def score_table(
+def method_table(
     name: str,
     title: str,
     part: str,
-    wanted: Sequence[Wanted],
+    specs: Sequence[RowSpec],
     records: Sequence[Record],
     *,
     scores: Sequence[str] = SCORES,
@@ -77,62 +85,62 @@ def score_table(
     beta: float | None = None,
     notes: Sequence[str] = (),
 ) -> Table:
-    """Fills the wanted rows from `records`, the latest first."""
-    candidates = [[record for record in records if row.accepts(record)] for row in wanted]
+    """Fills the rows from `records`, the latest first."""
+    candidates = [[record for record in records if spec.accepts(record)] for spec in specs]
     run_ids = frozenset(record.run_id for found in candidates for record in found)
     main = most_common([record for record in records if record.run_id in run_ids])
     choices = [choose(found, main, beta) for found in candidates]
-    shown = [(row.label, choice) for row, choice in zip(wanted, choices, strict=True) if choice]
-    order = _evaluations(main, [choice for _, choice in shown])
+    filled = [(spec.label, choice) for spec, choice in zip(specs, choices, strict=True) if choice]
+    order = _conditions(main, [choice for _, choice in filled])
     texts = [_ours(choice, scores, order) for choice in choices]
     best = _best(choices, scores, main)
     rows = []
-    for row, choice, ours in zip(wanted, choices, texts, strict=True):
-        line = list(cells(row.label, *row.more))
+    for spec, choice, ours in zip(specs, choices, texts, strict=True):
+        line = list(cells(spec.label, *spec.more))
         for i, text in enumerate(ours):
-            is_best = choice is not None and choice.evaluation == main and _leads(choice, scores[i], best[i])
+            is_best = choice is not None and choice.conditions == main and _leads(choice, scores[i], best[i])
             line.append(Cell(text, best=is_best))
             if paper:
-                number = row.paper[i] if row.paper else None
+                number = spec.paper[i] if spec.paper else None
                 line.append(Cell(DASH if number is None else f"{number:.1f}"))
-        rows.append(Row(tuple(line), row.kind))
+        rows.append(Row(tuple(line), spec.kind))
     return Table(
         name,
         title,
         part,
         (*lead, *score_columns(scores, paper=paper)),
         tuple(rows),
-        (*protocol_notes([choice for _, choice in shown], order), *run_notes(shown), *notes),
+        (*protocol_notes([choice for _, choice in filled], order), *run_notes(filled), *notes),
         run_ids,
     )
 
 
-def _evaluations(main: Evaluation | None, choices: Sequence[Choice]) -> list[Evaluation]:
-    """The evaluations that rows come from, the unmarked one first."""
-    found = dict.fromkeys(choice.evaluation for choice in choices)
-    return sorted(found, key=lambda evaluation: evaluation != main)
+def _conditions(main: Conditions | None, choices: Sequence[Choice]) -> list[Conditions]:
+    """The conditions under which rows were scored, the unmarked ones first."""
+    found = dict.fromkeys(choice.conditions for choice in choices)
+    return sorted(found, key=lambda conditions: conditions != main)
 
 
-def _ours(choice: Choice | None, scores: Sequence[str], order: Sequence[Evaluation]) -> list[str]:
+def _ours(choice: Choice | None, scores: Sequence[str], order: Sequence[Conditions]) -> list[str]:
     if choice is None:
         return [DASH] * len(scores)
-    sign = mark(order.index(choice.evaluation))
-    texts = [mean_and_std(values(choice.records, score)) for score in scores]
+    sign = mark(order.index(choice.conditions))
+    texts = [mean_and_std(scores_in_percent(choice.records, score)) for score in scores]
     return [text if text == DASH or not sign else f"{text} {sign}" for text in texts]
 
 
 def _mean(choice: Choice, score: str) -> float | None:
-    numbers = values(choice.records, score)
-    return float(percent(sum(numbers) / len(numbers))) if numbers else None
+    numbers = scores_in_percent(choice.records, score)
+    return float(one_decimal(sum(numbers) / len(numbers))) if numbers else None
 
 
 def _best(
-    choices: Sequence[Choice | None], scores: Sequence[str], main: Evaluation | None
+    choices: Sequence[Choice | None], scores: Sequence[str], main: Conditions | None
 ) -> list[float | None]:
     """The highest mean, as printed, of each score under the main protocol; None where there is no contest."""
     result = []
     for score in scores:
-        means = [_mean(choice, score) for choice in choices if choice and choice.evaluation == main]
+        means = [_mean(choice, score) for choice in choices if choice and choice.conditions == main]
         found = [mean for mean in means if mean is not None]
         result.append(max(found) if len(found) > 1 else None)
     return result
@@ -142,8 +150,7 @@ def _leads(choice: Choice, score: str, best: float | None) -> bool:
     return best is not None and _mean(choice, score) == best
 
 
-MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
-SAMPLE_STD = "± is the sample standard deviation (n − 1) over n seeds."
+# --- notes below a table --------------------------------------------------------------------------
 
 
 def mark(index: int) -> str:
@@ -152,34 +159,33 @@ def mark(index: int) -> str:
 
 
 def protocol_note(record: Record, sign: str = "") -> str:
-    protocol = record.protocol
-    words = protocol.get("in_words")
-    text = f"protocol {protocol['name']}" + (f" ({words})" if words else "")
+    rules = record.protocol
+    text = f"protocol {rules.name}" + (f" ({rules.in_words})" if rules.in_words else "")
     text += f"; {plural(record.videos, 'video')}; clips {storage.name(record.clips_uri)}."
     if sign:
         return f"{sign} Not comparable with the rows without this mark: {text}"
     return text[0].upper() + text[1:]
 
 
-def protocol_notes(choices: Sequence[Choice], order: Sequence[Evaluation]) -> list[str]:
-    """One note for each evaluation that the rows come from."""
-    first = {choice.evaluation: choice.records[0] for choice in reversed(choices)}
-    return [protocol_note(first[evaluation], mark(i)) for i, evaluation in enumerate(order)]
+def protocol_notes(choices: Sequence[Choice], order: Sequence[Conditions]) -> list[str]:
+    """One note for each of the conditions under which rows were scored."""
+    first = {choice.conditions: choice.records[0] for choice in reversed(choices)}
+    return [protocol_note(first[conditions], mark(i)) for i, conditions in enumerate(order)]
 
 
-def run_notes(shown: Sequence[tuple[str, Choice]]) -> list[str]:
+def run_notes(filled: Sequence[tuple[str, Choice]]) -> list[str]:
     """Steps and seeds of the rows, and how many evaluations they leave out."""
     notes = []
-    if any(len(choice.records) > 1 for _, choice in shown):
+    if any(len(choice.records) > 1 for _, choice in filled):
         notes.append(SAMPLE_STD)
     steps: dict[int, list[str]] = {}
-    for label, choice in shown:
+    for label, choice in filled:
         if choice.records[0].steps is not None:
             steps.setdefault(choice.records[0].steps, []).append(label)
     if steps:
         lengths = "; ".join(f"{listing(labels)}: {count:,}" for count, labels in steps.items())
         notes.append(f"Training steps of our runs: {lengths}.")
-    for label, choice in shown:
+    for label, choice in filled:
         if choice.others:
             record = choice.records[0]
             settings = [f"{record.steps:,} steps"] if record.steps is not None else []
@@ -189,9 +195,9 @@ def run_notes(shown: Sequence[tuple[str, Choice]]) -> list[str]:
                 f"{label}: shown {'are' if settings else 'is'} {what}; not shown: "
                 f"{plural(choice.others, 'other evaluation')} under this protocol (other settings, or a seed again)."
             )
-    hidden = sum(choice.elsewhere for _, choice in shown)
+    hidden = sum(choice.elsewhere for _, choice in filled)
     if hidden:
-        labels = listing([label for label, choice in shown if choice.elsewhere])
+        labels = listing([label for label, choice in filled if choice.elsewhere])
         notes.append(
             f"Under other protocols or on other clips, not shown: {plural(hidden, 'evaluation')} ({labels})."
         )

@@ -1,4 +1,5 @@
-"""Which recorded evaluations stand in a row, so that no cell mixes what must not be mixed.
+"""Which recorded evaluations are shown: in a table's row, so that no cell mixes what must not be mixed, and in
+the pictures, whose videos are chosen by their scores.
 
 A row shows one protocol on one set of clips, and the seeds of runs that are equal in all else that a record
 knows. Whatever it leaves out is counted, for a note.
@@ -7,7 +8,6 @@ knows. Whatever it leaves out is counted, for a note.
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,21 +17,23 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.evaluate.records import METHODS, Record
-from pipeline.report.table import DASH, plural
+from pipeline.evaluate.table import plural
 
-pass
+TEACHER, NO_KD, SLOTMATCH = "teacher", "no_kd", "slotmatch"  # in the tag `method`
 
-
-Evaluation = tuple[str, str]  # the fingerprints of protocol and clips: scores compare where both are equal
-
-
-def evaluation_of(record: Record) -> Evaluation:
-    return record.protocol["fingerprint"], storage.name(record.clips_uri)
+Conditions = tuple[str, str]  # the fingerprints of protocol and clips: scores compare where both are equal
 
 
-def most_common(records: Sequence[Record]) -> Evaluation | None:
-    """The evaluation of most records; among equals the latest's."""
-    counts = Counter(evaluation_of(record) for record in records)  # keeps the order: the latest first
+def conditions_of(record: Record) -> Conditions:
+    return record.protocol.fingerprint, storage.name(record.clips_uri)
+
+
+# --- what a row shows -----------------------------------------------------------------------------
+
+
+def most_common(records: Sequence[Record]) -> Conditions | None:
+    """The conditions of most records; among equals the latest's."""
+    counts = Counter(conditions_of(record) for record in records)  # keeps the order: the latest first
     return counts.most_common(1)[0][0] if counts else None
 
 
@@ -44,11 +46,11 @@ class Choice:
     elsewhere: int  # more records under other protocols or on other clips
 
     @property
-    def evaluation(self) -> Evaluation:
-        return evaluation_of(self.records[0])
+    def conditions(self) -> Conditions:
+        return conditions_of(self.records[0])
 
 
-def choose(records: Sequence[Record], main: Evaluation | None, beta: float | None = None) -> Choice | None:
+def choose(records: Sequence[Record], main: Conditions | None, beta: float | None = None) -> Choice | None:
     """The records of a row out of its candidates (the latest first); None where there is none.
 
     Those under `main` if there are any. Among runs of different settings: the ones with most steps, then with
@@ -56,9 +58,9 @@ def choose(records: Sequence[Record], main: Evaluation | None, beta: float | Non
     """
     if not records:
         return None
-    evaluations = {evaluation_of(record) for record in records}
-    evaluation = main if main in evaluations else most_common(records)
-    same = [record for record in records if evaluation_of(record) == evaluation]
+    known = {conditions_of(record) for record in records}
+    conditions = main if main in known else most_common(records)
+    same = [record for record in records if conditions_of(record) == conditions]
     groups: dict[Any, list[Record]] = {}
     for record in same:
         groups.setdefault(_settings(record), []).append(record)
@@ -67,8 +69,8 @@ def choose(records: Sequence[Record], main: Evaluation | None, beta: float | Non
     by_seed: dict[int | None, Record] = {}
     for record in chosen:
         by_seed.setdefault(record.seed, record)
-    shown = sorted(by_seed.values(), key=lambda record: -1 if record.seed is None else record.seed)
-    return Choice(tuple(shown), len(same) - len(shown), len(records) - len(same))
+    seeds = sorted(by_seed.values(), key=lambda record: -1 if record.seed is None else record.seed)
+    return Choice(tuple(seeds), len(same) - len(seeds), len(records) - len(same))
 
 
 def _settings(record: Record) -> tuple[Any, ...]:
@@ -83,27 +85,13 @@ def _settings(record: Record) -> tuple[Any, ...]:
     )
 
 
-def values(records: Sequence[Record], score: str) -> list[float]:
-    """The records' scores in percent, without those that are not a number."""
+def scores_in_percent(records: Sequence[Record], score: str) -> list[float]:
+    """One score of each record, without those that are not a number."""
     found = [100 * record.scores[score] for record in records]
     return [value for value in found if not math.isnan(value)]
 
 
-def percent(value: float) -> str:
-    return f"{round(value, 1) + 0.0:.1f}"  # + 0.0: no "-0.0"
-
-
-def mean_and_std(numbers: Sequence[float]) -> str:
-    """`32.8 ± 0.36 (n=3)` with the sample standard deviation (n - 1); the number alone where it is one."""
-    if not numbers:
-        return DASH
-    mean = percent(statistics.fmean(numbers))
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(numbers):.2f} (n={len(numbers)})"
-
-
-TEACHER, NO_KD, SLOTMATCH = "teacher", "no_kd", "slotmatch"  # in the tag `method`
+# --- what pictures show ---------------------------------------------------------------------------
 
 
 class NothingToShow(ValueError):
@@ -111,8 +99,8 @@ class NothingToShow(ValueError):
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One evaluation's models, in the order of `METHODS`, and trivial baselines, by what they are called."""
+class Selection:
+    """Models under one protocol on one set of clips, in the order of `METHODS`, and trivial baselines, by name."""
 
     models: dict[str, Record]
     baselines: dict[str, Record]
@@ -125,32 +113,31 @@ class Shown:
     def data(self) -> str:
         """Where the numbers come from, for captions."""
         record = next(iter(self.models.values()))
-        protocol = record.protocol
         data = (
-            f"Data: {record.dataset}, {plural(record.videos, 'video')}, protocol {protocol['name']} "
-            f"(evaluation {protocol['fingerprint']})."
+            f"Data: {record.dataset}, {plural(record.videos, 'video')}, protocol {record.protocol.name} "
+            f"(evaluation {record.protocol.fingerprint})."
         )
-        runs = [f"{name} {_run(record)}" for name, record in self.models.items() if _run(record)]
+        runs = [f"{name} {run}" for name, record in self.models.items() if (run := _run(record))]
         return f"{data} Runs: {'; '.join(runs)}." if runs else data
 
 
 def _run(record: Record) -> str:
     """What decides between runs of one method."""
-    parts = [plural(record.steps, "step")] if record.steps else []
-    parts += [f"β = {record.beta:g}"] if record.beta else []
-    parts += [f"seed {record.seed}"] if record.seed is not None else []
-    return ", ".join(parts)
+    settings = [plural(record.steps, "step")] if record.steps else []
+    settings += [f"β = {record.beta:g}"] if record.beta else []
+    settings += [f"seed {record.seed}"] if record.seed is not None else []
+    return ", ".join(settings)
 
 
 def main_evaluation(records: Sequence[Record]) -> list[Record]:
-    """The records of the evaluation (clips and protocol) with most methods; among equals the latest."""
-    groups: dict[Evaluation, list[Record]] = {}
+    """The records under the conditions (clips and protocol) with most methods; among equals the latest."""
+    groups: dict[Conditions, list[Record]] = {}
     for record in records:
-        groups.setdefault(evaluation_of(record), []).append(record)
+        groups.setdefault(conditions_of(record), []).append(record)
     return max(groups.values(), key=lambda group: len({r.method for r in group} - {"baseline"}), default=[])
 
 
-def choose_shown(records: Sequence[Record], beta: float) -> Shown:
+def select_runs(records: Sequence[Record], beta: float) -> Selection:
     """Of the main evaluation one run of each method.
 
     SlotMatch with weight `beta` where there is one; then the most steps, then the latest. The others are of
@@ -167,7 +154,7 @@ def choose_shown(records: Sequence[Record], beta: float) -> Shown:
         elif method != "baseline":
             record = best if method == SLOTMATCH else _most_steps(found)
             models |= {METHODS[method]: record} if record else {}
-    return Shown(models, {r.name: r for r in reversed(group) if r.method == "baseline"})
+    return Selection(models, {r.name: r for r in reversed(group) if r.method == "baseline"})
 
 
 def _most_steps(records: Sequence[Record]) -> Record | None:

@@ -1,4 +1,4 @@
-"""The report's files, and their copy in MLflow."""
+"""Stage `report`: tables, pictures and costs on a page, and its copy in MLflow."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 from pipeline import storage, tracking
 from pipeline.config import Config
 from pipeline.evaluate.records import Record, find_records
+from pipeline.evaluate.table import Table, plural
 from pipeline.log import log
 from pipeline.report.costs import cost_table, measure_costs
-from pipeline.report.pictures import model_speeds, write_pictures
+from pipeline.report.pictures import draw_pictures, model_speeds
 from pipeline.report.render import Page, html, markdown
-from pipeline.report.table import Table, plural
 from pipeline.report.tables import left_out, paper_numbers, score_tables
 
 TITLE = "SlotMatch: our numbers beside the paper's"
 
 
-def write_report(
-    config: Config, folder: str | Path | None = None, *, latency_runs: int = 5
-) -> dict[str, Any]:
+def report(config: Config, folder: str | Path | None = None, *, latency_runs: int = 5) -> dict[str, Any]:
     """Writes `report.md`, `report.html` and pictures, and logs them to MLflow as one run named "report".
 
     Args:
@@ -35,12 +33,13 @@ def write_report(
     pairs, notes = measure_costs(config, latency_runs)
     tables = score_tables(config, records)
     tables.insert(_place_of_table_2(tables), cost_table(paper_numbers(), pairs, notes))
-    pictures = write_pictures(config, records, target, model_speeds(records, latency_runs))
+    pictures = draw_pictures(config, records, model_speeds(records, latency_runs))
     page = Page(TITLE, _intro(config, records), tables, pictures, left_out(records, tables))
-    files = {target / "report.md": markdown(page, target), target / "report.html": html(page)}
-    for path, text in files.items():
-        storage.write_bytes(str(path), text.encode())
-    _log_to_mlflow(config, [*files, *(picture.path for picture in pictures)])
+    files = {"report.md": markdown(page).encode(), "report.html": html(page).encode()}
+    files |= {picture.link: picture.content for picture in pictures}
+    for name, content in files.items():
+        storage.write_bytes(str(target / name), content)
+    _log_to_mlflow(config, [target / name for name in files])
     log(f"report: {plural(len(records), 'evaluation')} in {target / 'report.html'}")
     return {
         "uri": str(target / "report.html"),

@@ -16,28 +16,22 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.evaluate.records import METHODS, Record
+from pipeline.evaluate.table import DASH, Cell, Column, Row, Table, listing, one_decimal, plural
 from pipeline.report.scores import (
     SAMPLE_STD,
-    Wanted,
+    RowSpec,
     accepts,
     baseline_rows,
+    method_table,
     protocol_note,
     run_notes,
     score_columns,
-    score_table,
 )
-from pipeline.report.select import Choice, choose, most_common, percent, values
-from pipeline.report.table import DASH, Cell, Column, Row, Table, listing, plural
-
-pass
-
-
-pass
-
-pass
+from pipeline.report.select import Choice, choose, most_common, scores_in_percent
 
 PAPER_BETA = 0.2
 METHOD = Column("method", numeric=False)
+SEED_SCORES = ("video_fg_ari", "video_mbo")  # of Table 10
 
 
 def paper_numbers() -> dict[str, Any]:
@@ -45,35 +39,86 @@ def paper_numbers() -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
 
 
+# --- what a table is about ------------------------------------------------------------------------
+
+TEACHER = "SlotContrast"  # the paper's, but for Tables 6 and 7
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was scored on, and what the models come from: a table, or one part of it, is about one."""
+
+    dataset: str
+    trained_on: str
+    family: str = TEACHER  # the kind of teacher
+
+    @property
+    def title(self) -> str:
+        title = self.dataset
+        if self.trained_on != self.dataset:
+            title += f", trained on {self.trained_on}"
+        return title if self.family == TEACHER else f"{title}, teacher {self.family}"
+
+    def of(self, records: Sequence[Record]) -> list[Record]:
+        """The records of this setup; one that does not say where it comes from may be from anywhere."""
+        return [
+            record
+            for record in records
+            if record.dataset == self.dataset
+            and record.trained_on in ("", self.trained_on)
+            and record.teacher in ("", self.family)
+        ]
+
+
+MOVI_E = Setup("MOVi-E", "MOVi-E")
+YTVIS = Setup("YTVIS-2021", "YTVIS-2021")
+DAVIS = Setup("DAVIS 2017", "DAVIS 2017")
+OVIS = Setup("OVIS", "YTVIS-2021")
+OTHER_TEACHERS = (
+    Setup("DAVIS 2017", "DAVIS 2017", "VideoSAUR"),
+    Setup("DAVIS 2017", "DAVIS 2017", "VideoSAURv2"),
+)
+COCO = Setup("COCO", "COCO", "DINOSAURv2")
+
+
+def recorded_setups(records: Sequence[Record]) -> list[Setup]:
+    """All setups that have a record of a model, and data sets that have nothing but baselines."""
+    models = [record for record in records if record.method != "baseline"]
+    families: dict[tuple[str, str], set[str]] = {}
+    for record in models:
+        key = (record.dataset, record.trained_on or record.dataset)
+        families.setdefault(key, set()).update({record.teacher} - {""})
+    known = {dataset for dataset, _ in families} | {OVIS.dataset, COCO.dataset}
+    for record in records:
+        if record.dataset not in known:
+            families.setdefault((record.dataset, record.dataset), set())
+    return [Setup(*key, family) for key in sorted(families) for family in sorted(families[key]) or [TEACHER]]
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
 def score_tables(config: Config, records: Sequence[Record]) -> list[Table]:
     """Tables 1, 3, 4, 5, 6, 7 and 10 in this order; `records` come the latest first."""
     paper = paper_numbers()
     beta = config.distill.beta or PAPER_BETA
-    recorded = recorded_parts(records)
-    own_tables = (OVIS, *OTHER_TEACHERS, COCO)
+    others = [s for s in recorded_setups(records) if s not in (OVIS, *OTHER_TEACHERS, COCO)]
 
-    def parts(of_paper: Sequence[Part], worth: Callable[[Sequence[Record]], bool]) -> list[Part]:
-        """The paper's parts, and the others that were recorded and are worth a table; first what has runs."""
-        rest = [part for part in recorded if part not in (*of_paper, *own_tables)]
-        every = [*of_paper, *(part for part in rest if worth(part.of(records)))]
-        return sorted(every, key=lambda part: not part.of(records))
+    def setups(of_paper: Sequence[Setup], worth: Callable[[Sequence[Record]], bool]) -> list[Setup]:
+        """The paper's, and the others that were recorded and are worth a table; first what has runs."""
+        rest = [setup for setup in others if setup not in of_paper and worth(setup.of(records))]
+        return sorted([*of_paper, *rest], key=lambda setup: not setup.of(records))
 
-    tables = [
-        _table_1(part, records, paper, beta) for part in parts((MOVI_E, YTVIS, DAVIS), lambda found: True)
+    with_betas = setups((YTVIS,), lambda found: bool(_betas(found) - {beta}))
+    return [
+        *(_table_1(s, records, paper, beta) for s in setups((MOVI_E, YTVIS, DAVIS), lambda found: True)),
+        _table_3(records, paper, beta),
+        *(_table_4(s, records, paper, beta) for s in with_betas),
+        *(_table_5(s, records, paper, beta) for s in setups((MOVI_E,), _has_method("slotmatch_hungarian"))),
+        _table_6(records, paper, beta),
+        _table_7(records, paper, beta),
+        *(_table_10(s, records, paper, beta) for s in setups((YTVIS,), _has_method("slotmatch"))),
     ]
-    tables.append(_table_3(records, paper, beta))
-    tables += [
-        _table_4(part, records, paper, beta) for part in parts((YTVIS,), lambda f: bool(_betas(f) - {beta}))
-    ]
-    tables += [
-        _table_5(part, records, paper, beta) for part in parts((MOVI_E,), _has_method("slotmatch_hungarian"))
-    ]
-    tables += [_table_6(records, paper, beta), _table_7(records, paper, beta)]
-    tables += [
-        seed_table(part, records, paper["table_10"], beta)
-        for part in parts((YTVIS,), _has_method("slotmatch"))
-    ]
-    return tables
 
 
 def _has_method(method: str) -> Callable[[Sequence[Record]], bool]:
@@ -92,39 +137,31 @@ def _betas(records: Sequence[Record]) -> set[float]:
     return {record.beta for record in records if record.method == "slotmatch" and record.beta}
 
 
-def _rows(lines: Sequence[dict[str, Any]], beta: float) -> list[Wanted]:
+def _rows(lines: Sequence[dict[str, Any]], beta: float) -> list[RowSpec]:
     """Rows from those of `paper.yaml`; SlotMatch without a weight is the one with weight `beta`."""
     rows = []
     for line in lines:
         method = line.get("method")
         weight = line.get("beta", beta if method == "slotmatch" else None)
-        rows.append(Wanted(line["label"], accepts(method, weight, line.get("teacher")), line.get("scores")))
+        rows.append(RowSpec(line["label"], accepts(method, weight, line.get("teacher")), line.get("scores")))
     return rows
 
 
-def _table_1(part: Part, records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
-    printed = part in (MOVI_E, YTVIS, DAVIS)
+def _table_1(setup: Setup, records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
+    printed = setup in (MOVI_E, YTVIS, DAVIS)
     lines = [
-        {**line, "scores": line["scores"].get(part.dataset) if printed else None}
+        {**line, "scores": line["scores"].get(setup.dataset) if printed else None}
         for line in paper["table_1"]
-        if "method" in line or part.dataset in line["scores"]
+        if "method" in line or setup.dataset in line["scores"]
     ]
     if not printed:
-        lines = [
-            {
-                **line,
-                "label": METHODS[line["method"]]
-                if line["method"] != "teacher"
-                else f"{part.family} (teacher)",
-            }
-            for line in lines
-            if "method" in line
-        ]
-    found = part.of(records)
-    return score_table(
+        labels = {**METHODS, "teacher": f"{setup.family} (teacher)"}
+        lines = [{**line, "label": labels[line["method"]]} for line in lines if "method" in line]
+    found = setup.of(records)
+    return method_table(
         "Table 1",
         "Video object segmentation",
-        part.title,
+        setup.title,
         [*_rows(lines, beta), *baseline_rows(found)],
         found,
         paper=printed,
@@ -139,7 +176,7 @@ def _table_3(records: Sequence[Record], paper: dict[str, Any], beta: float) -> T
     printed = {line["method"] for line in lines}
     recorded = {record.method for record in found} - printed - {"baseline"}
     lines += [{"label": label, "method": key} for key, label in METHODS.items() if key in recorded]
-    return score_table(
+    return method_table(
         "Table 3",
         "Zero-shot generalisation to OVIS of models trained on YTVIS-2021",
         "",
@@ -150,23 +187,23 @@ def _table_3(records: Sequence[Record], paper: dict[str, Any], beta: float) -> T
     )
 
 
-def _table_4(part: Part, records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
-    printed, found = part == YTVIS, part.of(records)
+def _table_4(setup: Setup, records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
+    printed, found = setup == YTVIS, setup.of(records)
     fixed = [line for line in paper["table_4"] if line["method"] != "slotmatch"]
     scores = {line["beta"]: line["scores"] for line in paper["table_4"] if "beta" in line} if printed else {}
     weights = sorted(_betas(found) | set(scores))
     wanted = [
-        Wanted(line["label"], accepts(line["method"]), line["scores"] if printed else None, (DASH,))
+        RowSpec(line["label"], accepts(line["method"]), line["scores"] if printed else None, (DASH,))
         for line in fixed
     ]
     wanted += [
-        Wanted("SlotMatch", accepts("slotmatch", weight), scores.get(weight), (f"{weight:g}",))
+        RowSpec("SlotMatch", accepts("slotmatch", weight), scores.get(weight), (f"{weight:g}",))
         for weight in weights
     ]
-    return score_table(
+    return method_table(
         "Table 4",
         "The weight β of the slot distillation loss",
-        part.title,
+        setup.title,
         [*wanted, *baseline_rows(found, more=1)],
         found,
         lead=(METHOD, Column("β")),
@@ -175,13 +212,13 @@ def _table_4(part: Part, records: Sequence[Record], paper: dict[str, Any], beta:
     )
 
 
-def _table_5(part: Part, records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
-    printed, found = part == MOVI_E, part.of(records)
+def _table_5(setup: Setup, records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
+    printed, found = setup == MOVI_E, setup.of(records)
     lines = [{**line, "scores": line["scores"] if printed else None} for line in paper["table_5"]]
-    return score_table(
+    return method_table(
         "Table 5",
         "Slots matched by the Hungarian algorithm, or slot n to slot n",
-        part.title,
+        setup.title,
         [*_rows(lines, beta), *baseline_rows(found)],
         found,
         paper=printed,
@@ -191,9 +228,9 @@ def _table_5(part: Part, records: Sequence[Record], paper: dict[str, Any], beta:
 
 
 def _table_6(records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
-    run_ids = {record.run_id for part in OTHER_TEACHERS for record in part.of(records)}
+    run_ids = {record.run_id for setup in OTHER_TEACHERS for record in setup.of(records)}
     found = [record for record in records if record.run_id in run_ids]
-    return score_table(
+    return method_table(
         "Table 6",
         "Other teachers on DAVIS 2017",
         "",
@@ -210,7 +247,7 @@ def _table_6(records: Sequence[Record], paper: dict[str, Any], beta: float) -> T
 
 def _table_7(records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
     found = COCO.of(records)
-    return score_table(
+    return method_table(
         "Table 7",
         "Images: COCO with DINOSAURv2 as teacher",
         "",
@@ -222,76 +259,56 @@ def _table_7(records: Sequence[Record], paper: dict[str, Any], beta: float) -> T
     )
 
 
-def left_out(records: Sequence[Record], tables: Sequence[Table]) -> list[str]:
-    """One line for each kind of record that no table accounts for."""
-    known = frozenset[str]().union(*(table.run_ids for table in tables))
-    kinds: dict[str, list[Record]] = {}
-    for record in records:
-        if record.run_id not in known:
-            where = Part(record.dataset, record.trained_on or record.dataset, record.teacher or TEACHER).title
-            weight = f", β = {record.beta:g}" if record.beta else ""
-            kinds.setdefault(f"{METHODS.get(record.method, record.method)}{weight} on {where}", []).append(
-                record
-            )
-    return [
-        f"{kind}: {plural(len(found), 'evaluation')} ({listing([r.name for r in found])})"
-        for kind, found in kinds.items()
-    ]
+# --- Table 10 -------------------------------------------------------------------------------------
 
 
-SCORES = ("video_fg_ari", "video_mbo")
-
-
-def seed_table(part: Part, records: Sequence[Record], printed: dict[str, Any], beta: float) -> Table:
-    """SlotMatch with weight `beta`, under the protocol and with the settings of most of its records.
-
-    `printed` is the paper's table, which shows beside ours for the paper's data set.
-    """
-    paper = part == YTVIS
+def _table_10(setup: Setup, records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
+    """SlotMatch with weight `beta`, under the protocol and with the settings of most of its records."""
+    printed, beside = paper["table_10"], setup == YTVIS
     chooses = accepts("slotmatch", beta)
-    candidates = [record for record in part.of(records) if chooses(record)]
+    candidates = [record for record in setup.of(records) if chooses(record)]
     choice = choose(candidates, most_common(candidates), beta)
     by_seed = {record.seed: record for record in choice.records} if choice else {}
-    printed_seeds = printed["seeds"] if paper else {}
+    printed_seeds = printed["seeds"] if beside else {}
     more = [seed for seed in by_seed if seed not in printed_seeds]
 
     def row(title: str, seed: str, ours: Sequence[str], theirs: Sequence[str], kind: str) -> Row:
         pairs = zip(ours, theirs, strict=True)
-        texts = [text for pair in pairs for text in (pair if paper else pair[:1])]
+        texts = [text for pair in pairs for text in (pair if beside else pair[:1])]
         return Row(tuple(map(Cell, (title, seed, *texts))), kind)
 
     rows = []
     for number, seed in enumerate([*printed_seeds, *more], start=1):
         found = [by_seed[seed]] if seed in by_seed else []
-        theirs = [f"{value:.1f}" for value in printed_seeds.get(seed, ())] or [DASH] * len(SCORES)
+        theirs = [f"{value:.1f}" for value in printed_seeds.get(seed, ())] or [DASH] * len(SEED_SCORES)
         rows.append(
             row(f"Run {number}", DASH if seed is None else str(seed), _means(found), theirs, "method")
         )
-    shown = choice.records if choice else ()
-    rows.append(row("Mean", DASH, _means(shown), [f"{v:.1f}" for v in printed["mean"]], "summary"))
-    rows.append(row("Std.", DASH, _stds(shown), [f"±{v:.2f}" for v in printed["std"]], "summary"))
+    ours = choice.records if choice else ()
+    rows.append(row("Mean", DASH, _means(ours), [f"{v:.1f}" for v in printed["mean"]], "summary"))
+    rows.append(row("Std.", DASH, _stds(ours), [f"±{v:.2f}" for v in printed["std"]], "summary"))
     return Table(
         "Table 10",
         "SlotMatch from several seeds",
-        part.title,
-        (Column("run", numeric=False), Column("seed"), *score_columns(SCORES, paper=paper)),
+        setup.title,
+        (Column("run", numeric=False), Column("seed"), *score_columns(SEED_SCORES, paper=beside)),
         tuple(rows),
-        tuple(_notes(choice, beta, paper=paper)),
+        tuple(_seed_notes(choice, beta, paper=beside)),
         frozenset(record.run_id for record in candidates),
     )
 
 
 def _means(records: Sequence[Record]) -> list[str]:
-    columns = [values(records, score) for score in SCORES]
-    return [percent(statistics.fmean(numbers)) if numbers else DASH for numbers in columns]
+    columns = [scores_in_percent(records, score) for score in SEED_SCORES]
+    return [one_decimal(statistics.fmean(numbers)) if numbers else DASH for numbers in columns]
 
 
 def _stds(records: Sequence[Record]) -> list[str]:
-    columns = [values(records, score) for score in SCORES]
+    columns = [scores_in_percent(records, score) for score in SEED_SCORES]
     return [f"±{statistics.stdev(numbers):.2f}" if len(numbers) > 1 else DASH for numbers in columns]
 
 
-def _notes(choice: Choice | None, beta: float, *, paper: bool) -> list[str]:
+def _seed_notes(choice: Choice | None, beta: float, *, paper: bool) -> list[str]:
     notes = []
     if choice:
         notes.append(protocol_note(choice.records[0]))
@@ -302,55 +319,20 @@ def _notes(choice: Choice | None, beta: float, *, paper: bool) -> list[str]:
     return notes
 
 
-TEACHER = "SlotContrast"  # the paper's, but for Tables 6 and 7
+# --- what is in none of them ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Part:
-    """What was scored on, and what the models come from: one part of a table."""
-
-    dataset: str
-    trained_on: str
-    family: str = TEACHER  # the kind of teacher
-
-    @property
-    def title(self) -> str:
-        title = self.dataset
-        if self.trained_on != self.dataset:
-            title += f", trained on {self.trained_on}"
-        return title if self.family == TEACHER else f"{title}, teacher {self.family}"
-
-    def of(self, records: Sequence[Record]) -> list[Record]:
-        """The part's records; one that does not say where it comes from may be from anywhere."""
-        return [
-            record
-            for record in records
-            if record.dataset == self.dataset
-            and record.trained_on in ("", self.trained_on)
-            and record.teacher in ("", self.family)
-        ]
-
-
-MOVI_E = Part("MOVi-E", "MOVi-E")
-YTVIS = Part("YTVIS-2021", "YTVIS-2021")
-DAVIS = Part("DAVIS 2017", "DAVIS 2017")
-OVIS = Part("OVIS", "YTVIS-2021")
-OTHER_TEACHERS = (
-    Part("DAVIS 2017", "DAVIS 2017", "VideoSAUR"),
-    Part("DAVIS 2017", "DAVIS 2017", "VideoSAURv2"),
-)
-COCO = Part("COCO", "COCO", "DINOSAURv2")
-
-
-def recorded_parts(records: Sequence[Record]) -> list[Part]:
-    """All parts that have a record of a model, and data sets that have nothing but baselines."""
-    models = [record for record in records if record.method != "baseline"]
-    families: dict[tuple[str, str], set[str]] = {}
-    for record in models:
-        key = (record.dataset, record.trained_on or record.dataset)
-        families.setdefault(key, set()).update({record.teacher} - {""})
-    known = {dataset for dataset, _ in families} | {OVIS.dataset, COCO.dataset}
+def left_out(records: Sequence[Record], tables: Sequence[Table]) -> list[str]:
+    """One line for each kind of record that no table accounts for."""
+    known = frozenset[str]().union(*(table.run_ids for table in tables))
+    kinds: dict[str, list[Record]] = {}
     for record in records:
-        if record.dataset not in known:
-            families.setdefault((record.dataset, record.dataset), set())
-    return [Part(*key, family) for key in sorted(families) for family in sorted(families[key]) or [TEACHER]]
+        if record.run_id not in known:
+            method = METHODS.get(record.method, record.method)
+            weight = f", β = {record.beta:g}" if record.beta else ""
+            setup = Setup(record.dataset, record.trained_on or record.dataset, record.teacher or TEACHER)
+            kinds.setdefault(f"{method}{weight} on {setup.title}", []).append(record)
+    return [
+        f"{kind}: {plural(len(found), 'evaluation')} ({listing([r.name for r in found])})"
+        for kind, found in kinds.items()
+    ]

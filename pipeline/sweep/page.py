@@ -1,7 +1,9 @@
-"""A sweep's plot: the four scores over the number that was varied, or by setting."""
+"""A sweep's page: its table in three forms, all numbers, and a plot of the four scores over the number that was
+varied, or by setting."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +12,79 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.evaluate.scoring import SCORES
-from pipeline.report.charts import COLOURS, OTHER_COLOUR, plain, style_axes
-from pipeline.report.scores import TITLES
-from pipeline.sweep.results import Best, Result, varied_number
+from pipeline.config import Config
+from pipeline.evaluate.records import Evaluation
+from pipeline.evaluate.scoring import SCORES, TITLES
+from pipeline.evaluate.table import Table, plain_text
+from pipeline.report.charts import COLOURS, OTHER_COLOUR, chart_png, plain, style_axes
+from pipeline.report.render import Page, Picture, markdown
+from pipeline.sweep.results import Best, Result, as_csv, as_json, sweep_table, varied_number
 
+TABLE_TEXT, TABLE_CSV, TABLE_MD = "table.txt", "table.csv", "table.md"
+NUMBERS, PLOT = "scores.json", "plot.png"
 _WIDTH, _HEIGHT = 10.0, 7.2  # inches
 _SYMBOLS = {"distill.beta": "β"}
+
+
+def page_files(
+    name: str,
+    results: Sequence[Result],
+    others: Mapping[str, Mapping[str, float]],
+    baselines: Mapping[str, Mapping[str, float]],
+    evaluation: Evaluation,
+    best: Best | None,
+    config: Config,
+) -> tuple[list[tuple[str, bytes]], Table]:
+    """Names and contents of a sweep's files, and its table.
+
+    Args:
+        name: the sweep's.
+        others: teachers by name; scores are fractions of 1, as those of `baselines`.
+        evaluation: of any student, for the protocol and the number of videos, which all have in common.
+        best: the chosen setting; None where no trial has a score.
+    """
+    score, rules = config.evaluate.score, evaluation.protocol
+    notes = [f"Protocol {rules.name}: {rules.in_words}; {evaluation.videos} videos."]
+    notes += [f"Chosen: {best.reason}."] if best else []
+    table = sweep_table(results, others, baselines, score=score, dataset=config.dataset.title, notes=notes)
+    plot = chart_png(sweep_chart(results, others))
+    picture = Picture(plot, PLOT, "Scores", "Error bars: sample standard deviation over seeds.")
+    numbers = as_json(results, {**others, **baselines})
+    numbers["best"] = best_summary(best, score)
+    files = [
+        (TABLE_TEXT, (plain_text(table) + "\n").encode()),
+        (TABLE_CSV, as_csv(results).encode()),
+        (TABLE_MD, markdown(Page(f"Sweep {name}", [], [table], [picture], [])).encode()),
+        (NUMBERS, (json.dumps(_without_nan(numbers), indent=2) + "\n").encode()),
+        (PLOT, plot),
+    ]
+    return files, table
+
+
+def best_summary(best: Best | None, score: str) -> dict[str, Any] | None:
+    """The chosen setting as JSON has it; `mean` and `std` are fractions of 1."""
+    if best is None:
+        return None
+    return {
+        "setting": best.result.setting.name,
+        "values": dict(best.result.setting.values),
+        "seed": best.seed,
+        "score": score,
+        "mean": best.result.mean(score),
+        "std": best.result.std(score),
+    }
+
+
+def _without_nan(values: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(values, dict):
+        return {key: _without_nan(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and values != values else values
+
+
+# --- the plot -------------------------------------------------------------------------------------
 
 
 def sweep_chart(results: Sequence[Result], others: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -103,31 +171,3 @@ def _draw(
     if len(dots):
         across, along = (dots[:, 0], dots[:, 1]) if upright else (dots[:, 1], dots[:, 0])
         axes.scatter(across, along, s=16, color="#222222", alpha=0.6, linewidth=0, zorder=4, label="one seed")
-
-
-TABLE_TEXT, TABLE_CSV, TABLE_MD = "table.txt", "table.csv", "table.md"
-
-
-NUMBERS, PLOT = "scores.json", "plot.png"
-
-
-def _without_nan(values: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(values, dict):
-        return {key: _without_nan(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_without_nan(value) for value in values]
-    return None if isinstance(values, float) and values != values else values
-
-
-def _best_summary(best: Best | None, score: str) -> dict[str, Any] | None:
-    if best is None:
-        return None
-    return {
-        "setting": best.result.setting.name,
-        "values": dict(best.result.setting.values),
-        "seed": best.seed,
-        "score": score,
-        "mean": best.result.mean(score),
-        "std": best.result.std(score),
-    }

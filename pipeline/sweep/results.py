@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.evaluate.scoring import SCORES
-from pipeline.report.scores import SAMPLE_STD, TITLES, score_columns
-from pipeline.report.select import mean_and_std, percent
-from pipeline.report.table import DASH, Cell, Column, Row, Table, plural
+from pipeline.evaluate.scoring import SCORES, TITLES
+from pipeline.evaluate.table import DASH, Cell, Column, Row, Table, mean_and_std, one_decimal, plural
+from pipeline.report.scores import SAMPLE_STD, score_columns
 from pipeline.sweep.settings import Setting
 
 
@@ -98,18 +97,18 @@ def sweep_table(
     notes: Sequence[str] = (),
 ) -> Table:
     """Table 4's form: a row a setting with mean ± std over its seeds, then teachers and trivial baselines."""
-    highest = {key: max((percent_mean(r, key) for r in results), default=-math.inf) for key in SCORES}
+    highest = {key: max((_printed_mean(r, key) for r in results), default=-math.inf) for key in SCORES}
     rows = []
     for result in results:
         line = [Cell(result.setting.name), Cell(f"{len(result.scores)} of {result.trials}")]
         for key in SCORES:
             text = mean_and_std([100 * value for value in result.values(key)])
-            is_best = text != DASH and len(results) > 1 and percent_mean(result, key) == highest[key]
+            is_best = text != DASH and len(results) > 1 and _printed_mean(result, key) == highest[key]
             line.append(Cell(text, best=is_best))
         rows.append(Row(tuple(line)))
     for kind, scores_of in (("method", others), ("baseline", baselines)):
         for name, scores in scores_of.items():
-            texts = [DASH if math.isnan(scores[k]) else percent(100 * scores[k]) for k in SCORES]
+            texts = [DASH if math.isnan(scores[k]) else one_decimal(100 * scores[k]) for k in SCORES]
             rows.append(Row((Cell(name), Cell(DASH), *map(Cell, texts)), kind))
     lines = [SAMPLE_STD] if any(len(r.scores) > 1 for r in results) else []
     for result in results:
@@ -129,25 +128,10 @@ def sweep_table(
     )
 
 
-def percent_mean(result: Result, score: str) -> float:
-    """The mean as it is printed; -inf where there is none."""
+def _printed_mean(result: Result, score: str) -> float:
+    """In percent, as it is printed; -inf where there is none."""
     mean = result.mean(score)
-    return -math.inf if mean is None else float(percent(100 * mean))
-
-
-def text(table: Table) -> str:
-    """For the terminal: columns in line, notes below."""
-    titles = [column.group or column.title for column in table.columns]
-    lines = [titles, *([cell.text for cell in row.cells] for row in table.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-    shown = []
-    for line in lines:
-        cells = [
-            text.rjust(width) if column.numeric else text.ljust(width)
-            for text, width, column in zip(line, widths, table.columns, strict=True)
-        ]
-        shown.append("  ".join(cells).rstrip())
-    return "\n".join([f"{table.name}. {table.title} ({table.part})", *shown, *table.notes])
+    return -math.inf if mean is None else float(one_decimal(100 * mean))
 
 
 def as_csv(results: Sequence[Result]) -> str:
