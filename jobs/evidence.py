@@ -10,9 +10,9 @@ from pipeline.config import Config
 
 
 def stage(config: Config) -> dict[str, Any]:
-    from pipeline.sweep.evidence import run_evidence
+    from pipeline.sweep.evidence import evidence
 
-    return run_evidence(config)
+    return evidence(config)
 
 
 def check(config: Config) -> None:
