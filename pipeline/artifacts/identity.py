@@ -221,7 +221,7 @@ class Artifacts:
 
     def _student_content(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         config, inputs = self.config, self.student_inputs
-        content = {
+        content: dict[str, Any] = {
             "clips": self.clips.fingerprint,
             "student": counted(config.student, but={"backbone_weights", "num_slots", "slot_size"}),
             "sizes": student_sizes(config, inputs.teacher_config),

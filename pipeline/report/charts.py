@@ -59,19 +59,35 @@ def speed_chart(methods: Sequence[Method], baselines: Mapping[str, float], score
     right = 1 - beside / (72 * _SIZE[0])
     figure, axes = _new_figure(left=0.075, right=max(right, 0.6), bottom=0.115, top=0.87)
     largest = max(method.parameters for method in methods)
-    areas = {method.name: _LARGEST * method.parameters / largest for method in methods}
+    areas = [_LARGEST * method.parameters / largest for method in methods]
     wide, high = _inner_points(figure)
     scores = [method.score for method in methods] + list(baselines.values())
     low, top = min(scores), max(scores)
     margin = max(0.14 * (top - low), 1.0)
     axes.set_ylim(max(0.0, low - margin), top + margin)
     # Every label ends before the right edge.
-    room = {m.name: sqrt(areas[m.name]) / 2 + _EXTRA + _text_width(m.name) + 4 for m in methods}
+    room = [sqrt(area) / 2 + _EXTRA + _text_width(m.name) + 4 for m, area in zip(methods, areas, strict=True)]
     fastest = max(method.frames_per_second for method in methods)
-    ends = [m.frames_per_second * wide / max(wide - room[m.name], 0.2 * wide) for m in methods]
+    ends = [
+        m.frames_per_second * wide / max(wide - r, 0.2 * wide) for m, r in zip(methods, room, strict=True)
+    ]
     axes.set_xlim(0, max(1.08 * fastest, *ends))
     per_second, per_percent = wide / axes.get_xlim()[1], high / (axes.get_ylim()[1] - axes.get_ylim()[0])
+    _draw_baselines(axes, baselines, per_percent)
+    starts = [per_second * m.frames_per_second for m in methods]
+    labels = [(x, x + r) for x, r in zip(starts, room, strict=True)]
+    shifts = spread(per_percent * np.array([m.score for m in methods]), 1.3 * _TEXT, labels)
+    circles = list(zip(methods, areas, shifts, strict=True))
+    for method, area, shift in sorted(circles, key=lambda circle: -circle[0].parameters):
+        _draw_circle(axes, method, area, shift)
+    _size_legend(axes, largest)
+    axes.set_xlabel("frames per second")
+    axes.set_ylabel(f"{score_name} (%)")
+    return figure
 
+
+def _draw_baselines(axes: Axes, baselines: Mapping[str, float], per_percent: float) -> None:
+    """Dashed lines, labelled outside on the right; `per_percent`: points of a percent."""
     names, values = list(baselines), np.array(list(baselines.values()))
     for name, value, shift in zip(names, values, spread(per_percent * values, 1.15 * _TEXT), strict=True):
         axes.axhline(value, color="#888888", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
@@ -85,26 +101,29 @@ def speed_chart(methods: Sequence[Method], baselines: Mapping[str, float], score
             fontsize=_TEXT - 1,
             color="#555555",
         )
-    starts = np.array([per_second * m.frames_per_second for m in methods])
-    labels = [(x, x + room[m.name]) for m, x in zip(methods, starts, strict=True)]
-    heights = per_percent * np.array([m.score for m in methods])
-    shifts = spread(heights, 1.3 * _TEXT, labels)
-    for method, shift in sorted(zip(methods, shifts, strict=True), key=lambda pair: -pair[0].parameters):
-        place, area = (method.frames_per_second, method.score), areas[method.name]
-        circle = axes.scatter(*place, s=area, color=method.colour, alpha=0.7, edgecolor="white", zorder=3)
-        circle.set_label(plain(method.name))
-        axes.scatter(*place, s=7, color="black", zorder=4)  # what is read off the axes
-        axes.annotate(
-            plain(method.name),
-            place,
-            xytext=(sqrt(area) / 2 + _EXTRA, shift),
-            textcoords="offset points",
-            va="center",
-            fontsize=_TEXT,
-            zorder=5,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
-            arrowprops=_LEADER if abs(shift) > 1 else None,
-        )
+
+
+def _draw_circle(axes: Axes, method: Method, area: float, shift: float) -> None:
+    """A circle of `area` points², labelled on its right, `shift` points above its centre."""
+    place = (method.frames_per_second, method.score)
+    circle = axes.scatter(*place, s=area, color=method.colour, alpha=0.7, edgecolor="white", zorder=3)
+    circle.set_label(plain(method.name))
+    axes.scatter(*place, s=7, color="black", zorder=4)  # what is read off the axes
+    axes.annotate(
+        plain(method.name),
+        place,
+        xytext=(sqrt(area) / 2 + _EXTRA, shift),
+        textcoords="offset points",
+        va="center",
+        fontsize=_TEXT,
+        zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+        arrowprops=_LEADER if abs(shift) > 1 else None,
+    )
+
+
+def _size_legend(axes: Axes, largest: int) -> None:
+    """Circles of a few numbers of parameters, above the axes."""
     sizes = _round_sizes(largest)
     handles = [
         Line2D([], [], linestyle="", marker="o", color="#bbbbbb", markersize=sqrt(_LARGEST * size / largest))
@@ -123,9 +142,6 @@ def speed_chart(methods: Sequence[Method], baselines: Mapping[str, float], score
         frameon=False,
         borderpad=1.2,
     )
-    axes.set_xlabel("frames per second")
-    axes.set_ylabel(f"{score_name} (%)")
-    return figure
 
 
 @dataclass(frozen=True)

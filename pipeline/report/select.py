@@ -58,7 +58,8 @@ def choose(records: Sequence[Record], main: Conditions | None, beta: float | Non
     """
     if not records:
         return None
-    conditions = main if main in map(conditions_of, records) else most_common(records)
+    known = {conditions_of(record) for record in records}
+    conditions = main if main in known else most_common(records)
     same = [record for record in records if conditions_of(record) == conditions]
     groups: dict[Any, list[Record]] = {}
     for record in same:

@@ -57,36 +57,42 @@ def segment(
     out = Path(out)
     # An id comes from a data set, and shall name no other folder.
     name = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in reference.video_id)
-    fps, expected, short_side = _probe(reference, max_side)
-    frames = read_video(reference, short_side=short_side)
-    sheet = _Sheet(expected or 240)
     out.mkdir(parents=True, exist_ok=True)
     # Written aside and moved when whole, so that an error leaves an earlier result as it was.
-    with (
-        tempfile.TemporaryDirectory(prefix=f".tmp-{name}-", dir=out) as scratch,
-        Progress(f"segment {reference.name}", expected, "frames") as progress,
-    ):
-        overlay_path, labels_folder = Path(scratch) / "overlay.mp4", Path(scratch) / "labels"
-        labels_folder.mkdir()
-        with _VideoWriter(overlay_path, fps) as writer:
-            for pixels, _, masks in model.stream(_chunks(frames, chunk_frames)):
-                labels = model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
-                for frame, label in zip(pixels, labels, strict=True):
-                    picture = overlay(frame, label, model.config.num_slots)
-                    writer.write(picture)
-                    _save_labels(label, labels_folder / f"{progress.done:06d}.png")
-                    sheet.add(progress.done, frame, picture)
-                    progress.advance()
-        sheet.draw().save(Path(scratch) / "sheet.png")
+    with tempfile.TemporaryDirectory(prefix=f".tmp-{name}-", dir=out) as scratch:
+        frames = _write_all(model, reference, Path(scratch), max_side, chunk_frames)
         results = {kind: out / f"{name}_{file}" for kind, file in KINDS.items()}
         shutil.rmtree(results["labels"], ignore_errors=True)
         for kind, target in results.items():
             (Path(scratch) / KINDS[kind]).replace(target)
     return {
         "uri": str(out.absolute()),
-        "frames": progress.done,
+        "frames": frames,
         **{kind: str(target) for kind, target in results.items()},
     }
+
+
+def _write_all(model: SlotModel, video: VideoRef, folder: Path, max_side: int, chunk_frames: int) -> int:
+    """Writes overlay, labels and sheet of a video into a folder; returns its number of frames."""
+    fps, expected, short_side = _probe(video, max_side)
+    frames = read_video(video, short_side=short_side)
+    sheet = _Sheet(expected or 240)
+    labels_folder = folder / KINDS["labels"]
+    labels_folder.mkdir()
+    with (
+        Progress(f"segment {video.name}", expected, "frames") as progress,
+        _VideoWriter(folder / KINDS["overlay"], fps) as writer,
+    ):
+        for pixels, _, masks in model.stream(_chunks(frames, chunk_frames)):
+            labels = model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
+            for frame, label in zip(pixels, labels, strict=True):
+                picture = overlay(frame, label, model.config.num_slots)
+                writer.write(picture)
+                _save_labels(label, labels_folder / f"{progress.done:06d}.png")
+                sheet.add(progress.done, frame, picture)
+                progress.advance()
+    sheet.draw().save(folder / KINDS["sheet"])
+    return progress.done
 
 
 def _reference(video: str) -> VideoRef:

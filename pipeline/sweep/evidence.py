@@ -18,25 +18,35 @@ from typing import Any
 import torch
 from scipy.stats import t as student_t
 
-from pipeline import stages, storage
-from pipeline.artifacts.identity import teacher_location
-from pipeline.clips.stage import shard
-from pipeline.clips.table import ClipSet
+from pipeline import storage
+from pipeline.artifacts.manifests import RunManifest, SweepManifest
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
 from pipeline.compute import ray_session
 from pipeline.config import Config, ConfigError, with_overrides
-from pipeline.evaluate.scoring import SCORES
+from pipeline.evaluate.scoring import SCORES, TITLES
+from pipeline.evaluate.stage import score_subjects
+from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
+from pipeline.evaluate.table import (
+    DASH,
+    Cell,
+    Column,
+    Row,
+    Table,
+    cells,
+    mean_and_std,
+    one_decimal,
+    plain_text,
+)
 from pipeline.log import log
 from pipeline.models.build import load_teacher
 from pipeline.report.charts import chart_png
-from pipeline.report.pictures import Picture
-from pipeline.report.render import Page, markdown
-from pipeline.report.scores import SAMPLE_STD, TITLES, score_columns
-from pipeline.report.select import mean_and_std, percent
-from pipeline.report.table import DASH, Cell, Column, Row, Table, cells
+from pipeline.report.render import Page, Picture, markdown
+from pipeline.report.scores import SAMPLE_STD, score_columns
 from pipeline.sweep.page import sweep_chart
-from pipeline.sweep.results import Result, text
+from pipeline.sweep.results import Result
 from pipeline.sweep.settings import Setting, plan_trials
-from pipeline.sweep.stage import run_sweep
+from pipeline.sweep.stage import sweep
 
 TEACHER = "teacher"
 CONFIDENCE = 0.95
@@ -109,7 +119,7 @@ def check_evidence(config: Config) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def run_evidence(config: Config) -> dict[str, Any]:
+def evidence(config: Config) -> dict[str, Any]:
     """Runs the config's sweep, scores it on `evidence.split`, and writes tables, plot and verdicts.
 
     What is there already is reused. Returns the job's summary.
@@ -120,40 +130,32 @@ def run_evidence(config: Config) -> dict[str, Any]:
     """
     check_evidence(config)
     with ray_session(config):
-        sweep = run_sweep(config)
-        if not storage.is_complete(sweep["uri"]):
-            raise RuntimeError(f"the sweep has not ended ({sweep['uri']}); start this again")
-        manifest = storage.read_manifest(sweep["uri"], kind="sweep")
+        uri = sweep(config)["uri"]
+        if not storage.is_complete(uri):
+            raise RuntimeError(f"the sweep has not ended ({uri}); start this again")
+        manifest = SweepManifest.read(uri)
         assert config.evidence.split is not None
-        shard(config, config.evidence.split)
+        shard_split(config, config.evidence.split)
         results, others, videos = _score(config, manifest)
     return _write(config, manifest, results, others, videos)
 
 
-def _score(
-    config: Config, manifest: Mapping[str, Any]
-) -> tuple[list[Result], dict[str, dict[str, float]], int]:
+def _score(config: Config, manifest: SweepManifest) -> tuple[list[Result], dict[str, dict[str, float]], int]:
     """Scores of each setting's seeds on the test split, those of teacher and baselines, and its videos."""
-    test = with_overrides(config, {"evaluate.split": config.evidence.split})
-    finished = [trial for trial in manifest["trials"] if trial["status"] == "finished"]
-    teacher_uri = teacher_location(config, ClipSet(manifest["clips_uri"]).fingerprint)
-    baselines = stages.baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
-    subjects = {**baselines, TEACHER: stages.teacher_subject(config, teacher_uri)}
-    titles = {
-        (trial["setting"], trial["seed"]): f"{trial['setting']}, seed {trial['seed']}" for trial in finished
-    }
-    subjects |= {
-        titles[trial["setting"], trial["seed"]]: stages.student_subject(trial["run"]) for trial in finished
-    }
-    found = stages.evaluate_subjects(test, subjects)
+    artifacts = artifacts_of(config, manifest.clips_uri)
+    test = artifacts.of(with_overrides(config, {"evaluate.split": config.evidence.split}))
+    finished = [trial for trial in manifest.trials if trial.status == "finished"]
+    teacher_uri = artifacts.require_teacher()
+    baselines = baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
+    titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
+    students = {title: student_subject(run) for run, title in titles.items()}
+    found = score_subjects(test, {**baselines, TEACHER: teacher_subject(config, teacher_uri), **students})
     results = []
-    for name in dict.fromkeys(trial["setting"] for trial in manifest["trials"]):
-        of_setting = [trial for trial in finished if trial["setting"] == name]
-        scores = {trial["seed"]: found[titles[name, trial["seed"]]]["scores"] for trial in of_setting}
-        values = next(trial["values"] for trial in manifest["trials"] if trial["setting"] == name)
+    for name, values in {trial.setting: trial.values for trial in manifest.trials}.items():
+        scores = {trial.seed: found[titles[trial.run]].scores for trial in finished if trial.setting == name}
         results.append(Result(Setting(name, values), scores))
-    others = {name: found[name]["scores"] for name in (*baselines, TEACHER)}
-    return results, others, found[TEACHER]["videos"]
+    others = {name: found[name].scores for name in (*baselines, TEACHER)}
+    return results, others, found[TEACHER].videos
 
 
 def compare(
@@ -183,13 +185,13 @@ def compare(
     return comparisons
 
 
-def score_rows(
+def setting_table(
     results: Sequence[Result],
     others: Mapping[str, Mapping[str, float]],
     details: Mapping[str, tuple[int, float]],
     part: str,
 ) -> Table:
-    """Mean ± std over seeds of every setting; `details` has its steps and minutes a run."""
+    """Mean ± std over seeds of every setting; `details` has its steps and minutes a run, see `_details`."""
     rows = []
     for result in results:
         steps, minutes = details[result.setting.name]
@@ -197,7 +199,7 @@ def score_rows(
         line += [mean_and_std([100 * value for value in result.values(score)]) for score in SCORES]
         rows.append(Row(cells(*line)))
     for name, scores in others.items():
-        numbers = [percent(100 * scores[score]) for score in SCORES]
+        numbers = [one_decimal(100 * scores[score]) for score in SCORES]
         kind = "method" if name == TEACHER else "baseline"
         rows.append(Row((Cell(name), *[Cell(DASH)] * 3, *map(Cell, numbers)), kind))
     columns = (Column("setting", numeric=False), Column("seeds"), Column("steps"), Column("min. a run"))
@@ -206,7 +208,7 @@ def score_rows(
     )
 
 
-def claim_rows(comparisons: Sequence[Comparison], part: str) -> Table:
+def claim_table(comparisons: Sequence[Comparison], part: str) -> Table:
     rows = [
         Row(
             cells(
@@ -235,55 +237,55 @@ def claim_rows(comparisons: Sequence[Comparison], part: str) -> Table:
     return Table("Orderings", "Which claims hold", part, columns, tuple(rows), notes)
 
 
-def _details(manifest: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
+def _details(manifest: SweepManifest) -> dict[str, tuple[int, float]]:
     """Steps, and mean minutes a run, of every setting."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for trial in manifest["trials"]:
-        of_setting = runs.setdefault(trial["setting"], [])
-        if trial["status"] == "finished":
-            of_setting.append(storage.read_manifest(trial["run"]))
+    runs: dict[str, list[RunManifest]] = {}
+    for trial in manifest.trials:
+        of_setting = runs.setdefault(trial.setting, [])
+        if trial.status == "finished":
+            of_setting.append(RunManifest.read(trial.run))
     return {
-        name: (found[0]["steps"], statistics.fmean(run["seconds"] for run in found) / 60)
-        if found
-        else (0, 0.0)
+        name: (found[0].steps, statistics.fmean(run.seconds for run in found) / 60) if found else (0, 0.0)
         for name, found in runs.items()
     }
 
 
 def _write(
     config: Config,
-    manifest: Mapping[str, Any],
+    manifest: SweepManifest,
     results: list[Result],
     others: dict[str, dict[str, float]],
     videos: int,
 ) -> dict[str, Any]:
     comparisons = compare(config.evidence.claims, results, others[TEACHER], config.evidence.scores)
-    seeds = sorted({trial["seed"] for trial in manifest["trials"]})
+    seeds = sorted({trial.seed for trial in manifest.trials})
     spread = [std for r in results if (std := r.std(config.evaluate.score)) is not None]
     noise = 100 * math.sqrt(statistics.fmean(std**2 for std in spread)) if spread else math.nan
     part = f"{config.dataset.title}, {config.evidence.split}"
-    tables = [score_rows(results, others, _details(manifest), part), claim_rows(comparisons, part)]
+    tables = [setting_table(results, others, _details(manifest), part), claim_table(comparisons, part)]
     intro = [
         f"{videos} videos of the split {config.evidence.split!r}, which nothing was chosen on; seeds "
         f"{', '.join(map(str, seeds))}; {os.cpu_count()} cores, torch {torch.__version__}, fp32, a run a core, so "
         f"that minutes are of a machine that does something else too. {SAMPLE_STD} "
         f"The pooled standard deviation over seeds is {noise:.1f} points of {TITLES[config.evaluate.score]}."
     ]
-    plot = Picture(
-        Path("/") / PLOT, "Scores on the test split", "Error bars: sample standard deviation over seeds."
+    picture = Picture(
+        chart_png(sweep_chart(results, {TEACHER: others[TEACHER]})),
+        PLOT,
+        "Scores on the test split",
+        "Error bars: sample standard deviation over seeds.",
     )
-    page = markdown(Page("Evidence", intro, tables, [plot], []), Path("/"))
-    picture = chart_png(sweep_chart(results, {TEACHER: others[TEACHER]}))
-    folder = storage.join(storage.absolute(config.storage.root), "evidence", manifest["fingerprint"])
-    storage.write_bytes(storage.join(folder, PLOT), picture)
+    page = markdown(Page("Evidence", intro, tables, [picture], []))
+    folder = storage.join(storage.absolute(config.storage.root), "evidence", manifest.fingerprint)
+    storage.write_bytes(storage.join(folder, PLOT), picture.content)
     storage.write_bytes(storage.join(folder, PAGE), page.encode())
     for table in tables:
-        print(text(table), end="\n\n", flush=True)
+        print(plain_text(table), end="\n\n", flush=True)
     if config.evidence.document:
-        _update(Path(config.evidence.document), page, picture)
+        update_document(Path(config.evidence.document), page, picture.content)
     return {
         "uri": folder,
-        "sweep": storage.name(manifest["fingerprint"]),
+        "sweep": manifest.fingerprint,
         "noise": noise,
         "verdicts": {f"{c.claim} ({TITLES[c.score]})": c.verdict for c in comparisons},
         "table": storage.join(folder, PAGE),
@@ -291,7 +293,7 @@ def _write(
     }
 
 
-def _update(document: Path, page: str, picture: bytes) -> None:
+def update_document(document: Path, page: str, picture: bytes) -> None:
     """Puts the tables between a document's two marks, and the picture beside it.
 
     Raises:

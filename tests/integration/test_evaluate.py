@@ -14,9 +14,9 @@ from pipeline import mlflow_client, stages, storage
 from pipeline.clips.stage import find_clips, shard_stage
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, resolve_config
+from pipeline.config.protocols import PRESETS, choose_protocol
 from pipeline.distill.stage import _student_spec, distill_stage
 from pipeline.distill.validation import Validation
-from pipeline.config.protocols import PRESETS, choose_protocol
 from pipeline.evaluate.records import VIDEOS_FILE, find_records
 from pipeline.evaluate.scoring import SCORES, mean_scores, model_predictor, score_video
 from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate, evaluate_stage
@@ -33,7 +33,7 @@ from pipeline.models import (
 from pipeline.registry.stage import pull, register_stage
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import model_speeds
-from pipeline.report.select import choose_shown
+from pipeline.report.select import select_runs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -167,9 +167,9 @@ def test_a_record_holds_what_a_public_file_does_not_tell(tiny, local_ray, clips)
     assert record.uri == result["uri"]
     assert record.hints == CheckpointHints(3, 4, (0.5,) * 3, (0.5,) * 3)
     assert len(model_speeds([record], runs=1)) == 1
-    shown = choose_shown([record], None)
-    (name,) = shown.models
-    panel = Gallery(shown).panel("video 1", [name, GROUND_TRUTH])
+    selection = select_runs([record], None)
+    (name,) = selection.models
+    panel = Gallery(selection).panel("video 1", [name, GROUND_TRUTH])
     model = load_slot_model(record.model_uri, **record.hints.to_dict())
     assert model.config.num_slots == 4
     video = next(v for v in clips.videos if v.video_id == "video 1")

@@ -9,7 +9,7 @@ from pipeline.evaluate.scoring import SCORES
 from pipeline.line import NO_KD, SLOTMATCH, run_pipeline
 from pipeline.models import load_slot_model
 from pipeline.registry.lineage import trace
-from pipeline.report.stage import write_report
+from pipeline.report.stage import report
 
 
 @pytest.mark.timeout(900)
@@ -51,8 +51,8 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     assert origin.teacher["files"]
     assert origin.run["seed"] == str(config.distill.seed)
 
-    report = write_report(config, latency_runs=1)
-    assert report["records"] == len(first["scores"])
+    summary = report(config, latency_runs=1)
+    assert summary["records"] == len(first["scores"])
     folder = tmp_path / "root" / "report"
     names = ("figure1", "figure3", "figure4", "scores_by_video", "worst_videos")
     text = (folder / "report.md").read_text()

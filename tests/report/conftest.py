@@ -1,10 +1,11 @@
-"""Records as `pipeline.records` gives them, without the runs behind them."""
+"""Records as `pipeline.evaluate.records` gives them, without the runs behind them."""
 
 import itertools
 from dataclasses import asdict
 
 import pytest
 
+from pipeline.artifacts.manifests import Rules
 from pipeline.config.protocols import PRESETS
 from pipeline.evaluate.records import Record
 from pipeline.models import CheckpointHints
@@ -53,12 +54,11 @@ def record():
             method=method,
             name=name,
             dataset=dataset,
-            protocol={
-                **asdict(PRESETS["slotcontrast"]),
-                "name": protocol,
-                "fingerprint": f"{protocol}-rules",
-                "in_words": f"the rules of {protocol}",
-            },
+            protocol=Rules(
+                **{**asdict(PRESETS["slotcontrast"]), "name": protocol},
+                fingerprint=f"{protocol}-rules",
+                in_words=f"the rules of {protocol}",
+            ),
             scores={**dict.fromkeys(levels, score), "slots_in_use": 5.0, **(scores or {})},
             run_id=f"run{next(numbers)}",
             **{**defaults, **values},

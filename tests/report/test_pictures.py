@@ -1,6 +1,6 @@
 """Which runs and videos are shown, and the pictures of two tiny models on a tiny clip set."""
 
-import math
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +18,8 @@ from pipeline.evaluate.scoring import model_predictor
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
 from pipeline.report import gallery as gallery_module
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
-from pipeline.report.pictures import model_speeds, write_pictures
-from pipeline.report.select import NothingToShow, choose_shown, nearest_to_quantiles, worst_videos
+from pipeline.report.pictures import draw_pictures, model_speeds
+from pipeline.report.select import NothingToShow, nearest_to_quantiles, select_runs, worst_videos
 
 TEACHER, NO_KD, OURS = "Teacher", "Student (no KD)", "SlotMatch (ours)"
 NAN = float("nan")
@@ -31,9 +31,9 @@ def test_the_evaluation_with_most_methods_is_shown(record):
     small = [record("slotmatch", clips="small"), record("teacher", clips="small")]
     large = [record(method, clips="large") for method in ("slotmatch", "teacher", "no_kd")]
     sweep = [record("slotmatch", clips="sweep", seed=seed) for seed in range(9)]
-    shown = choose_shown([*sweep, *small, *large], 0.2)
-    assert list(shown.models) == [TEACHER, NO_KD, OURS]
-    assert {r.clips_uri for r in shown.models.values()} == {"root/clips/large"}
+    selection = select_runs([*sweep, *small, *large], 0.2)
+    assert list(selection.models) == [TEACHER, NO_KD, OURS]
+    assert {r.clips_uri for r in selection.models.values()} == {"root/clips/large"}
 
 
 def test_of_each_method_the_longest_run_then_the_latest(record):
@@ -42,7 +42,7 @@ def test_of_each_method_the_longest_run_then_the_latest(record):
         record("no_kd", steps=30, seed=1),
         record("no_kd", steps=30, seed=2),
     ]
-    assert choose_shown(runs, 0.2).models == {NO_KD: runs[1]}
+    assert select_runs(runs, 0.2).models == {NO_KD: runs[1]}
 
 
 def test_slotmatch_is_that_with_the_configs_weight_if_there_is_one(record):
@@ -51,22 +51,22 @@ def test_slotmatch_is_that_with_the_configs_weight_if_there_is_one(record):
         record("slotmatch", beta=0.2),
         record("slotmatch", beta=0.1),
     ]
-    assert choose_shown(runs, 0.2).models == {OURS: runs[1]}
-    assert choose_shown(runs, 0.3).models == {OURS: runs[0]}
+    assert select_runs(runs, 0.2).models == {OURS: runs[1]}
+    assert select_runs(runs, 0.3).models == {OURS: runs[0]}
 
 
 def test_others_have_slotmatchs_teacher(record):
     ours = record("slotmatch", teacher="VideoSAUR")
     foreign, own = record("teacher", teacher="SlotContrast"), record("teacher", teacher="VideoSAUR")
-    assert choose_shown([foreign, ours, own], 0.2).models == {TEACHER: own, OURS: ours}
-    assert choose_shown([foreign, ours], 0.2).models == {OURS: ours}
+    assert select_runs([foreign, ours, own], 0.2).models == {TEACHER: own, OURS: ours}
+    assert select_runs([foreign, ours], 0.2).models == {OURS: ours}
 
 
 def test_baselines_and_models_of_unknown_training_go_by_their_names(record):
     records = [record("baseline", name="grid"), record("other", name="mine"), record("other", name="yours")]
-    shown = choose_shown(records, 0.2)
-    assert set(shown.models) == {"mine", "yours"}
-    assert set(shown.baselines) == {"grid"}
+    selection = select_runs(records, 0.2)
+    assert set(selection.models) == {"mine", "yours"}
+    assert set(selection.baselines) == {"grid"}
 
 
 # --- which videos ---------------------------------------------------------------------------------
@@ -165,13 +165,13 @@ def shown_videos(monkeypatch):
 ALL = ["figure1.png", "figure3.png", "figure4.png", "scores_by_video.png", "worst_videos.png"]
 
 
-def test_all_pictures_of_three_models(records, tmp_path, shown_videos):
+def test_all_pictures_of_three_models(records, shown_videos):
     latencies = model_speeds(records, 1)
-    pictures = write_pictures(resolve_config({}), records, tmp_path / "report", latencies)
-    assert [picture.path for picture in pictures] == [tmp_path / "report" / name for name in ALL]
+    pictures = draw_pictures(resolve_config({}), records, latencies)
+    assert [picture.link for picture in pictures] == ALL
     for picture in pictures:
-        assert picture.path.stat().st_size < 500_000
-        with Image.open(picture.path) as image:
+        assert len(picture.content) < 500_000
+        with Image.open(io.BytesIO(picture.content)) as image:
             assert 1000 <= image.width <= 1400
         assert "made, 8 videos, protocol slotcontrast (evaluation slotcontrast-rules)" in picture.caption
         assert "SlotMatch (ours) 1,000 steps, β = 0.2, seed 42" in picture.caption
@@ -190,11 +190,10 @@ def test_all_pictures_of_three_models(records, tmp_path, shown_videos):
     assert titles[2].endswith("difference -10.0")
 
 
-def test_without_a_method_its_row_or_picture_is_left_out(records, tmp_path, shown_videos, capsys):
+def test_without_a_method_its_row_or_picture_is_left_out(records, shown_videos, capsys):
     without_no_kd = [r for r in records if r.method != "no_kd"]
-    pictures = write_pictures(resolve_config({}), without_no_kd, tmp_path, {})
-    assert [p.path.name for p in pictures] == ["figure3.png", "scores_by_video.png", "worst_videos.png"]
-    assert not (tmp_path / "figure4.png").exists()
+    pictures = draw_pictures(resolve_config({}), without_no_kd, {})
+    assert [p.link for p in pictures] == ["figure3.png", "scores_by_video.png", "worst_videos.png"]
     assert shown_videos[0][1] == [TEACHER, OURS, GROUND_TRUTH]
     said = capsys.readouterr().err
     assert "figure1.png is left out: no model's speed was measured" in said
@@ -208,26 +207,24 @@ def test_a_damaged_model_costs_only_its_own_pictures(records, tmp_path, capsys):
     (broken / "model.safetensors").write_text("no tensors")
     damaged = [replace(r, model_uri=str(broken)) if r.method == "teacher" else r for r in records]
     latencies = model_speeds(damaged, 1)
-    pictures = write_pictures(resolve_config({}), damaged, tmp_path / "report", latencies)
-    names = [picture.path.name for picture in pictures]
-    assert names == ["figure1.png", "figure4.png", "scores_by_video.png"]
+    pictures = draw_pictures(resolve_config({}), damaged, latencies)
+    assert [p.link for p in pictures] == ["figure1.png", "figure4.png", "scores_by_video.png"]
     said = capsys.readouterr().err
     assert "no speed of" in said
     assert "figure3.png is left out" in said
 
 
-def test_nothing_to_show_says_so(records, tmp_path, capsys):
+def test_nothing_to_show_says_so(records, capsys):
     baselines = [r for r in records if r.method == "baseline"]
-    assert write_pictures(resolve_config({}), [], tmp_path / "a", {}) == []
-    assert write_pictures(resolve_config({}), baselines, tmp_path / "a", {}) == []
-    assert not (tmp_path / "a").exists()
+    assert draw_pictures(resolve_config({}), [], {}) == []
+    assert draw_pictures(resolve_config({}), baselines, {}) == []
     assert "no model was evaluated" in capsys.readouterr().err
 
 
 def test_what_was_deleted_costs_its_pictures_only(records, tmp_path, capsys):
     gone = [replace(r, clips_uri=str(tmp_path / "gone")) for r in records]
-    pictures = write_pictures(resolve_config({}), gone, tmp_path, {})
-    assert [p.path.name for p in pictures] == ["scores_by_video.png"]
+    pictures = draw_pictures(resolve_config({}), gone, {})
+    assert [p.link for p in pictures] == ["scores_by_video.png"]
     assert f"figure3.png is left out: {tmp_path / 'gone'} has no manifest.json" in capsys.readouterr().err
 
 
@@ -262,7 +259,7 @@ def test_a_model_that_is_gone_has_no_speed(records, tmp_path, capsys):
 
 def test_a_panel_shows_what_was_scored(records, clips, model_uris):
     """The central square, the model's slots as in an evaluation, each object's own label."""
-    panel = Gallery(choose_shown(records, 0.2)).panel("video 3", [OURS, GROUND_TRUTH])
+    panel = Gallery(select_runs(records, 0.2)).panel("video 3", [OURS, GROUND_TRUTH])
     video = next(v for v in clips.videos if v.video_id == "video 3")
     read = list(clips.iter_video(video, masks=True))
     frames = np.concatenate([c.frames for c in read])[:, :, 4:28]
@@ -288,12 +285,6 @@ def test_a_panel_shows_what_was_scored(records, clips, model_uris):
 def test_long_and_large_videos_are_cut_and_reduced(records, monkeypatch):
     monkeypatch.setattr(gallery_module, "MAX_FRAMES", 6)
     monkeypatch.setattr(gallery_module, "MAX_SIDE", 10)
-    panel = Gallery(choose_shown(records, 0.2)).panel("video 7", [OURS, GROUND_TRUTH])
+    panel = Gallery(select_runs(records, 0.2)).panel("video 7", [OURS, GROUND_TRUTH])
     assert panel.frames.shape == (6, 10, 10, 3)
     assert all(labels.shape == (6, 10, 10) for labels in panel.rows.values())
-
-
-def test_scores_without_objects_are_left_out(records):
-    scores = Gallery(choose_shown(records, 0.2)).scores(OURS)
-    assert math.isnan(scores["video 7"])
-    assert "video 7" not in worst_videos(scores, 99)

@@ -7,9 +7,12 @@ import math
 
 import pytest
 
-from pipeline.report.render import Page, markdown
-from pipeline.sweep.page import sweep_chart
-from pipeline.sweep.results import Result, as_csv, as_json, choose_best, sweep_table, text, varied_number
+from pipeline.artifacts.manifests import Rules
+from pipeline.config import resolve_config
+from pipeline.evaluate.records import Evaluation
+from pipeline.evaluate.table import plain_text
+from pipeline.sweep.page import page_files, sweep_chart
+from pipeline.sweep.results import Result, as_csv, as_json, choose_best, sweep_table, varied_number
 from pipeline.sweep.settings import Setting
 
 LEVELS = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
@@ -88,14 +91,13 @@ def test_table_4():
         ["teacher", "–", *["50.0"] * 4],
         ["grid", "–", *["25.0"] * 4],
     ]
-    shown = text(table)
+    shown = plain_text(table)
     assert "beta = 0.3, seed 1 failed: NonFiniteLoss: the gradient" in shown
     assert "beta = 0.5, seed 0 was stopped early after step 1,000." in shown
     assert "(clay)" in shown
     assert "sample standard deviation" in shown
     lines = shown.splitlines()
     assert len({len(line) for line in lines[1:8]}) == 1, "columns are in line"
-    assert "| beta = 0.3 | 1 of 2 | **60.0** |" in markdown(Page("t", [], [table], [], []), None)
 
 
 def test_all_numbers_for_other_programs():
@@ -109,6 +111,30 @@ def test_all_numbers_for_other_programs():
     assert numbers["settings"][0]["scores"]["1"]["video_mbo"] == 0.5
     assert numbers["settings"][1]["failed"] == {"0": "broke, badly"}
     assert numbers["others"]["teacher"]["video_mbo"] == 0.5
+
+
+def test_the_files_of_a_page():
+    results = [beta(0.1, [0.3, 0.5]), beta(0.2, [0.2, math.nan])]
+    rules = Rules(name="paper", in_words="clips of 4 frames", fingerprint="f00")
+    evaluation = Evaluation("evaluations/e", results[0].scores[0], rules, videos=60)
+    best = choose_best(results, "video_mbo")
+    config = resolve_config({}, ["dataset.name=clay", "evaluate.score=video_mbo"])
+    found, table = page_files("5a1ad", results, TEACHER, {}, evaluation, best, config)
+    files = dict(found)
+    assert table.notes[-2:] == (
+        "Protocol paper: clips of 4 frames; 60 videos.",
+        f"Chosen: {best.reason}.",
+    )
+    assert files["table.txt"].decode() == plain_text(table) + "\n"
+    assert files["table.csv"].decode() == as_csv(results)
+    page = files["table.md"].decode()
+    assert page.startswith("# Sweep 5a1ad\n")
+    assert "| beta = 0.1 | 2 of 2 | **40.0 ± 14.14 (n=2)** |" in page
+    assert "![Scores](plot.png)" in page
+    numbers = json.loads(files["scores.json"], parse_constant=pytest.fail)
+    assert numbers["best"]["setting"] == "beta = 0.1"
+    assert numbers["settings"][1]["scores"]["1"]["video_mbo"] is None, "JSON has no NaN"
+    assert files["plot.png"].startswith(b"\x89PNG")
 
 
 def test_the_plot_is_over_the_one_number_that_differs():

@@ -1,42 +1,29 @@
 """The report from runs in a real MLflow database, and its command line."""
 
 import json
-from collections import namedtuple
+import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from jobs._main import run as run_job
-from jobs.report import JOB
+from jobs.report import main
 from pipeline import tracking
+from pipeline.artifacts.manifests import Rules
 from pipeline.config import load_config
-from pipeline.evaluate.records import ROLE
+from pipeline.evaluate.records import Evaluation, find_records, record_evaluations
 from pipeline.evaluate.scoring import SCORES
-from pipeline.report import write
+from pipeline.report import stage
+from pipeline.report.render import Picture
 
 ROOT = Path(__file__).parents[2]
-Picture = namedtuple("Picture", "path title caption")
 
 
 def log_evaluation(config, name, score, **tags):
     """An MLflow run as `evaluate` writes it."""
-    client = tracking.connect(config)
-    protocol = {"name": "slotcontrast", "fingerprint": "f00", "in_words": "whole videos"}
-    tags = {
-        "role": ROLE,
-        tracking.RUN_TAG: f"evaluations/{name}",
-        "clips_uri": "root/clips/c0ffee",
-        "name": name,
-        "dataset": "demo videos",
-        "protocol": json.dumps(protocol),
-        "videos": "60",
-        **tags,
-    }
-    run = client.create_run(tracking.experiment_id(config), run_name=name, tags=tags)
-    for key in (*SCORES, "slots_in_use"):
-        client.log_metric(run.info.run_id, key, score)
-    client.set_terminated(run.info.run_id)
+    rules = Rules(name="slotcontrast", fingerprint="f00", in_words="whole videos")
+    scores = dict.fromkeys((*SCORES, "slots_in_use"), score)
+    evaluation = Evaluation(f"evaluations/{name}", scores, rules, videos=60)
+    record_evaluations(config, "root/clips/c0ffee", {name: tags}, {name: evaluation})
 
 
 @pytest.fixture
@@ -44,12 +31,11 @@ def pictures(monkeypatch):
     """Stands in for the pictures, which have tests of their own; collects what they are given."""
     given = []
 
-    def write_pictures(config, records, folder, latencies):
+    def draw_pictures(config, records, latencies):
         given.append((len(records), latencies))
-        Image.new("RGB", (4, 4)).save(folder / "figure1.png")
-        return [Picture(folder / "figure1.png", "Figure 1", "speed")]
+        return [Picture(b"a picture", "figure1.png", "Figure 1", "speed")]
 
-    monkeypatch.setattr(write, "write_pictures", write_pictures)
+    monkeypatch.setattr(stage, "draw_pictures", draw_pictures)
     return given
 
 
@@ -61,7 +47,9 @@ def test_a_report_from_recorded_runs(tmp_path, pictures, counted_once, monkeypat
     for seed, score in ((1, 0.5), (2, 0.6)):
         tags = {"method": "slotmatch", "beta": "0.2", "seed": str(seed), **trained}
         log_evaluation(config, f"SlotMatch {seed}", score, **tags)
-    summary = write.write_report(config, latency_runs=0)
+    found = {record.name: record for record in find_records(config)}
+    assert (found["SlotMatch 2"].seed, found["SlotMatch 2"].protocol.in_words) == (2, "whole videos")
+    summary = stage.report(config, latency_runs=0)
 
     assert summary["uri"] == str(tmp_path / "report" / "report.html")
     assert (summary["records"], summary["pictures"]) == (3, 1)
@@ -70,6 +58,7 @@ def test_a_report_from_recorded_runs(tmp_path, pictures, counted_once, monkeypat
     assert "| SlotMatch (ours) | **55.0 ± 7.07 (n=2)** |" in text
     assert "| 2x3 grid | 12.3 |" in text
     assert "](figure1.png)" in text
+    assert (tmp_path / "report" / "figure1.png").read_bytes() == b"a picture"
     assert text.count("\n## Table") == 8
     assert "data:image/png;base64" in (tmp_path / "report" / "report.html").read_text()
 
@@ -85,8 +74,9 @@ def job(monkeypatch, capsys):
     """The command line, in this process: another would import torch and MLflow again."""
 
     def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jobs.report", *arguments])
         monkeypatch.chdir(ROOT)
-        code = run_job(JOB, arguments)
+        code = main()
         return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return run

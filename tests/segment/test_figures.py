@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import figures
 from pipeline.segment.figures import (
+    MAX_BYTES,
     Panel,
     comparison,
     match_labels,
@@ -219,4 +219,4 @@ def test_a_picture_of_noise_still_is_a_small_file():
 def test_what_is_small_anyway_keeps_every_colour():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8))
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(to_png(image)))), np.asarray(image))
-    assert figures.MAX_BYTES < 500_000
+    assert MAX_BYTES < 500_000

@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError, load_config
-from pipeline.sweep.evidence import BEGIN, END, Comparison, _update, check_evidence, compare, parse_claim
+from pipeline.sweep.evidence import (
+    BEGIN,
+    END,
+    check_evidence,
+    compare,
+    parse_claim,
+    update_document,
+)
 from pipeline.sweep.results import Result
 from pipeline.sweep.settings import Setting
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def result(name, *values):
@@ -91,7 +98,7 @@ def test_evidence_that_can_not_be_had_is_refused(override, message):
 def test_the_documents_own_words_stay(tmp_path):
     document = tmp_path / "evidence.md"
     document.write_text(f"# What we saw\n\nBefore.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
-    _update(document, "# Evidence\n\nintro\n\n## Scores\n", b"png")
+    update_document(document, "# Evidence\n\nintro\n\n## Scores\n", b"png")
     text = document.read_text()
     assert "old" not in text
     assert text.startswith("# What we saw\n\nBefore.\n")
@@ -100,8 +107,4 @@ def test_the_documents_own_words_stay(tmp_path):
     assert (tmp_path / "evidence.png").read_bytes() == b"png"
     document.write_text("no marks")
     with pytest.raises(ValueError, match="has no <!-- evidence: begin -->"):
-        _update(document, "# Evidence\n\nintro\n", b"")
-
-
-def test_one_seed_has_no_interval():
-    assert Comparison("a > b", "video_mbo", (3.0,)).margin == math.inf
+        update_document(document, "# Evidence\n\nintro\n", b"")
