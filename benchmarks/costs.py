@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline import targets
 from pipeline.clips import table
 from pipeline.clips.sources import videos
 from pipeline.config import Config, load_config
@@ -24,6 +23,7 @@ from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.report.costs import config_models
 from pipeline.report.efficiency import count_macs, count_parameters
 from pipeline.storage.s3 import PART_BYTES, PARTS_OF_A_SIZE, part_bytes
+from pipeline.targets.maker import ROW_GROUP_BYTES
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -162,7 +162,7 @@ def target_group_rows(work: Workload) -> int:
     """Rows of a target file's row group: at most what the teacher saw in one pass, in whole clips."""
     views = work.config.targets.views
     batch = ceil(work.config.targets.batch_size / views) * views
-    return max(1, min(batch, targets._ROW_GROUP_BYTES // work.target_bytes))
+    return max(1, min(batch, ROW_GROUP_BYTES // work.target_bytes))
 
 
 def footers(work: Workload, rates: Rates) -> tuple[float, float]:

@@ -30,8 +30,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.memory import memory_mib
 from pipeline import storage
+from pipeline.clips.library import artifacts_of
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
-from pipeline.clips.stage import shard
+from pipeline.clips.stage import shard_split
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet, VideoEntry
 from pipeline.config import Config, resolve_config
 from pipeline.evaluate.table import DASH
@@ -110,15 +111,16 @@ def drive(stage: str, scratch: Path, clips_uri: str = "") -> dict[str, Any]:
     config = make_config(scratch)
     with ray_session(config):
         start = perf_counter()
-        uri = shard(config, "")["uri"] if stage == "shard" else cache(config, clips_uri)["uri"]
+        made = shard_split(config, "") if stage == "shard" else cache(config, artifacts_of(config, clips_uri))
         seconds = perf_counter() - start
+    uri = made["uri"]
     cost = StageCost(seconds, _steady(uri, clips_uri or uri), memory_mib("VmHWM"), _bytes(uri))
     return {"uri": uri, "cost": asdict(cost)}
 
 
 def _steady(uri: str, clips_uri: str) -> float:
     """Seconds a clip from the first file of a stage to its last one; nan where there is one file."""
-    clips = {shard["name"]: shard["rows"] for shard in ClipSet(clips_uri).manifest["shards"]}
+    clips = {shard.name: shard.rows for shard in ClipSet(clips_uri).manifest.shards}
     folder = Path(uri) / SHARD_FOLDER
     written = sorted((folder.joinpath(name).stat().st_mtime, name) for name in clips)
     later = sum(clips[name] for _, name in written[1:])
@@ -181,7 +183,7 @@ def measure(videos: int, scratch: Path) -> Point:
     clips_uri = sharded["uri"]
     cached = _in_new_process("cache", str(scratch), clips_uri)
     found = ClipSet(clips_uri).manifest
-    assert (found["videos"], found["clips"]) == (videos, CLIPS * videos)
+    assert (found.videos, found.clips) == (videos, CLIPS * videos)
     worker = _in_new_process("worker", clips_uri, cached["uri"])
     return Point(videos, StageCost(**sharded["cost"]), StageCost(**cached["cost"]), tuple(worker["memory"]))
 

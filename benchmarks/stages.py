@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 
 from benchmarks.report import Comparison, Row, interleaved
+from pipeline.clips.library import artifacts_of
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
-from pipeline.clips.stage import shard
+from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import View, apply_view, make_view
 from pipeline.compute import ray_session
@@ -85,7 +86,7 @@ def shard_comparison(load: Load, repeats: int, scratch: Path, *, real: bool) -> 
 
     def stage() -> dict[str, Any]:
         values = {"dataset": {"path": str(folder)}, "clips": settings, "storage": {"root": next(roots)}}
-        return shard(resolve_config(values), "")
+        return shard_split(resolve_config(values), "")
 
     start = perf_counter()
     frames = stage()["frames"]
@@ -159,14 +160,15 @@ def cache_comparison(load: Load, repeats: int, scratch: Path) -> Comparison:
     roots = (str(scratch / f"cache-{i}") for i in count())
 
     def stage(clips: ClipSet) -> dict[str, Any]:
-        return cache(_config(load, scratch, root=next(roots)), clips.uri)
+        config = _config(load, scratch, root=next(roots))
+        return cache(config, artifacts_of(config, clips.uri))
 
     model = load_slot_model(scratch / "teacher")
     loop, ray_data, starting = interleaved(
         [lambda: _bare_teacher(model, work, load.batch_size), lambda: stage(work), lambda: stage(start)],
         repeats,
     )
-    clips, few = work.manifest["clips"], start.manifest["clips"]
+    clips, few = work.manifest.clips, start.manifest.clips
     steady = [a - b for a, b in zip(ray_data, starting, strict=True)]
     rows = [
         Row("teacher's loop, 1 process", loop, clips, "clips"),
@@ -195,7 +197,7 @@ def _config(load: Load, scratch: Path, *, root: str, videos: int = 1, frames: in
 
 def _clips(load: Load, scratch: Path, *, videos: int, frames: int) -> ClipSet:
     config = _config(load, scratch, root=str(scratch / "clips"), videos=videos, frames=frames)
-    return ClipSet(shard(config, "")["uri"])
+    return ClipSet(shard_split(config, "")["uri"])
 
 
 @torch.no_grad()

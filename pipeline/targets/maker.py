@@ -25,7 +25,7 @@ from pipeline.models.build import build_student, load_teacher
 from pipeline.models.slot_model import SlotModel
 from pipeline.targets.table import FEATURES, TargetMismatch, TargetSet, _schema
 
-_ROW_GROUP_BYTES = 1 << 20
+ROW_GROUP_BYTES = 1 << 20
 
 
 class TargetMaker:
@@ -89,7 +89,7 @@ class TargetMaker:
                     names = sorted({f"{c.video_id} clip {c.clip_index}" for c, _, _ in full})
                     raise ValueError(f"the teacher's slots are not finite for one of: {', '.join(names)}")
                 table = self._table(items, computed, schema)
-                limit = max(1, _ROW_GROUP_BYTES * len(table) // max(table.nbytes, 1))
+                limit = max(1, ROW_GROUP_BYTES * len(table) // max(table.nbytes, 1))
                 writer.write_table(table, row_group_size=limit)
             writer.close()
             storage.upload_file(path, storage.join(folder, shard))
