@@ -86,13 +86,13 @@ def _evaluate(artifacts: Artifacts, teacher_uri: str, runs: dict[str, str]) -> d
     config = artifacts.config
     if config.evaluate.split is None:
         return {}
-    videos = open_clips(artifacts.evaluation_clips).manifest.videos
-    _title(5, f"score them on {videos} videos that nobody trained on")
+    clips = open_clips(artifacts.evaluation_clips)
+    _title(5, f"score them on {clips.manifest.videos} videos that nobody trained on")
     slots = load_teacher(config, teacher_uri).config.num_slots
     subjects = baseline_subjects(slots) if config.evaluate.baselines else {}
     subjects |= {"teacher": teacher_subject(config, teacher_uri)}
     subjects |= {name: student_subject(uri) for name, uri in runs.items()}
-    return score_subjects(artifacts, subjects)
+    return score_subjects(artifacts, clips, subjects)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ import pytest
 import torch
 from clip_sets import make_clip_set
 
-from pipeline.artifacts.identity import find_targets
 from pipeline.config import ConfigError, resolve_config
-from pipeline.distill.stage import find_student
 from pipeline.evaluate.subjects import Subject, teacher_subject
 from pipeline.models import BackboneConfig, CheckpointHints, SlotModel, SlotModelConfig, save_slot_model
 from pipeline.models.build import build_student, build_teacher, load_teacher, model_config

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline import lease as lease_module
+from pipeline.artifacts import once as lease_module
 from pipeline import storage
 from pipeline.artifacts.once import LEASE_FILE, lease
 

@@ -66,7 +66,7 @@ def root(config, tmp_path):
         "created": "2026-01-02T03:04:05Z",
     }
     run = make_finished_run(config, str(root / "students" / "s"), clips="train", **made_of)
-    register(config, run, evaluation(0.357, uri=str(root / "evaluations" / "e")))
+    register_run(config, run, evaluation(0.357, uri=str(root / "evaluations" / "e")))
     return root
 
 

@@ -7,7 +7,7 @@ from students import evaluation, make_finished_run
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
 from pipeline.models import load_slot_model
-from pipeline.registry.stage import appoint, pull, register
+from pipeline.registry.stage import pull, register
 
 
 @pytest.fixture
@@ -30,40 +30,40 @@ def champion(config):
 
 
 def test_the_alias_moves_only_to_a_better_score_on_the_same_evaluation(config, finished_run):
-    assert register(config, finished_run("first"), evaluation(0.5))["champion"]
-    worse = register(config, finished_run("worse"), evaluation(0.4))
+    assert register_run(config, finished_run("first"), evaluation(0.5))["champion"]
+    worse = register_run(config, finished_run("worse"), evaluation(0.4))
     assert not worse["champion"]
     assert "50.00" in worse["reason"]
     assert champion(config) == 1
-    elsewhere = register(config, finished_run("elsewhere"), evaluation(0.9, protocol="another"))
+    elsewhere = register_run(config, finished_run("elsewhere"), evaluation(0.9, protocol="another"))
     assert not elsewhere["champion"]
     assert "another evaluation" in elsewhere["reason"]
-    unscored = register(config, finished_run("unscored"), None)
+    unscored = register_run(config, finished_run("unscored"), None)
     assert not unscored["champion"]
-    better = register(config, finished_run("better"), evaluation(0.6))
+    better = register_run(config, finished_run("better"), evaluation(0.6))
     assert better["champion"]
     assert better["version"] == champion(config) == 5
 
 
 def test_a_scored_version_replaces_a_champion_that_has_no_score(config, finished_run):
-    assert register(config, finished_run("unscored"), None)["champion"]
-    assert not register(config, finished_run("unscored too"), None)["champion"]
-    assert register(config, finished_run("scored"), evaluation(0.1))["champion"]
+    assert register_run(config, finished_run("unscored"), None)["champion"]
+    assert not register_run(config, finished_run("unscored too"), None)["champion"]
+    assert register_run(config, finished_run("scored"), evaluation(0.1))["champion"]
     assert champion(config) == 3
 
 
 def test_a_champion_scored_on_two_evaluations_is_compared_on_each(config, finished_run):
     first = finished_run("first")
-    register(config, first, evaluation(0.5))
-    register(config, first, evaluation(0.9, protocol="another"))
-    assert not register(config, finished_run("second"), evaluation(0.4))["champion"]
-    assert register(config, finished_run("third"), evaluation(0.6))["champion"]
+    register_run(config, first, evaluation(0.5))
+    register_run(config, first, evaluation(0.9, protocol="another"))
+    assert not register_run(config, finished_run("second"), evaluation(0.4))["champion"]
+    assert register_run(config, finished_run("third"), evaluation(0.6))["champion"]
 
 
 def test_registering_a_run_again_makes_no_second_version(config, finished_run):
     uri = finished_run("only")
-    first = register(config, uri, None)
-    again = register(config, uri, evaluation(0.3))
+    first = register_run(config, uri, None)
+    again = register_run(config, uri, evaluation(0.3))
     assert first["version"] == again["version"] == 1
     tags = tracking.connect(config).get_model_version("slotmatch", "1").tags
     assert tags["score.video_mbo"] == "0.300000"
@@ -71,12 +71,12 @@ def test_registering_a_run_again_makes_no_second_version(config, finished_run):
 
 def test_an_unfinished_run_is_not_registered(config, tmp_path):
     with pytest.raises(storage.IncompleteError, match="unfinished"):
-        register(config, str(tmp_path / "unfinished"), None)
+        register_run(config, str(tmp_path / "unfinished"), None)
 
 
 def test_pull_gives_the_same_weights_without_mlflow(config, finished_run, tmp_path):
     uri = finished_run("only")
-    register(config, uri, None)
+    register_run(config, uri, None)
     for name in ("models:/slotmatch@champion", "models:/slotmatch/1"):
         pull(name, tmp_path / "pulled", config.tracking_uri)
         pulled, original = load_slot_model(tmp_path / "pulled"), load_slot_model(f"{uri}/model")
@@ -88,7 +88,7 @@ def test_pull_to_object_storage_over_an_earlier_version(config, finished_run, s3
     first, second = finished_run("one"), finished_run("another")
     target = storage.join(s3, tmp_path.name)
     for number, run in enumerate((first, second), 1):
-        register(config, run, None)
+        register_run(config, run, None)
         done = pull(f"models:/slotmatch/{number}", target, config.tracking_uri)
         assert done["uri"] == target
         weights = storage.read_bytes(f"{target}/model.safetensors")
@@ -147,19 +147,19 @@ def test_the_one_that_was_chosen_replaces_its_rivals_but_no_better_champion(conf
     versions = {}
     for name, score in scores.items():
         run = finished_run(name)
-        done = register(config, run, evaluation(score), contend=False, more_tags={"sweep": "s"})
+        done = register_run(config, run, evaluation(score), contend=False, more_tags={"sweep": "s"})
         assert not done["champion"]
         versions[name] = done["version"]
     assert tracking.connect(config).get_model_version("slotmatch", "1").tags["sweep"] == "s"
     rivals = set(versions.values())
-    assert appoint(config, versions["lucky"], rivals)[0]
-    holds, reason = appoint(config, versions["chosen"], rivals)
+    assert set_champion(config, versions["lucky"], rivals)[0]
+    holds, reason = set_champion(config, versions["chosen"], rivals)
     assert holds
     assert "1 is one of" in reason
     assert champion(config) == versions["chosen"]
-    assert appoint(config, versions["chosen"], rivals)[0]
-    assert register(config, finished_run("outsider"), evaluation(0.7))["champion"]
-    holds, reason = appoint(config, versions["chosen"], rivals)
+    assert set_champion(config, versions["chosen"], rivals)[0]
+    assert register_run(config, finished_run("outsider"), evaluation(0.7))["champion"]
+    holds, reason = set_champion(config, versions["chosen"], rivals)
     assert not holds
     assert "70.00" in reason
     assert champion(config) == 4

@@ -11,7 +11,7 @@ from clip_sets import make_clip_set, random_video
 
 from pipeline.clips.schema import stack_masks
 from pipeline.config import ConfigError, Evaluate, resolve_config
-from pipeline.config.protocols import PRESETS, choose_protocol, describe_protocol
+from pipeline.config.protocols import PRESETS, choose_protocol
 from pipeline.evaluate.baselines import grid
 from pipeline.evaluate.scoring import mean_scores, model_predictor, score_video
 from pipeline.metrics import fg_ari, mean_best_overlap

@@ -51,23 +51,25 @@ def evaluate(config: Config) -> dict[str, Any]:
     # Also without baselines: a file of which the config says too little is refused before Ray starts.
     slots = load_model(subject.model_uri, subject.hints).config.num_slots
     baselines = baseline_subjects(slots) if config.evaluate.baselines else {}
-    results = score_subjects(artifacts, {**baselines, **models})
+    clips = open_clips(artifacts.evaluation_clips)
+    results = score_subjects(artifacts, clips, {**baselines, **models})
     print(plain_text(score_table([(n, r.scores) for n, r in results.items()])))
     protocol = results[name].protocol
     print(f"protocol {protocol.name}: {protocol.in_words}")
     return results[name].summary()
 
 
-def score_subjects(artifacts: Artifacts, subjects: dict[str, Subject]) -> dict[str, Evaluation]:
-    """Scores models and baselines on the evaluation split, in one pass over its clips for each.
+def score_subjects(
+    artifacts: Artifacts, clips: ClipSet, subjects: dict[str, Subject]
+) -> dict[str, Evaluation]:
+    """Scores models and baselines on a clip set with masks, in one pass over it for each.
 
     The same model under the same protocol is found and reused.
 
     Raises:
-        ConfigError: the config names no split, or its clips have not been made.
         ValueError: no video of the clip set has masks.
     """
-    config, clips = artifacts.config, open_clips(artifacts.evaluation_clips)
+    config = artifacts.config
     if not clips.manifest.annotated_videos:
         raise ValueError(
             f"{clips.uri} has no masks to score against (dataset.kind = {config.dataset.kind}, "

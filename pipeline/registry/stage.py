@@ -21,7 +21,7 @@ import numpy as np
 from pipeline import storage, tracking
 from pipeline.artifacts.identity import MODEL_FOLDER
 from pipeline.artifacts.manifests import RunManifest
-from pipeline.clips.library import artifacts_of
+from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.config import Config
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.stage import score_subjects
@@ -41,7 +41,8 @@ def register(config: Config) -> dict[str, Any]:
     evaluation = None
     if config.evaluate.split is not None:
         name = config.distill.name or "student"
-        evaluation = score_subjects(artifacts, {name: student_subject(run_uri)})[name]
+        clips = open_clips(artifacts.evaluation_clips)
+        evaluation = score_subjects(artifacts, clips, {name: student_subject(run_uri)})[name]
     return register_run(config, run_uri, evaluation)
 
 

@@ -20,7 +20,7 @@ from scipy.stats import t as student_t
 
 from pipeline import storage
 from pipeline.artifacts.manifests import RunManifest, SweepManifest
-from pipeline.clips.library import artifacts_of
+from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.stage import shard_split
 from pipeline.compute import ray_session
 from pipeline.config import Config, ConfigError, with_overrides
@@ -149,7 +149,8 @@ def _score(config: Config, manifest: SweepManifest) -> tuple[list[Result], dict[
     baselines = baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
     titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
     students = {title: student_subject(run) for run, title in titles.items()}
-    found = score_subjects(test, {**baselines, TEACHER: teacher_subject(config, teacher_uri), **students})
+    clips = open_clips(test.evaluation_clips)
+    found = score_subjects(test, clips, {**baselines, TEACHER: teacher_subject(config, teacher_uri), **students})
     results = []
     for name, values in {trial.setting: trial.values for trial in manifest.trials}.items():
         scores = {trial.seed: found[titles[trial.run]].scores for trial in finished if trial.setting == name}

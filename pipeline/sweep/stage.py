@@ -184,7 +184,8 @@ def _score(config: Config, plan: Plan, ended: dict[str, Ended]) -> Outcome:
         uri = next(iter(students.values())).model_uri
         assert uri is not None
         baselines = baseline_subjects(load_model(uri, CheckpointHints()).config.num_slots)
-    found = score_subjects(plan.artifacts, {**baselines, **teachers, **students})
+    clips = open_clips(plan.artifacts.evaluation_clips)
+    found = score_subjects(plan.artifacts, clips, {**baselines, **teachers, **students})
     results = []
     for setting in dict.fromkeys(trial.setting.name for trial in plan.trials):
         of_setting = [trial for trial in plan.trials if trial.setting.name == setting]

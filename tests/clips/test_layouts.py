@@ -20,7 +20,6 @@ from layouts import (
 from PIL import Image
 
 from pipeline.clips.sources import list_videos, read_video
-from pipeline.clips.stage import find_videos
 from pipeline.config import ConfigError, Dataset, load_config, resolve_config
 from pipeline.report.tables import COCO, DAVIS, MOVI_E, OVIS, YTVIS
 

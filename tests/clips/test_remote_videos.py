@@ -6,10 +6,8 @@ from PIL import Image
 from test_videos import picture, write_noise
 
 from pipeline import storage
-from pipeline.artifacts.identity import clip_set_uri
 from pipeline.clips.sources import BadVideo, read_video
 from pipeline.clips.sources.videos import list_videos
-from pipeline.clips.stage import find_videos
 from pipeline.clips.write import write_shard
 from pipeline.config import resolve_config
 from pipeline.storage import join

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from students import evaluation
 
-from pipeline import registry_lock, tracking
+from pipeline import tracking
+from pipeline.registry import lock as registry_lock
 from pipeline.config import load_config, with_overrides
-from pipeline.registry.stage import appoint, register
+from pipeline.registry.stage import register
 
 
 def hold(config):
@@ -24,12 +25,12 @@ def race(config, go, shared, run, lucky, score):
     print("ready", flush=True)
     while not Path(go).exists():
         time.sleep(0.01)
-    register(config, shared, evaluation(0.25))
-    register(config, run, evaluation(float(score)))
+    register_run(config, shared, evaluation(0.25))
+    register_run(config, run, evaluation(float(score)))
     swept = with_overrides(config, {"mlflow.model_name": f"{config.mlflow.model_name} swept"})
-    chosen = register(swept, run, evaluation(float(score)), contend=False)["version"]
-    rival = register(swept, lucky, evaluation(1 - float(score)), contend=False)["version"]
-    appoint(swept, chosen, {chosen, rival})
+    chosen = register_run(swept, run, evaluation(float(score)), contend=False)["version"]
+    rival = register_run(swept, lucky, evaluation(1 - float(score)), contend=False)["version"]
+    set_champion(swept, chosen, {chosen, rival})
 
 
 if __name__ == "__main__":

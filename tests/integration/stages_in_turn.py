@@ -5,17 +5,16 @@ import sys
 
 import yaml
 
-from pipeline import stages
 from pipeline.compute import ray_session
 from pipeline.config import resolve_config
 
 STAGES = {
-    "shard": stages.shard_stage,
-    "teacher": stages.teacher_stage,
-    "cache": stages.cache_stage,
-    "distill": stages.distill_stage,
-    "evaluate": stages.evaluate_stage,
-    "register": stages.register_stage,
+    "shard": shard,
+    "teacher": train_teacher,
+    "cache": cache,
+    "distill": distill,
+    "evaluate": evaluate,
+    "register": register,
 }
 
 

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import stages, storage
+from pipeline import storage
 from pipeline.clips.table import ClipSet
-from pipeline.distill.stage import distill, find_student, train_teacher
+from pipeline.distill.stage import distill, train_teacher
 from pipeline.targets.stage import cache
 from pipeline.targets.table import TargetMismatch, TargetSet
 
@@ -19,13 +19,13 @@ STEPS = ("distill.steps=20", "distill.log_every=1", "distill.checkpoint_every=20
 def prepared(shared_tiny, local_ray):
     """Clips, a trained teacher and its targets, for views with crops and flips."""
     config = shared_tiny(*VIEWS, *STEPS)
-    clips = stages.shard_stage(config)["uri"]
-    train_teacher(config, clips)
-    return config, clips, cache(config, clips)
+    clips = shard(config)["uri"]
+    train_teacher(config)
+    return config, clips, cache(config)
 
 
 def losses(config, clips):
-    return storage.read_json(distill(config, clips)["history"])
+    return storage.read_json(distill(config)["history"])
 
 
 def test_cached_and_live_teacher_give_the_same_curve(prepared, shared_tiny):
@@ -51,7 +51,7 @@ def test_cached_and_live_teacher_give_the_same_curve(prepared, shared_tiny):
 def test_cached_student_features_give_the_same_curve(prepared, shared_tiny):
     config, clips, _ = prepared
     with_features = shared_tiny(*VIEWS, *STEPS, "targets.student_features=true")
-    assert TargetSet(cache(with_features, clips)["uri"]).has_features
+    assert TargetSet(cache(with_features)["uri"]).has_features
     plain, cached = losses(config, clips), losses(with_features, clips)
     for a, b in zip(plain, cached, strict=True):
         assert a["total"] == pytest.approx(b["total"], rel=1e-5), a["step"]
@@ -76,21 +76,21 @@ def test_targets_are_row_for_row_and_tails_are_skipped(prepared):
 
 def test_second_cache_run_reuses_and_changes_get_a_new_folder(prepared, shared_tiny):
     config, clips, first = prepared
-    again = cache(config, clips)
+    again = cache(config)
     assert again["uri"] == first["uri"]
     assert again["computed_shards"] == 0
     teacher = f"teacher.checkpoint={TargetSet(first['uri']).manifest['teacher_uri']}"
-    assert cache(shared_tiny(*VIEWS, *STEPS, teacher), clips)["uri"] == first["uri"]
-    other_flips = cache(shared_tiny(*VIEWS, *STEPS, teacher, "targets.flip=0.1"), clips)
-    other_rollout = cache(shared_tiny(*VIEWS, *STEPS, teacher, "targets.rollout=cyclic"), clips)
+    assert cache(shared_tiny(*VIEWS, *STEPS, teacher))["uri"] == first["uri"]
+    other_flips = cache(shared_tiny(*VIEWS, *STEPS, teacher, "targets.flip=0.1"))
+    other_rollout = cache(shared_tiny(*VIEWS, *STEPS, teacher, "targets.rollout=cyclic"))
     assert len({first["uri"], other_flips["uri"], other_rollout["uri"]}) == 3
 
 
 def test_verify_finds_changed_slots_and_features(tiny, local_ray):
     config = tiny(*VIEWS, "targets.verify=1.0", "targets.student_features=true")
-    clips = stages.shard_stage(config)["uri"]
-    train_teacher(config, clips)
-    summary = cache(config, clips)
+    clips = shard(config)["uri"]
+    train_teacher(config)
+    summary = cache(config)
     assert summary["verified_rows"] == 3 * sum(v.full_clips for v in ClipSet(clips).videos)
     path = f"{summary['uri']}/data/{ClipSet(clips).shards[1]}"
     table = pq.read_table(path)
@@ -99,12 +99,12 @@ def test_verify_finds_changed_slots_and_features(tiny, local_ray):
     values[: slots.type.list_size] = np.nan
     _replace(path, table, "slots", type(slots).from_arrays(values, slots.type.list_size))
     with pytest.raises(TargetMismatch, match="shard-00001"):
-        cache(config, clips)
+        cache(config)
     features = table.column("features").to_pylist()
     features[0] = (np.frombuffer(features[0], np.float32) + 0.5).tobytes()
     _replace(path, table, "features", pa.array(features, table.schema.field("features").type))
     with pytest.raises(TargetMismatch, match="shard-00001"):
-        cache(config, clips)
+        cache(config)
 
 
 def _replace(path, table, name, values):
@@ -127,7 +127,7 @@ def _replace(path, table, name, values):
 def test_what_makes_another_student(prepared, shared_tiny, change, same):
     config, clips, _ = prepared
     changed = shared_tiny(*VIEWS, *STEPS, *change)
-    assert (find_student(changed, clips) == find_student(config, clips)) is same
+    assert (artifacts_of(changed).student.uri == artifacts_of(config).student.uri) is same
 
 
 def test_a_live_teachers_roll_out_makes_another_student(prepared, shared_tiny):
@@ -135,13 +135,13 @@ def test_a_live_teachers_roll_out_makes_another_student(prepared, shared_tiny):
     teacher = f"teacher.checkpoint={TargetSet(summary['uri']).manifest['teacher_uri']}"
     live = (*VIEWS, *STEPS, teacher, "distill.live_teacher=true")
     forward, cyclic = (shared_tiny(*live, f"targets.rollout={r}") for r in ("forward", "cyclic"))
-    assert find_student(forward, clips) != find_student(cyclic, clips)
+    assert artifacts_of(forward).student.uri != artifacts_of(cyclic).student.uri
 
 
 def test_a_student_without_kd_is_the_same_before_and_after_caching(shared_tiny, local_ray):
     config = shared_tiny("distill.method=no_kd", "targets.student_features=true", "dataset.seed=9")
-    clips = stages.shard_stage(config)["uri"]
-    before = find_student(config, clips)
-    train_teacher(config, clips)
-    cache(config, clips)
-    assert find_student(config, clips) == before
+    clips = shard(config)["uri"]
+    before = artifacts_of(config).student.uri
+    train_teacher(config)
+    cache(config)
+    assert artifacts_of(config).student.uri == before

@@ -13,10 +13,8 @@ from clusters import SMALL_STORE, processes, running_cluster
 from helpers import GOLDEN_TEACHER, is_alive, published_shards, resumed_from, wait_for
 
 from pipeline import storage
-from pipeline.artifacts.identity import find_targets
-from pipeline.clips.stage import find_clips, shard
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
-from pipeline.distill.stage import find_student
 from pipeline.targets.table import TargetSet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -87,7 +85,7 @@ def worker_of(cluster, title):
 @pytest.mark.fault(fault="SIGKILL of a node's raylet", stage="shard", checked="the same, in the same job")
 def test_shard_loses_a_worker_and_a_node(tiny, cluster):
     config = tiny(*LONG_SHARD, "evaluate.split=null")
-    uri = find_clips(config, "")
+    uri = artifacts_of(config).clips.uri
     job = cluster.job("shard", config)
     new_shards(uri, 0, job)
     _, worker = worker_of(cluster, "ray::Map(_shard_task)")
@@ -116,8 +114,8 @@ def test_cache_loses_an_actor_and_a_node(tiny, cluster):
         "targets.batch_size=2",
     )
     cluster.job("shard", config).finish()
-    clips = ClipSet(find_clips(config, ""))
-    uri = find_targets(config, clips)
+    clips = ClipSet(artifacts_of(config).clips.uri)
+    uri = artifacts_of(config).targets.uri
     job = cluster.job("cache", config)
     new_shards(uri, 0, job)
     _, actor = worker_of(cluster, "ray::MapWorker")
@@ -157,7 +155,7 @@ def checkpoints(run):
 )
 def test_distillation_loses_a_node(shared_tiny, cluster, unbroken):
     config = shared_tiny(*LONG_DISTILL, "distill.name=loses a node", "distill.checkpoint_every=30")
-    run = find_student(config, find_clips(config, ""))
+    run = artifacts_of(config).student.uri
     job = cluster.job("distill", config)
     wait_for(lambda: checkpoints(run) or not job.running())
     node, _ = worker_of(cluster, "RayTrainWorker")
@@ -175,7 +173,7 @@ def test_distillation_loses_a_node(shared_tiny, cluster, unbroken):
 )
 def test_a_preemption_notice_makes_a_checkpoint_at_once(shared_tiny, cluster, unbroken):
     config = shared_tiny(*LONG_DISTILL, "distill.name=preempted", "distill.checkpoint_every=300")
-    run = find_student(config, find_clips(config, ""))
+    run = artifacts_of(config).student.uri
     job = cluster.job("distill", config)
     node, _ = worker_of(cluster, "RayTrainWorker")
     wait_for(lambda: "steps/s" in job.output())
@@ -211,11 +209,11 @@ def node_id(raylet):
 )
 def test_two_cache_jobs_at_once(shared_tiny, cluster, unbroken):
     config = shared_tiny(*LONG_DISTILL, "targets.views=3")
-    uri = find_targets(config, ClipSet(find_clips(config, "")))
+    uri = artifacts_of(config).targets.uri
     jobs = [cluster.job("cache", config), cluster.job("cache", config)]
     summaries = [job.finish() for job in jobs]
     assert {s["uri"] for s in summaries} == {uri}
-    assert sorted(s["computed_shards"] for s in summaries) == [0, len(ClipSet(find_clips(config, "")).shards)]
+    assert sorted(s["computed_shards"] for s in summaries) == [0, len(ClipSet(artifacts_of(config).clips.uri).shards)]
     assert any("another job is at this already" in job.output() for job in jobs)
 
 
@@ -248,7 +246,7 @@ def driver_of(cluster, title):
 )
 def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
     config = tiny(*LONG_SHARD, "dataset.synthetic.videos=90", "evaluate.split=null")
-    uri = find_clips(config, "")
+    uri = artifacts_of(config).clips.uri
     ray = str(Path(sys.executable).with_name("ray"))
 
     first = cluster.submit("shard", config)
@@ -280,5 +278,5 @@ def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
     assert summary["reused_shards"] >= len(made) - 3
     after = published_shards(uri)
     assert {p: after[p] for p in made} == made
-    assert shard(config, "")["computed_shards"] == 0
+    assert shard_split(config, "")["computed_shards"] == 0
     assert ClipSet(uri).manifest["frames"] == 90 * 60

@@ -217,7 +217,7 @@ def test_the_pipeline_uses_the_services_as_a_user_of_its_own(services, sign_in, 
     sign_in("slotmatch", "the password of the nodes")
     uri = str(tmp_path / "students" / "tiny")
     run_id = finished_run(config, uri)
-    assert register(config, uri, None)["champion"]
+    assert register_run(config, uri, None)["champion"]
     keys = objects(services)
     assert any(
         key.startswith("mlflow/") and key.endswith(f"{run_id}/artifacts/files/config.yaml") for key in keys

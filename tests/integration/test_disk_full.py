@@ -12,10 +12,9 @@ from clusters import running_cluster
 from helpers import GOLDEN_TEACHER, published_shards, wait_for
 
 from pipeline import storage
-from pipeline.artifacts.identity import find_targets
-from pipeline.clips.stage import find_clips, shard
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
-from pipeline.distill.stage import distill, find_student
+from pipeline.distill.stage import distill
 from pipeline.targets.stage import cache
 
 
@@ -78,24 +77,24 @@ def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
         assert half_written(folder) == []
         resize("64m")
 
-    uri = find_clips(config, "")
-    fills_up(lambda: shard(config, ""), 3_500_000)  # a shard is 0.7 MB
+    uri = artifacts_of(config).clips.uri
+    fills_up(lambda: shard_split(config, ""), 3_500_000)  # a shard is 0.7 MB
     assert not storage.is_complete(uri)
     before = published_shards(uri)
-    assert shard(config, "")["reused_shards"] == len(before)
+    assert shard_split(config, "")["reused_shards"] == len(before)
     after = published_shards(uri)
     assert {p: after[p] for p in before} == before
 
     clips = ClipSet(uri)
-    targets = find_targets(config, clips)
-    fills_up(lambda: cache(config, uri), 300_000)  # a shard is 0.1 MB
+    targets = artifacts_of(config).targets.uri
+    fills_up(lambda: cache(config), 300_000)  # a shard is 0.1 MB
     assert not storage.is_complete(targets)
-    assert cache(config, uri)["rows"] == 12 * 6 * 8
+    assert cache(config)["rows"] == 12 * 6 * 8
 
-    fills_up(lambda: distill(config, uri), 60_000)  # a checkpoint is more
-    run = find_student(config, uri)
+    fills_up(lambda: distill(config), 60_000)  # a checkpoint is more
+    run = artifacts_of(config).student.uri
     assert not storage.is_complete(run)
-    assert distill(config, uri)["steps"] == config.distill.steps
+    assert distill(config)["steps"] == config.distill.steps
 
 
 FILLER = textwrap.dedent("""

@@ -10,27 +10,18 @@ import torch
 from clip_sets import make_clip_set, random_video
 from layouts import write_davis
 
-from pipeline import mlflow_client, stages, storage
-from pipeline.clips.stage import find_clips, shard_stage
+from pipeline import storage
+from pipeline.tracking import client as mlflow_client
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, resolve_config
 from pipeline.config.protocols import PRESETS, choose_protocol
-from pipeline.distill.stage import _student_spec, distill_stage
 from pipeline.distill.validation import Validation
 from pipeline.evaluate.records import VIDEOS_FILE, find_records
 from pipeline.evaluate.scoring import SCORES, mean_scores, model_predictor, score_video
-from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate, evaluate_stage
+from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate
 from pipeline.evaluate.subjects import Subject
-from pipeline.line import run_pipeline
-from pipeline.models import (
-    BackboneConfig,
-    CheckpointHints,
-    SlotModel,
-    SlotModelConfig,
-    load_slot_model,
-    save_slot_model,
-)
-from pipeline.registry.stage import pull, register_stage
+from pipeline.models import BackboneConfig, CheckpointHints, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
+from pipeline.registry.stage import pull
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import model_speeds
 from pipeline.report.select import select_runs

@@ -9,10 +9,8 @@ import pytest
 from helpers import GOLDEN_TEACHER, command_line, kill_with_family, published_shards, resumed_from, wait_for
 
 from pipeline import storage
-from pipeline.artifacts.identity import find_targets
-from pipeline.clips.stage import find_clips, shard
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
-from pipeline.distill.stage import find_student
 from pipeline.targets.stage import cache
 
 
@@ -38,7 +36,7 @@ def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
         "clips.videos_per_shard=2",
         "evaluate.split=null",
     )
-    uri = find_clips(config, "")
+    uri = artifacts_of(config).clips.uri
     before = kill_at_two_shards(job("shard", config), uri)
     assert 2 <= len(before) < 30
     summary = job("shard", config).finish()
@@ -63,11 +61,11 @@ def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
         *GOLDEN_TEACHER,
         "targets.batch_size=2",
     )
-    clips = ClipSet(shard(config, "")["uri"])
-    uri = find_targets(config, clips)
+    clips = ClipSet(shard_split(config, "")["uri"])
+    uri = artifacts_of(config).targets.uri
     before = kill_at_two_shards(job("cache", config), uri)
     assert 2 <= len(before) < 40
-    summary = cache(config, clips.uri)
+    summary = cache(config)
     assert summary["reused_shards"] == len(before)
     assert summary["computed_shards"] == 40 - len(before)
     after = published_shards(uri)
@@ -96,15 +94,15 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
         "student.num_slots=4",
     ]
     unbroken = tiny(*settings, "distill.name=unbroken")
-    clips = shard(unbroken, "")["uri"]
+    clips = shard_split(unbroken, "")["uri"]
     from pipeline.distill.stage import distill, train_teacher
 
-    train_teacher(unbroken, clips)
-    cache(unbroken, clips)
-    expected = storage.read_json(distill(unbroken, clips)["history"])
+    train_teacher(unbroken)
+    cache(unbroken)
+    expected = storage.read_json(distill(unbroken)["history"])
 
     broken = tiny(*settings, "distill.name=broken")
-    run = Path(find_student(broken, clips))
+    run = Path(artifacts_of(broken).student.uri)
     process = job("distill", broken)
     checkpoints = run / "checkpoints"
     wait_for(lambda: (checkpoints / "step_00000030" / storage.MANIFEST).exists())
@@ -141,12 +139,12 @@ def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, local_r
         "distill.gradient_clip=1e30",
         "distill.checkpoint_every=1",
     )
-    clips = shard(config, "")["uri"]
-    train_teacher(config, clips)
-    cache(config, clips)
+    clips = shard_split(config, "")["uri"]
+    train_teacher(config)
+    cache(config)
     with pytest.raises(NonFiniteLoss, match="learning rate"):
-        distill(config, clips)
-    run = find_student(config, clips)
+        distill(config)
+    run = artifacts_of(config).student.uri
     assert not storage.is_complete(run)
     names = sorted(os.listdir(Path(run) / "checkpoints"))
     assert names

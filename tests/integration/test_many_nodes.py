@@ -8,8 +8,6 @@ from clusters import processes, running_cluster
 from helpers import GOLDEN_TEACHER
 
 from pipeline import storage
-from pipeline.artifacts.identity import find_targets
-from pipeline.clips.stage import find_clips
 from pipeline.clips.table import ClipSet
 from pipeline.sweep.settings import plan_trials
 
@@ -55,8 +53,8 @@ class Watch:
 
 def results(config, summary):
     """All numbers that a sweep leaves: clips, targets, losses, scores."""
-    clips = ClipSet(find_clips(config, ""))
-    targets = storage.join(find_targets(config, clips), "data")
+    clips = ClipSet(artifacts_of(config).clips.uri)
+    targets = storage.join(artifacts_of(config).targets.uri, "data")
     return {
         "clips": {name: storage.hash_file(storage.join(clips.uri, "data", name)) for name in clips.shards},
         "targets": {name: pq.read_table(storage.join(targets, name)).to_pydict() for name in clips.shards},

@@ -57,7 +57,7 @@ def test_one_bad_video_among_ten_thousand(tmp_path, local_ray):
             "storage": {"root": str(tmp_path / "root")},
         }
     )
-    summary = shard(config, "")
+    summary = shard_split(config, "")
 
     (bad,) = summary["bad"]
     assert bad["video"] == f"{video_name(BAD)}.mp4"
@@ -82,7 +82,7 @@ def test_one_bad_video_among_ten_thousand(tmp_path, local_ray):
         for start in range(0, frames_of(index), CLIP_FRAMES)
     )
 
-    again = shard(config, "")
+    again = shard_split(config, "")
     assert again["uri"] == summary["uri"]
     assert again["bad"] == summary["bad"]
     assert again["computed_shards"] == 0

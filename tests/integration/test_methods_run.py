@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline import stages, storage
+from pipeline import storage
 from pipeline.config import ConfigError
-from pipeline.distill.stage import distill, find_student, train_teacher
+from pipeline.distill.stage import distill, train_teacher
 from pipeline.models import load_slot_model
 from pipeline.targets.stage import cache
 
@@ -24,20 +24,20 @@ FEATURES = ("targets.teacher_features=true", "targets.student_features=true")
 def prepared(shared_tiny, local_ray):
     """Clips, a teacher, and targets with the features of both."""
     config = shared_tiny(*FEATURES)
-    clips = stages.shard_stage(config)["uri"]
-    train_teacher(config, clips)
-    cache(config, clips)
+    clips = shard(config)["uri"]
+    train_teacher(config)
+    cache(config)
     return clips
 
 
 def history(config, clips):
-    return storage.read_json(distill(config, clips)["history"])
+    return storage.read_json(distill(config)["history"])
 
 
 @pytest.mark.parametrize("method", TERMS)
 def test_every_method_trains_a_student(prepared, shared_tiny, method):
     config = shared_tiny(*FEATURES, f"distill.method={method}")
-    summary = distill(config, prepared)
+    summary = distill(config)
     curve = storage.read_json(summary["history"])
     assert len(curve) == 8
     terms = {"total", "reconstruction", "contrast", "gradient_norm", *TERMS[method]}
@@ -59,7 +59,7 @@ def test_cached_and_live_teacher_give_the_same_curve(prepared, shared_tiny, meth
 def test_feature_kd_goes_on_with_its_head(prepared, shared_tiny):
     """A run that stopped half-way has the curve of one that did not: the MLP of feature KD is in its checkpoint."""
     settings = (*FEATURES, "distill.method=feature_kd", "distill.name=stopped")
-    whole = distill(shared_tiny(*settings), prepared)
+    whole = distill(shared_tiny(*settings))
     curve = storage.read_json(whole["history"])
     for name in ("manifest.json", "model", "history.json", "checkpoints/step_00000008"):
         storage.delete(storage.join(whole["uri"], name))
@@ -75,12 +75,12 @@ def test_both_sides_of_theorem_1_are_logged(prepared, shared_tiny):
         product = row["theorem1_ratio_any_norm"] * row["theorem1_measured"]
         assert row["theorem1_bound_any_norm"] == pytest.approx(product, rel=1e-5)
     plain = shared_tiny(*FEATURES, "distill.name=theorem")
-    assert find_student(plain, prepared) == find_student(shared_tiny(*settings), prepared)
+    assert artifacts_of(plain).student.uri == artifacts_of(shared_tiny(*settings)).student.uri
 
 
 def test_fresh_views_of_a_live_teacher(prepared, shared_tiny):
     # A teacher that is trained here is one of its views; this one is to be the same under others.
-    teacher = f"teacher.checkpoint={train_teacher(shared_tiny(), prepared)['model']}"
+    teacher = f"teacher.checkpoint={train_teacher(shared_tiny())['model']}"
     settings = (teacher, "distill.live_teacher=true", "targets.crop=random", "targets.min_scale=0.5")
     fixed = history(shared_tiny(*settings), prepared)
     fresh = history(shared_tiny(*settings, "distill.fresh_views=true"), prepared)
@@ -93,10 +93,10 @@ def test_a_student_without_kd_can_start_from_the_teachers_slots(prepared, shared
     settings = (*FEATURES, "distill.method=no_kd", "distill.steps=1", "distill.warmup_steps=0")
     own = shared_tiny(*settings)
     copied = shared_tiny(*settings, "distill.learning_rate=1e-12", "distill.initial_slots_from_teacher=true")
-    teacher = load_slot_model(train_teacher(own, prepared)["model"])
-    start = load_slot_model(distill(copied, prepared)["model"]).initializer.slots
+    teacher = load_slot_model(train_teacher(own)["model"])
+    start = load_slot_model(distill(copied)["model"]).initializer.slots
     assert (start - teacher.initializer.slots).abs().max() < 1e-6
-    other = load_slot_model(distill(own, prepared)["model"]).initializer.slots
+    other = load_slot_model(distill(own)["model"]).initializer.slots
     assert (other - teacher.initializer.slots).abs().max() > 1e-3
 
 
@@ -107,7 +107,7 @@ def test_a_teacher_of_another_slot_size_needs_the_map(prepared, shared_tiny):
     config = shared_tiny(*settings, "distill.slot_map=true")
     curve = history(config, prepared)
     assert curve[-1]["slot_kd"] < curve[0]["slot_kd"] + 0.5
-    assert load_slot_model(distill(config, prepared)["model"]).config.slot_size == 8
+    assert load_slot_model(distill(config)["model"]).config.slot_size == 8
 
 
 def test_a_teacher_trained_as_videosaur_and_its_student(shared_tiny, prepared):
@@ -119,11 +119,11 @@ def test_a_teacher_trained_as_videosaur_and_its_student(shared_tiny, prepared):
         "teacher.train.similarity=0.1",
         "student.initial_slots=random",
     )
-    trained = train_teacher(config, prepared)
+    trained = train_teacher(config)
     curve = storage.read_json(trained["history"])
     assert set(curve[0]) == {"step", "total", "reconstruction", "similarity", "gradient_norm"}
     teacher = load_slot_model(trained["model"])
     assert teacher.predicts_similarity
     assert teacher.reconstructs
-    cache(config, prepared)
+    cache(config)
     assert len(history(config, prepared)) == 8

@@ -123,12 +123,12 @@ def test_a_student_is_registered_once_the_server_is_there(no_kd, mlflow_server, 
     mlflow_server.kill()
     monkeypatch.setattr(mlflow_client, "SECONDS_TO_WAIT", 0.5)
     with pytest.raises(ServerUnavailable, match=r"python -m jobs\.register") as refused:
-        register(config, uri, None)
+        register_run(config, uri, None)
     assert f"the student is kept in {uri}" in str(refused.value)
     mlflow_server.start()
     name = "registered late"
     config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"model_name": name})})
-    assert [register(config, uri, None)["version"] for _ in range(2)] == [1, 1]
+    assert [register_run(config, uri, None)["version"] for _ in range(2)] == [1, 1]
     assert len(tracking.connect(config).search_model_versions(f"name = '{name}'")) == 1
 
 

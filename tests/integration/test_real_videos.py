@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import stages
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, load_config
 from pipeline.models import load_slot_model
@@ -53,17 +52,17 @@ def test_from_a_folder_of_real_videos_to_a_segmented_one(videos, tmp_path, local
         ROOT / "configs" / "videos.yaml", [f"dataset.path={videos}", f"storage.root={root}", *OVERRIDES]
     )
     with pytest.raises(ConfigError, match=r"jobs\.shard"):
-        stages.cache_stage(config)
-    sharded = stages.shard_stage(config)
+        cache(config)
+    sharded = shard(config)
     assert {entry["video"] for entry in sharded["bad"]} == {"text.mp4", "empty.mp4", "cut.mp4"}
     for video in ClipSet(sharded["uri"]).videos:
         with av.open(str(videos / f"{video.video_id}.mp4")) as container:
             assert video.frames == sum(1 for _ in container.decode(video=0))
     with pytest.raises(IncompleteError, match="targets"):
-        stages.distill_stage(config)
-    assert stages.cache_stage(config)["rows"] == sharded["clips"]
-    assert stages.distill_stage(config)["steps"] == 20
-    assert stages.register_stage(config)["champion"]
+        distill(config)
+    assert cache(config)["rows"] == sharded["clips"]
+    assert distill(config)["steps"] == 20
+    assert register(config)["champion"]
 
     pull("models:/slotmatch@champion", tmp_path / "champion", config.tracking_uri)
     model = load_slot_model(tmp_path / "champion")

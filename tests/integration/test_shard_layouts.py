@@ -4,7 +4,7 @@ import pytest
 from layouts import EVALUATION_SPLITS, SHIPPED, WRITERS, assert_holds, of_split, training_split, upload
 
 from pipeline import storage
-from pipeline.clips.stage import TooManyBadVideos, shard_stage
+from pipeline.clips.stage import TooManyBadVideos
 from pipeline.clips.table import ClipSet
 from pipeline.config import load_config
 

@@ -8,10 +8,10 @@ from helpers import GOLDEN_TEACHER, kill_with_family, resumed_from, wait_for
 from pipeline import storage, tracking
 from pipeline.clips.stage import shard
 from pipeline.config import with_overrides
-from pipeline.distill.stage import distill, find_student
+from pipeline.distill.stage import distill
 from pipeline.sweep.runs import PARENT_TAG
 from pipeline.sweep.settings import plan_trials
-from pipeline.sweep.stage import SweepFailed, run_sweep
+from pipeline.sweep.stage import SweepFailed
 
 BASE = [
     *GOLDEN_TEACHER,
@@ -27,8 +27,8 @@ def file_times(runs):
 
 
 def runs_of(config):
-    clips = shard(config, config.dataset.split)["uri"]
-    return {t.title: find_student(t.config, clips) for t in plan_trials(config)}
+    clips = shard_split(config, config.dataset.split)["uri"]
+    return {t.title: artifacts_of(t.config).student.uri for t in plan_trials(config)}
 
 
 def run_folders(config):
@@ -50,7 +50,7 @@ def mlflow_runs(config, query):
 
 def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
     config = tiny(*BASE, "sweep.grid={distill.beta: [0.1, 0.5]}", "sweep.seeds=[0, 1]")
-    summary = run_sweep(config)
+    summary = sweep(config)
     assert summary["trials"] == {"finished": 4, "failed": 0, "stopped": 0, "reused": 0}
     out, err = capfd.readouterr()
     assert "beta = 0.1, seed 1 begins" in err
@@ -87,7 +87,7 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
 
     # Once more: nothing is made again.
     times = file_times(runs_of(config).values())
-    again = run_sweep(config)
+    again = sweep(config)
     assert again["trials"] == {"finished": 4, "failed": 0, "stopped": 0, "reused": 4}
     assert again["versions"] == summary["versions"]
     assert len(mlflow_runs(config, "tags.role = 'sweep'")) == 1
@@ -97,7 +97,7 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
     variants = {"beta 0.1": {"distill.beta": 0.1}, "K = 2": {"targets.views": 2, "distill.beta": 0.1}}
     more = with_overrides(config, {"sweep.variants": variants, "sweep.seeds": [0]})
     capfd.readouterr()
-    both = run_sweep(more)
+    both = sweep(more)
     assert both["trials"] == {"finished": 2, "failed": 0, "stopped": 0, "reused": 1}
     assert "1 of 2 trials have ended before and are not run again: beta 0.1, seed 0" in capfd.readouterr().err
     assert file_times(times) == times
@@ -154,7 +154,7 @@ def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
         "sweep.grace_steps=20",
         "sweep.reduction_factor=2",
     )
-    summary = run_sweep(config)
+    summary = sweep(config)
     err = capfd.readouterr().err
     assert summary["trials"]["stopped"] == 1, err
     assert "learning_rate = 1e-09, seed 0 stopped early after step" in err
@@ -168,7 +168,7 @@ def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
     assert 20 in [row["step"] for row in records["stopped"]["validations"]]
     (stopped,) = mlflow_runs(config, "attributes.status = 'KILLED'")
     assert stopped.info.run_name == "learning_rate = 1e-09, seed 0"
-    again = run_sweep(config)
+    again = sweep(config)
     assert again["trials"] == {"finished": 1, "failed": 0, "stopped": 1, "reused": 2}
     assert not storage.is_complete(run), "it is not run again"
 
@@ -186,19 +186,19 @@ def test_train_workers_inside_of_tune_and_a_trial_that_fails(tiny, local_ray, ca
         tiny(*BASE, "sweep.seeds=[0]", "distill.workers=1", "distill.validate_every=4"),
         {"sweep.variants": variants},
     )
-    summary = run_sweep(config)
+    summary = sweep(config)
     assert summary["trials"] == {"finished": 1, "failed": 1, "stopped": 0, "reused": 0}
     out, err = capfd.readouterr()
     assert "hopeless, seed 0 FAILED: NonFiniteLoss" in err
     assert "hopeless, seed 0 failed: NonFiniteLoss" in out
     assert "NonFiniteLoss" in summary["failed"]["hopeless, seed 0"]
     assert summary["best"]["setting"] == "good"
-    clips = shard(config, "")["uri"]
+    clips = shard_split(config, "")["uri"]
     good = plan_trials(config)[0]
-    assert distill(good.config, clips)["reused"], "the same run as that of jobs.distill"
-    again = run_sweep(config)
+    assert distill(good.config)["reused"], "the same run as that of jobs.distill"
+    again = sweep(config)
     assert again["trials"] == {"finished": 1, "failed": 1, "stopped": 0, "reused": 2}
 
     alone = with_overrides(config, {"sweep.variants": {"hopeless": variants["hopeless"]}})
     with pytest.raises(SweepFailed, match="hopeless, seed 0: NonFiniteLoss"):
-        run_sweep(alone)
+        sweep(alone)

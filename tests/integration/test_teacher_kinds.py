@@ -13,15 +13,8 @@ from clip_sets import make_clip_set, random_video
 from pipeline import targets
 from pipeline.clips.views import apply_view
 from pipeline.config import resolve_config
-from pipeline.distill.stage import _student_spec
 from pipeline.distill.trainer import _Run, train_loop
-from pipeline.models import (
-    BackboneConfig,
-    SlotModel,
-    SlotModelConfig,
-    load_slot_model,
-    save_public_checkpoint,
-)
+from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_public_checkpoint
 from pipeline.models.build import load_teacher
 from pipeline.targets.maker import teacher_outputs
 from pipeline.targets.table import TargetSet

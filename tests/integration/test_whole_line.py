@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.evaluate.scoring import SCORES
-from pipeline.line import NO_KD, SLOTMATCH, run_pipeline
+from pipeline.line import NO_KD, SLOTMATCH
 from pipeline.models import load_slot_model
 from pipeline.registry.lineage import trace
 from pipeline.report.stage import report
@@ -15,7 +15,7 @@ from pipeline.report.stage import report
 @pytest.mark.timeout(900)
 def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     config = tiny("distill.workers=1")
-    first = run_pipeline(config)
+    first = run(config)
     assert first["videos"] == 10
     assert not any(first["reused"].values())
     assert set(first["scores"]) == {"one slot", "grid", "colour k-means", "teacher", NO_KD, SLOTMATCH}
@@ -63,7 +63,7 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     row = next(line for line in text.splitlines() if line.startswith("| SlotMatch (ours) |"))
     assert mbo in row, "the first table is that of the data set that has runs"
 
-    second = run_pipeline(config)
+    second = run(config)
     assert all(second["reused"].values())
     assert second["scores"] == first["scores"]
     assert second["versions"] == first["versions"]
@@ -71,7 +71,7 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
 
 def test_mlflow_holds_curves_config_and_pictures(tiny, local_ray):
     config = tiny()
-    run_pipeline(config)
+    run(config)
     client = tracking.connect(config)
     runs = client.search_runs([tracking.experiment_id(config)])
     assert {run.info.status for run in runs} == {"FINISHED"}
