@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.losses import feature_kd_loss, hungarian_slot_kd_loss, match_slots, reconstruction_kd_loss, slot_kd_loss, slot_mse_loss, temporal_similarity_loss
+from pipeline.losses import (
+    feature_kd_loss,
+    hungarian_slot_kd_loss,
+    match_slots,
+    reconstruction_kd_loss,
+    slot_kd_loss,
+    slot_mse_loss,
+    temporal_similarity_loss,
+)
 
 
 def random_tensor(seed, *shape):

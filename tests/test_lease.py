@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from pipeline.artifacts import once as lease_module
 from pipeline import storage
+from pipeline.artifacts import once as lease_module
 from pipeline.artifacts.once import LEASE_FILE, lease
 
 

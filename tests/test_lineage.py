@@ -1,5 +1,8 @@
 """From a registered model back to its videos, also where links are missing."""
 
+from pipeline.registry.stage import register_run
+
+
 import json
 import shutil
 
@@ -15,7 +18,6 @@ from jobs.lineage import JOB
 from pipeline import storage
 from pipeline.config import resolve_config
 from pipeline.registry.lineage import trace
-from pipeline.registry.stage import register
 
 CHAMPION = "models:/slotmatch@champion"
 

@@ -111,7 +111,7 @@ class Trainer:
     ) -> None:
         """
         Args:
-            logger: sees what is the mean over the workers; wanted of the first one.
+            logger: of the first worker, as every worker would say the same.
             draw: makes the pictures that the first worker logs; without it there are none.
 
         Raises:
@@ -140,7 +140,8 @@ class Trainer:
         """Trains to the end, from the newest checkpoint of the run if there is one.
 
         Raises:
-            ValueError: a damaged checkpoint, or targets of other clips (TargetMismatch).
+            ValueError: a damaged checkpoint.
+            TargetMismatch: targets of other clips.
         """
         self.resume()
         run, settings = self.run, self.run.settings

@@ -150,7 +150,9 @@ def _score(config: Config, manifest: SweepManifest) -> tuple[list[Result], dict[
     titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
     students = {title: student_subject(run) for run, title in titles.items()}
     clips = open_clips(test.evaluation_clips)
-    found = score_subjects(test, clips, {**baselines, TEACHER: teacher_subject(config, teacher_uri), **students})
+    found = score_subjects(
+        test, clips, {**baselines, TEACHER: teacher_subject(config, teacher_uri), **students}
+    )
     results = []
     for name, values in {trial.setting: trial.values for trial in manifest.trials}.items():
         scores = {trial.seed: found[titles[trial.run]].scores for trial in finished if trial.setting == name}

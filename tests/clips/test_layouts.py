@@ -1,5 +1,8 @@
 """Data sets in their public layouts: what is in the files comes out of the clip table."""
 
+from pipeline.clips.library import find_videos
+
+
 import json
 import shutil
 

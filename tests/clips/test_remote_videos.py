@@ -1,5 +1,8 @@
 """Folders of videos in S3: what is listed and decoded is what a local copy gives."""
 
+from pipeline.clips.library import find_videos
+
+
 import numpy as np
 import pytest
 from PIL import Image

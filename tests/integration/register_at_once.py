@@ -1,5 +1,8 @@
 """A process of its own for test_mlflow_faults: CONFIG GO hold | CONFIG GO race SHARED_RUN RUN LUCKY_RUN SCORE"""
 
+from pipeline.registry.stage import register_run, set_champion
+
+
 import sys
 import time
 from pathlib import Path
@@ -7,9 +10,8 @@ from pathlib import Path
 from students import evaluation
 
 from pipeline import tracking
-from pipeline.registry import lock as registry_lock
 from pipeline.config import load_config, with_overrides
-from pipeline.registry.stage import register
+from pipeline.registry import lock as registry_lock
 
 
 def hold(config):

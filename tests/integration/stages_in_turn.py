@@ -1,5 +1,12 @@
 """Runs shard, teacher, cache, distill, evaluate and register of a config in one process: `… CONFIG OUT`."""
 
+from pipeline.clips.stage import shard
+from pipeline.distill.stage import distill, train_teacher
+from pipeline.evaluate.stage import evaluate
+from pipeline.registry.stage import register
+from pipeline.targets.stage import cache
+
+
 import json
 import sys
 

@@ -1,5 +1,9 @@
 """Training from the cache is training with the teacher: the losses agree step by step."""
 
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard
+
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq

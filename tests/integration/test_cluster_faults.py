@@ -1,5 +1,9 @@
 """Real clusters of three Ray nodes that lose workers, nodes, drivers and their head in the middle of a stage."""
 
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
+
+
 import os
 import re
 import signal
@@ -13,7 +17,6 @@ from clusters import SMALL_STORE, processes, running_cluster
 from helpers import GOLDEN_TEACHER, is_alive, published_shards, resumed_from, wait_for
 
 from pipeline import storage
-from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.targets.table import TargetSet
 
@@ -213,7 +216,10 @@ def test_two_cache_jobs_at_once(shared_tiny, cluster, unbroken):
     jobs = [cluster.job("cache", config), cluster.job("cache", config)]
     summaries = [job.finish() for job in jobs]
     assert {s["uri"] for s in summaries} == {uri}
-    assert sorted(s["computed_shards"] for s in summaries) == [0, len(ClipSet(artifacts_of(config).clips.uri).shards)]
+    assert sorted(s["computed_shards"] for s in summaries) == [
+        0,
+        len(ClipSet(artifacts_of(config).clips.uri).shards),
+    ]
     assert any("another job is at this already" in job.output() for job in jobs)
 
 

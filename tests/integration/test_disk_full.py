@@ -1,5 +1,9 @@
 """A disk that is full: under local storage, and under Ray's object store where it spills to."""
 
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
+
+
 import contextlib
 import os
 import subprocess
@@ -12,7 +16,6 @@ from clusters import running_cluster
 from helpers import GOLDEN_TEACHER, published_shards, wait_for
 
 from pipeline import storage
-from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.distill.stage import distill
 from pipeline.targets.stage import cache

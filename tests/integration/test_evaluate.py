@@ -11,7 +11,6 @@ from clip_sets import make_clip_set, random_video
 from layouts import write_davis
 
 from pipeline import storage
-from pipeline.tracking import client as mlflow_client
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, resolve_config
 from pipeline.config.protocols import PRESETS, choose_protocol
@@ -20,11 +19,19 @@ from pipeline.evaluate.records import VIDEOS_FILE, find_records
 from pipeline.evaluate.scoring import SCORES, mean_scores, model_predictor, score_video
 from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate
 from pipeline.evaluate.subjects import Subject
-from pipeline.models import BackboneConfig, CheckpointHints, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
+from pipeline.models import (
+    BackboneConfig,
+    CheckpointHints,
+    SlotModel,
+    SlotModelConfig,
+    load_slot_model,
+    save_slot_model,
+)
 from pipeline.registry.stage import pull
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import model_speeds
 from pipeline.report.select import select_runs
+from pipeline.tracking import client as mlflow_client
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -1,5 +1,9 @@
 """Jobs that are killed are run again, and nothing is lost, repeated or half-written."""
 
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
+
+
 import os
 import signal
 from pathlib import Path
@@ -9,7 +13,6 @@ import pytest
 from helpers import GOLDEN_TEACHER, command_line, kill_with_family, published_shards, resumed_from, wait_for
 
 from pipeline import storage
-from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.targets.stage import cache
 

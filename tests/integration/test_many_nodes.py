@@ -1,5 +1,8 @@
 """Data, Train and Tune spread over clusters of two and three real nodes give what one node gives."""
 
+from pipeline.clips.library import artifacts_of
+
+
 import threading
 
 import pyarrow.parquet as pq

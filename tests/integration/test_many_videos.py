@@ -1,5 +1,8 @@
 """One bad video among ten thousand: set aside by name, and every other one is there once."""
 
+from pipeline.clips.stage import shard_split
+
+
 import os
 from collections import Counter
 from pathlib import Path
@@ -8,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
-from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.config import resolve_config
 

@@ -1,5 +1,9 @@
 """Every way to distil through the stages: from cached targets to a published student."""
 
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard
+
+
 import pytest
 
 from pipeline import storage

@@ -1,5 +1,8 @@
 """MLflow that goes away, refuses, or is asked by several at once: real servers, really killed."""
 
+from pipeline.registry.stage import register_run
+
+
 import os
 import subprocess
 import sys
@@ -15,7 +18,6 @@ from students import make_finished_run
 
 from pipeline import storage, tracking
 from pipeline.distill.stage import distill
-from pipeline.registry.stage import register
 from pipeline.tracking import client as mlflow_client
 from pipeline.tracking.client import AccessDenied, ServerUnavailable
 

@@ -1,5 +1,11 @@
 """Real H.264 files, three of them broken, from a folder to a segmented video, with `configs/videos.yaml`."""
 
+from pipeline.clips.stage import shard
+from pipeline.distill.stage import distill
+from pipeline.registry.stage import register
+from pipeline.targets.stage import cache
+
+
 import json
 import shutil
 from pathlib import Path

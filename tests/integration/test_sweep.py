@@ -1,12 +1,16 @@
 """Sweeps on a real Ray Tune: what they end with, and that nothing is trained twice whatever is killed."""
 
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
+from pipeline.sweep.stage import sweep
+
+
 from pathlib import Path
 
 import pytest
 from helpers import GOLDEN_TEACHER, kill_with_family, resumed_from, wait_for
 
 from pipeline import storage, tracking
-from pipeline.clips.stage import shard
 from pipeline.config import with_overrides
 from pipeline.distill.stage import distill
 from pipeline.sweep.runs import PARENT_TAG

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 from clip_sets import make_clip_set, random_video
+from training_runs import make_targets, student_run
 
-from pipeline import targets
 from pipeline.clips.views import apply_view
 from pipeline.config import resolve_config
-from pipeline.distill.trainer import _Run, train_loop
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_public_checkpoint
+from pipeline.distill.trainer import Trainer
+from pipeline.models import (
+    BackboneConfig,
+    SlotModel,
+    SlotModelConfig,
+    load_slot_model,
+    save_public_checkpoint,
+)
 from pipeline.models.build import load_teacher
 from pipeline.targets.maker import teacher_outputs
 from pipeline.targets.table import TargetSet
@@ -64,12 +70,6 @@ def checkpoints(tmp_path_factory):
     return {"dinosaur": path, **{k: GOLDEN / f"{k}_tiny.ckpt" for k in ("slotcontrast", "videosaur")}}
 
 
-def in_this_process(config, shards, maker, uri, *, verify):
-    actor = targets._ShardActor(maker, uri, verify)
-    for shard in shards:
-        yield actor({"shard": shard})
-
-
 @pytest.fixture(scope="module")
 def cached(clips, checkpoints, tmp_path_factory):
     """`cached(kind, rollout)`: the config, and the targets of 4 views with crops and flips."""
@@ -100,9 +100,8 @@ def cached(clips, checkpoints, tmp_path_factory):
             }
             values["distill"] |= {"workers": 0, "alpha": float(kind != "dinosaur")}
             config = resolve_config(values)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(targets, "_run", in_this_process)
-                made[kind, rollout] = config, TargetSet(targets.cache(config, clips.uri)["uri"])
+            uri = make_targets(config, clips.uri, str(checkpoints[kind]), str(root / f"{kind} {rollout}"))
+            made[kind, rollout] = config, TargetSet(uri)
         return made[kind, rollout]
 
     return make
@@ -151,16 +150,19 @@ def test_the_two_roll_outs_differ(cached, clips):
 @pytest.mark.parametrize("kind", ["videosaur", "dinosaur"])
 def test_drawn_initial_slots_are_the_same_on_both_sides_cached_and_live(cached, clips, kind):
     """The view's noise seed draws them, and the student starts with the teacher's mean and deviation."""
-    config, _ = cached(kind)
+    config, target_set = cached(kind)
     live = resolve_config(config.model_dump(mode="json"), ["distill.live_teacher=true"])
-    runs = [_Run(_student_spec(c, clips.uri)[0], torch.device("cpu")) for c in (config, live)]
-    assert [run.targets is not None for run in runs] == [True, False]
-    assert [run.teacher is not None for run in runs] == [False, True]
+    trainers = [
+        Trainer(student_run(c, "", clips.uri, teacher_uri=config.teacher.checkpoint, targets_uri=uri))
+        for c, uri in ((config, target_set.uri), (live, None))
+    ]
+    assert [trainer.targets is not None for trainer in trainers] == [True, False]
+    assert [trainer.teacher is not None for trainer in trainers] == [False, True]
     teacher = load_teacher(config, config.teacher.checkpoint)
-    with runs[0].loader(0, 0, 1) as first, runs[1].loader(0, 0, 1) as second:
+    with trainers[0].loader() as first, trainers[1].loader() as second:
         for (raw, _), (raw_live, _) in zip(first, second, strict=True):
             assert raw.views == raw_live.views
-            batch, batch_live = runs[0].batch(raw), runs[1].batch(raw_live)
+            batch, batch_live = trainers[0].batch(raw), trainers[1].batch(raw_live)
             drawn = teacher.initial_slots(len(raw.views), [view.noise_seed for view in raw.views])
             assert torch.equal(batch.initial_slots, drawn)
             assert torch.equal(batch_live.initial_slots, drawn)
@@ -169,13 +171,14 @@ def test_drawn_initial_slots_are_the_same_on_both_sides_cached_and_live(cached, 
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
-def test_students_of_every_kind_learn(cached, clips, kind):
-    config, _ = cached(kind, "cyclic" if kind == "slotcontrast" else "forward")
-    spec, _ = _student_spec(config, clips.uri)
-    result = train_loop(spec)
-    assert result["status"] == "ok"
-    assert result["history"][-1]["total"] < result["history"][0]["total"]
-    design = load_slot_model(f"{spec.run_uri}/model").config
-    teacher = load_teacher(config, config.teacher.checkpoint).config
+def test_students_of_every_kind_learn(cached, clips, kind, tmp_path):
+    config, target_set = cached(kind, "cyclic" if kind == "slotcontrast" else "forward")
+    location = config.teacher.checkpoint
+    run = student_run(config, str(tmp_path), clips.uri, teacher_uri=location, targets_uri=target_set.uri)
+    outcome = Trainer(run).train()
+    assert outcome.status == "ok"
+    assert outcome.history[-1]["total"] < outcome.history[0]["total"]
+    design = load_slot_model(f"{run.uri}/model").config
+    teacher = load_teacher(config, location).config
     for name in ("num_slots", "slot_size", "initializer", "predictor", "corrector_mlp", "decoder"):
         assert getattr(design, name) == getattr(teacher, name), name

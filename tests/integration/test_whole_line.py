@@ -1,5 +1,8 @@
 """The whole line on a tiny data set, twice: the second run finds everything made."""
 
+from pipeline.line import run
+
+
 import mlflow
 import numpy as np
 import pytest

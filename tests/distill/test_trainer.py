@@ -1,0 +1,153 @@
+"""The trainer: what it needs, what it calls when, and that a run goes on to the identical curve."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from training_runs import VIT, make_clips, make_config, student_run
+
+from pipeline import storage
+from pipeline.config import ConfigError
+from pipeline.distill.run import Run, build
+from pipeline.distill.trainer import Hooks, NoLogger, Trainer
+from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """What `train_bare.py` says."""
+    paths = [str(path) for path in (ROOT, ROOT / "tests")]
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("train_bare.py"), tmp_path_factory.mktemp("bare")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_training_needs_no_ray_mlflow_matplotlib_or_av(bare):
+    assert bare["imported"] == []
+    assert len(bare["unbroken"]) == 20
+    assert bare["unbroken"][-1]["total"] < bare["unbroken"][0]["total"]
+    assert [row["step"] for row in bare["unbroken"] if "validation_video_mbo" in row] == [10, 20]
+    assert bare["shape"] == [1, 2, 4, 16]
+
+
+def test_a_run_that_was_stopped_has_the_unbroken_curve(bare):
+    assert bare["going_on_from"] == 12
+    assert bare["resumed"] == bare["unbroken"]
+    assert bare["same_model"]
+
+
+def test_a_teacher_trains_alike_and_is_published_in_the_public_layout_too(bare):
+    assert bare["teacher"][-1]["total"] < bare["teacher"][0]["total"]
+    assert "slot_kd" not in bare["teacher"][0]
+    assert bare["public"] == 4
+
+
+class Recorder(NoLogger):
+    def __init__(self):
+        self.logged, self.files = [], []
+
+    def metrics(self, values, step):
+        self.logged.append((step, values))
+
+    def file(self, path, folder=None):
+        self.files.append((folder, Path(path).name, Image.open(path).size))
+
+
+def small(root, *overrides):
+    base = ("distill.method=no_kd", "distill.log_every=5", "distill.checkpoint_every=8", "evaluate.split=x")
+    return make_config(root, *base, *overrides)
+
+
+def test_what_is_called_and_when(clips, tmp_path):
+    config = small(tmp_path, "distill.validate_every=10", "distill.overlays=2", "distill.steps=25")
+    run = replace(student_run(config, str(tmp_path / "run"), clips), validation_uri=clips)
+    logger, saved, validated = Recorder(), [], []
+    hooks = Hooks(
+        after_checkpoint=saved.append,
+        on_validation=lambda step, scores: validated.append((step, scores)),
+        preempted=lambda: len(logger.logged) >= 2,  # from step 10 on
+    )
+
+    def draw(frames, labels):
+        assert frames.shape == (4, 24, 24, 3)
+        assert labels.shape == frames.shape[:3]
+        return Image.fromarray(frames[0])
+
+    outcome = Trainer(run, hooks=hooks, logger=logger, draw=draw).train()
+    assert (outcome.status, outcome.step) == ("ok", 25)
+    assert saved == [8, 10, 16, 24, 25]  # one more because of the notice
+    assert (
+        [step for step, _ in logger.logged] == [row["step"] for row in outcome.history] == [5, 10, 15, 20, 25]
+    )
+    assert {"learning_rate", "frames_per_second", "data_wait_share"} <= set(logger.logged[0][1])
+    names = {"image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"}
+    assert [(step, set(scores)) for step, scores in validated] == [
+        (step, {f"validation_{name}" for name in names}) for step in (10, 20)
+    ]
+    assert logger.files == [("overlays", f"overlay_{s:08d}.png", (24, 24)) for s in (12, 24, 25)]
+    assert storage.read_json(f"{run.uri}/history.json") == outcome.history
+    # Whoever follows the validations hears those before the checkpoint again.
+    again = []
+    Trainer(run, hooks=Hooks(on_validation=lambda step, scores: again.append((step, scores)))).train()
+    assert again == validated
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(clips, tmp_path):
+    config = small(tmp_path, "distill.learning_rate=1e30", "distill.warmup_steps=0")
+    run = student_run(config, str(tmp_path / "run"), clips)
+    outcome = Trainer(run).train()
+    assert outcome.status == "non-finite"
+    assert outcome.step < 20
+    assert not storage.exists(f"{run.uri}/model")
+
+
+def test_what_another_job_has_published_stays(clips, tmp_path):
+    run = student_run(small(tmp_path, "distill.steps=1"), str(tmp_path / "run"), clips)
+    storage.publish(run.uri, {"kind": "student"})
+    assert Trainer(run).train().status == "ok"
+    assert not storage.exists(f"{run.uri}/model")
+
+
+def test_runs_have_names(clips, tmp_path):
+    named = student_run(small(tmp_path, "distill.name=mine"), str(tmp_path / "0123456789abcdef"), clips)
+    plain = student_run(small(tmp_path), named.uri, clips)
+    teacher = Run.teacher(small(tmp_path), named.uri, clips)
+    runs = (named, plain, replace(named, title="trial 1"), teacher)
+    assert [run.label for run in runs] == ["distill (mine)", "distill", "distill (trial 1)", "teacher"]
+    assert [run.run_name for run in runs] == ["mine", "student-01234567", "mine", "teacher-01234567"]
+    assert [run.kind for run in runs] == ["student"] * 3 + ["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("distill.measure_bound_every=5", r"distill\.measure_bound_every: .* nearest valid: 0"),
+        ("distill.method=reconstruction_kd", r"distill\.method=reconstruction_kd: .* none can be distilled"),
+    ],
+)
+def test_a_teacher_that_lacks_what_a_setting_needs(clips, tmp_path, setting, message):
+    design = {"decoder": "slot_mixer", "decoder_blocks": 1, "decoder_outputs": ("similarity",)}
+    backbone = BackboneConfig(None, 32, VIT)
+    save_slot_model(
+        SlotModel(SlotModelConfig(backbone, 4, 16, decoder_hidden_sizes=(16,), **design)), tmp_path
+    )
+    config = make_config(tmp_path, f"teacher.checkpoint={tmp_path}", "teacher.slot_size=null", setting)
+    with pytest.raises(ConfigError, match=message):
+        build(student_run(config, str(tmp_path / "run"), clips, teacher_uri=str(tmp_path)))
