@@ -8,6 +8,7 @@ help:
 	@echo "make demo       videos to a registered student, on this machine (results in runs/demo)"
 	@echo "make report     after it: the paper's tables and figures with the demo's numbers"
 	@echo "make evidence   an hour or more: which of the paper's orderings hold at the demo's scale (docs/evidence.md)"
+	@echo ".venv/bin/slotmatch   lists the stages, which run one by one too"
 	@echo "make test       the tests, but the slow ones;  make test-fast  those without Ray"
 	@echo "make test-integration   S3, jobs, many nodes and every fault, the slow ones too; ends with the fault table"
 	@echo "make cluster-up a Ray cluster, an S3 server and MLflow on this machine;  make cluster-down  ends them"

@@ -146,6 +146,7 @@ def _kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
         items = field.get("prefixItems") or [field["items"]]
         more = "" if "prefixItems" in field else ", …"
         return "[" + ", ".join(_kind(item, schema) for item in items) + more + "]"
-    kind = _KINDS.get(kind := field.get("type", "any"), kind)
+    kind = field.get("type", "any")
+    kind = _KINDS.get(kind, kind)
     limits = [f"{sign}\xa0{field[limit]:g}" for limit, sign in _LIMITS.items() if limit in field]
     return "\xa0".join([kind, ", ".join(limits)]) if limits else kind

@@ -28,8 +28,11 @@ def _root() -> Path | None:
 
 def shipped_configs() -> dict[str, Path]:
     """Their files by their names: `demo.yaml`, `methods/feature_kd.yaml`, …"""
-    folder = (_root() or Path()) / "configs"
-    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file)) if _root() else []
+    root = _root()
+    if root is None:
+        return {}
+    folder = root / "configs"
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
     return {file.relative_to(folder).as_posix(): file for file in files}
 
 

@@ -10,7 +10,6 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DRAWN = ROOT / "tests" / "golden" / "videosaur_tiny.ckpt"
-STAGES = ("shard", "teacher", "cache", "distill", "evaluate", "register", "report", "sweep", "pipeline")
 
 
 def run(*arguments, cwd=None):
@@ -32,21 +31,10 @@ def test_a_wrong_key_is_refused_before_ray_starts():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_dry_run_prints_the_resolved_config(stage):
-    done = run(f"jobs.{stage}", str(ROOT / "configs/demo.yaml"), "--dry-run", "distill.seed=7")
+def test_dry_run_prints_the_resolved_config():
+    done = run("jobs.shard", str(ROOT / "configs/demo.yaml"), "--dry-run", "distill.seed=7")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["distill"]["seed"] == 7
-
-
-def test_presets_lie_over_the_config():
-    presets = [
-        str(ROOT / "configs" / name) for name in ("sweeps/evidence.yaml", "methods/slotmatch_mse.yaml")
-    ]
-    done = run("jobs.evidence", str(ROOT / "configs/demo.yaml"), *presets, "--dry-run", "distill.beta=0.5")
-    assert done.returncode == 0, done.stderr
-    distill = yaml.safe_load(done.stdout)["distill"]
-    assert (distill["method"], distill["beta"], distill["workers"]) == ("slotmatch_mse", 0.5, 0)
 
 
 def test_a_missing_folder_of_videos_is_named(tmp_path):
@@ -69,13 +57,7 @@ def test_a_later_stage_says_which_one_comes_before(tmp_path, real_videos):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.mp4", "out=x"], "model"),
-        (["a.mp4", "model=m", "out=x", "colour=red"], "colour"),
-        (["model=m", "out=x"], "video"),
         (["a.mp4", "model=nowhere", "out=x"], "nowhere"),
-        (["a.mp4", "model=m", "out=x", "max_side=big"], "max_side"),
-        (["a.mp4", "model=m", "out=x", "num_heads=0"], "num_heads: 0 must be at least 1"),
-        (["a.mp4", "model=m", "out=x", "std=[1, 1, 0]"], "std.2: 0 must be more than 0"),
         (["a.mp4", f"model={DRAWN}", "out=x", "num_heads=3"], "num_slots: must be given"),
     ],
 )
