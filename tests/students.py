@@ -17,7 +17,9 @@ def make_finished_run(config, uri, *, clips="c", **manifest):
     storage.write_json(f"{uri}/history.json", [])
     run_id = tracking.start_run(config, uri, name, {"role": "student"})
     tags = {"seed": "1", "clips": clips, "method": "slotmatch", "beta": "0.2", "teacher": "SlotContrast"}
-    storage.publish(uri, {"fingerprint": name, "mlflow_run": run_id, "tags": tags, **manifest})
+    storage.publish(
+        uri, {"kind": "student", "fingerprint": name, "mlflow_run": run_id, "tags": tags, **manifest}
+    )
     return uri
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from clip_sets import make_clip_set
 
+from pipeline.clips.library import artifacts_of
 from pipeline.config import ConfigError, resolve_config
 from pipeline.evaluate.subjects import Subject, teacher_subject
 from pipeline.models import BackboneConfig, CheckpointHints, SlotModel, SlotModelConfig, save_slot_model
@@ -98,8 +99,8 @@ def clips(tmp_path):
 def fingerprints(config, clips):
     live = resolve_config(config.model_dump(mode="json"), ["distill.live_teacher=true"])
     return [
-        find_targets(config, clips),
-        find_student(live, clips.uri),
+        artifacts_of(config, clips.uri).targets.uri,
+        artifacts_of(live, clips.uri).student.uri,
         teacher_subject(config, config.teacher.checkpoint).identity(),
     ]
 

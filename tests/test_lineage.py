@@ -1,8 +1,5 @@
 """From a registered model back to its videos, also where links are missing."""
 
-from pipeline.registry.stage import register_run
-
-
 import json
 import shutil
 
@@ -18,6 +15,7 @@ from jobs.lineage import JOB
 from pipeline import storage
 from pipeline.config import resolve_config
 from pipeline.registry.lineage import trace
+from pipeline.registry.stage import register_run
 
 CHAMPION = "models:/slotmatch@champion"
 

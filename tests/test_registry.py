@@ -1,8 +1,5 @@
 """Versions, and which of them is the champion, on a real SQLite registry."""
 
-from pipeline.registry.stage import register_run, set_champion
-
-
 import pytest
 import torch
 from students import evaluation, make_finished_run
@@ -10,7 +7,7 @@ from students import evaluation, make_finished_run
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
 from pipeline.models import load_slot_model
-from pipeline.registry.stage import pull
+from pipeline.registry.stage import pull, register_run, set_champion
 
 
 @pytest.fixture

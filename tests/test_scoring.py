@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from clip_sets import make_clip_set, random_video
 
+from pipeline.clips.library import artifacts_of
 from pipeline.clips.schema import stack_masks
-from pipeline.config import ConfigError, Evaluate, resolve_config
-from pipeline.config.protocols import PRESETS, choose_protocol
+from pipeline.config import Config, ConfigError, Evaluate, resolve_config
+from pipeline.config.protocols import PRESETS
 from pipeline.evaluate.baselines import grid
 from pipeline.evaluate.scoring import mean_scores, model_predictor, score_video
 from pipeline.metrics import fg_ari, mean_best_overlap
@@ -173,21 +174,21 @@ def test_the_mean_weighs_image_scores_by_frames_and_skips_videos_without_objects
 
 def test_a_changed_rule_changes_the_name_and_the_fingerprint(clips):
     def described(**settings):
-        return describe_protocol(choose_protocol(Evaluate(**settings)), clips)
+        return artifacts_of(Config(evaluate=Evaluate(**settings))).rules_on(clips.uri)
 
     plain = described(protocol="slotcontrast")
-    assert plain["name"] == "slotcontrast"
+    assert plain.name == "slotcontrast"
     assert described(protocol="slotcontrast", crop="central") == plain, "a rule that is the preset's own"
     changed = described(protocol="slotcontrast", ignore_overlaps=True, masks="attention")
-    assert changed["name"] == "slotcontrast, ignore_overlaps=True, masks=attention"
-    assert changed["fingerprint"] != plain["fingerprint"]
-    assert "overlaps left out" in changed["in_words"]
+    assert changed.name == "slotcontrast, ignore_overlaps=True, masks=attention"
+    assert changed.fingerprint != plain.fingerprint
+    assert "overlaps left out" in changed.in_words
     assert (
-        described(protocol="slotcontrast", clip_frames=4)["fingerprint"]
-        == described(protocol="paper")["fingerprint"]
+        described(protocol="slotcontrast", clip_frames=4).fingerprint
+        == described(protocol="paper").fingerprint
     )
-    assert described(protocol="videosaur")["mask_size"] == 224
-    assert described(protocol="paper", clip_frames=0)["fingerprint"] == plain["fingerprint"]
+    assert described(protocol="videosaur").mask_size == 224
+    assert described(protocol="paper", clip_frames=0).fingerprint == plain.fingerprint
 
 
 def test_an_unknown_protocol_is_refused_with_the_nearest():

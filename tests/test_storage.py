@@ -169,7 +169,7 @@ def test_another_process_sees_what_was_just_published(s3, tmp_path):
     """Listings must not be cached: stages run in processes of their own."""
     folder = join(s3, tmp_path.name)
     assert storage.list_names(folder) == []
-    code = f"from pipeline import storage; storage.write_bytes{joinfolder, 'new'!r}, b'from elsewhere'"
+    code = f"from pipeline import storage; storage.write_bytes({join(folder, 'new')!r}, b'from elsewhere')"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert storage.list_names(folder) == ["new"]
     assert storage.read_bytes(join(folder, "new")) == b"from elsewhere"
@@ -233,7 +233,7 @@ def test_fingerprint_sees_every_change(other):
 
 def test_fingerprint_is_the_same_in_another_process():
     """Published folders are named by it, so it must not change with the hash seed or the release."""
-    code = "from pipeline import storage; printstorage.fingerprint{'a': [1, 'x'], 'b': None}"
+    code = "from pipeline import storage; print(storage.fingerprint({'a': [1, 'x'], 'b': None}))"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],

@@ -1,8 +1,5 @@
 """Data sets in their public layouts: what is in the files comes out of the clip table."""
 
-from pipeline.clips.library import find_videos
-
-
 import json
 import shutil
 
@@ -22,6 +19,7 @@ from layouts import (
 )
 from PIL import Image
 
+from pipeline.clips.library import find_videos
 from pipeline.clips.sources import list_videos, read_video
 from pipeline.config import ConfigError, Dataset, load_config, resolve_config
 from pipeline.report.tables import COCO, DAVIS, MOVI_E, OVIS, YTVIS

@@ -1,8 +1,5 @@
 """A process of its own for test_mlflow_faults: CONFIG GO hold | CONFIG GO race SHARED_RUN RUN LUCKY_RUN SCORE"""
 
-from pipeline.registry.stage import register_run, set_champion
-
-
 import sys
 import time
 from pathlib import Path
@@ -12,6 +9,7 @@ from students import evaluation
 from pipeline import tracking
 from pipeline.config import load_config, with_overrides
 from pipeline.registry import lock as registry_lock
+from pipeline.registry.stage import register_run, set_champion
 
 
 def hold(config):

@@ -1,19 +1,17 @@
 """Runs shard, teacher, cache, distill, evaluate and register of a config in one process: `… CONFIG OUT`."""
 
-from pipeline.clips.stage import shard
-from pipeline.distill.stage import distill, train_teacher
-from pipeline.evaluate.stage import evaluate
-from pipeline.registry.stage import register
-from pipeline.targets.stage import cache
-
-
 import json
 import sys
 
 import yaml
 
+from pipeline.clips.stage import shard
 from pipeline.compute import ray_session
 from pipeline.config import resolve_config
+from pipeline.distill.stage import distill, train_teacher
+from pipeline.evaluate.stage import evaluate
+from pipeline.registry.stage import register
+from pipeline.targets.stage import cache
 
 STAGES = {
     "shard": shard,

@@ -1,15 +1,13 @@
 """Training from the cache is training with the teacher: the losses agree step by step."""
 
-from pipeline.clips.library import artifacts_of
-from pipeline.clips.stage import shard
-
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.distill.stage import distill, train_teacher
 from pipeline.targets.stage import cache
@@ -64,14 +62,12 @@ def test_cached_student_features_give_the_same_curve(prepared, shared_tiny):
 def test_targets_are_row_for_row_and_tails_are_skipped(prepared):
     _, clips, summary = prepared
     clip_set, targets = ClipSet(clips), TargetSet(summary["uri"])
-    assert summary["rows"] == 3 * clip_set.manifest["clips"]
-    for shard in clip_set.shards:
-        table = (
-            targets.reader.file(shard).read(columns=["video_id", "clip_index", "view", "full"]).to_pylist()
-        )
+    assert summary["rows"] == 3 * clip_set.manifest.clips
+    for name in clip_set.shards:
+        table = targets.reader.file(name).read(columns=["video_id", "clip_index", "view", "full"]).to_pylist()
         expected = [
             {"video_id": c.video_id, "clip_index": c.clip_index, "view": k, "full": c.full}
-            for c in clip_set.iter_shard(shard)
+            for c in clip_set.iter_shard(name)
             for k in range(3)
         ]
         assert table == expected
@@ -79,11 +75,11 @@ def test_targets_are_row_for_row_and_tails_are_skipped(prepared):
 
 
 def test_second_cache_run_reuses_and_changes_get_a_new_folder(prepared, shared_tiny):
-    config, clips, first = prepared
+    config, _clips, first = prepared
     again = cache(config)
     assert again["uri"] == first["uri"]
     assert again["computed_shards"] == 0
-    teacher = f"teacher.checkpoint={TargetSet(first['uri']).manifest['teacher_uri']}"
+    teacher = f"teacher.checkpoint={TargetSet(first['uri']).manifest.teacher_uri}"
     assert cache(shared_tiny(*VIEWS, *STEPS, teacher))["uri"] == first["uri"]
     other_flips = cache(shared_tiny(*VIEWS, *STEPS, teacher, "targets.flip=0.1"))
     other_rollout = cache(shared_tiny(*VIEWS, *STEPS, teacher, "targets.rollout=cyclic"))
@@ -129,14 +125,14 @@ def _replace(path, table, name, values):
     ],
 )
 def test_what_makes_another_student(prepared, shared_tiny, change, same):
-    config, clips, _ = prepared
+    config, _clips, _ = prepared
     changed = shared_tiny(*VIEWS, *STEPS, *change)
     assert (artifacts_of(changed).student.uri == artifacts_of(config).student.uri) is same
 
 
 def test_a_live_teachers_roll_out_makes_another_student(prepared, shared_tiny):
-    _, clips, summary = prepared
-    teacher = f"teacher.checkpoint={TargetSet(summary['uri']).manifest['teacher_uri']}"
+    _, _clips, summary = prepared
+    teacher = f"teacher.checkpoint={TargetSet(summary['uri']).manifest.teacher_uri}"
     live = (*VIEWS, *STEPS, teacher, "distill.live_teacher=true")
     forward, cyclic = (shared_tiny(*live, f"targets.rollout={r}") for r in ("forward", "cyclic"))
     assert artifacts_of(forward).student.uri != artifacts_of(cyclic).student.uri
@@ -144,7 +140,7 @@ def test_a_live_teachers_roll_out_makes_another_student(prepared, shared_tiny):
 
 def test_a_student_without_kd_is_the_same_before_and_after_caching(shared_tiny, local_ray):
     config = shared_tiny("distill.method=no_kd", "targets.student_features=true", "dataset.seed=9")
-    clips = shard(config)["uri"]
+    shard(config)["uri"]
     before = artifacts_of(config).student.uri
     train_teacher(config)
     cache(config)

@@ -1,9 +1,5 @@
 """Real clusters of three Ray nodes that lose workers, nodes, drivers and their head in the middle of a stage."""
 
-from pipeline.clips.library import artifacts_of
-from pipeline.clips.stage import shard_split
-
-
 import os
 import re
 import signal
@@ -17,6 +13,8 @@ from clusters import SMALL_STORE, processes, running_cluster
 from helpers import GOLDEN_TEACHER, is_alive, published_shards, resumed_from, wait_for
 
 from pipeline import storage
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
 from pipeline.targets.table import TargetSet
 
@@ -98,9 +96,9 @@ def test_shard_loses_a_worker_and_a_node(tiny, cluster):
     cluster.kill(node)
     assert job.finish()["computed_shards"] == 30
     clips = ClipSet(uri)
-    assert clips.manifest["frames"] == 60 * 60
+    assert clips.manifest.frames == 60 * 60
     assert len({v.video_id for v in clips.videos}) == len(clips.videos) == 60
-    assert clips.manifest["bad"] == []
+    assert clips.manifest.bad == ()
     after = published_shards(uri)
     assert {p: after[p] for p in before} == before
 
@@ -285,4 +283,4 @@ def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
     after = published_shards(uri)
     assert {p: after[p] for p in made} == made
     assert shard_split(config, "")["computed_shards"] == 0
-    assert ClipSet(uri).manifest["frames"] == 90 * 60
+    assert ClipSet(uri).manifest.frames == 90 * 60

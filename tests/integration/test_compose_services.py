@@ -4,9 +4,6 @@ What an image brings is done by hand: PostgreSQL's entry point makes the databas
 the command, and where containers find each other by name, processes get a port of this machine.
 """
 
-from pipeline.registry.stage import register_run
-
-
 import os
 import pwd
 import re
@@ -29,6 +26,7 @@ from mlflow.server.auth.client import AuthServiceClient
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+from pipeline.registry.stage import register_run
 from pipeline.tracking.client import AccessDenied
 
 CLUSTER = Path(__file__).parents[2] / "cluster"

@@ -1,9 +1,5 @@
 """A disk that is full: under local storage, and under Ray's object store where it spills to."""
 
-from pipeline.clips.library import artifacts_of
-from pipeline.clips.stage import shard_split
-
-
 import contextlib
 import os
 import subprocess
@@ -16,6 +12,8 @@ from clusters import running_cluster
 from helpers import GOLDEN_TEACHER, published_shards, wait_for
 
 from pipeline import storage
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
 from pipeline.distill.stage import distill
 from pipeline.targets.stage import cache
@@ -88,7 +86,7 @@ def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
     after = published_shards(uri)
     assert {p: after[p] for p in before} == before
 
-    clips = ClipSet(uri)
+    ClipSet(uri)
     targets = artifacts_of(config).targets.uri
     fills_up(lambda: cache(config), 300_000)  # a shard is 0.1 MB
     assert not storage.is_complete(targets)

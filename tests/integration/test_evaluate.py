@@ -10,14 +10,18 @@ import torch
 from clip_sets import make_clip_set, random_video
 from layouts import write_davis
 
-from pipeline import storage
+from pipeline import line, storage
+from pipeline.artifacts.identity import Artifact, Artifacts
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, resolve_config
 from pipeline.config.protocols import PRESETS, choose_protocol
+from pipeline.distill.stage import distill
 from pipeline.distill.validation import Validation
 from pipeline.evaluate.records import VIDEOS_FILE, find_records
 from pipeline.evaluate.scoring import SCORES, mean_scores, model_predictor, score_video
-from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate
+from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate, score_subjects
 from pipeline.evaluate.subjects import Subject
 from pipeline.models import (
     BackboneConfig,
@@ -27,7 +31,7 @@ from pipeline.models import (
     load_slot_model,
     save_slot_model,
 )
-from pipeline.registry.stage import pull
+from pipeline.registry.stage import pull, register
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import model_speeds
 from pipeline.report.select import select_runs
@@ -54,6 +58,10 @@ def model_uri(tmp_path_factory):
     return str(folder)
 
 
+def score(config, clips, subjects):
+    return score_subjects(artifacts_of(config), clips, subjects)
+
+
 def scores_of(clips, model_uri, protocol):
     model = load_slot_model(model_uri)
     return [
@@ -67,14 +75,14 @@ def test_every_video_is_scored_once_and_recorded_once(tiny, local_ray, clips, mo
     config = tiny("dataset.name=made")
     tags = {"method": "slotmatch", "beta": "0.2", "seed": "3", "trained_on": "made"}
     subjects = {"grid": Subject(baseline="grid", num_slots=4), "mine": Subject(model_uri, tags=tags)}
-    results = evaluate(config, clips.uri, subjects)
+    results = score(config, clips, subjects)
     expected = scores_of(clips, model_uri, PRESETS["slotcontrast"])
-    assert results["mine"]["scores"] == pytest.approx(mean_scores(expected))
-    assert results["mine"]["videos"] == 5
-    rows = pq.read_table(f"{results['mine']['uri']}/{VIDEOS_FILE}").to_pylist()
+    assert results["mine"].scores == pytest.approx(mean_scores(expected))
+    assert results["mine"].videos == 5
+    rows = pq.read_table(f"{results['mine'].uri}/{VIDEOS_FILE}").to_pylist()
     assert [row["video_id"] for row in rows] == [f"video {i}" for i in range(5)]
     assert rows[3]["video_mbo"] == pytest.approx(expected[3].video_mbo)
-    assert evaluate(config, clips.uri, subjects) == results
+    assert score(config, clips, subjects) == results
 
     records = {record.name: record for record in find_records(config)}
     assert len(find_records(config)) == len(records) == 2
@@ -86,8 +94,8 @@ def test_every_video_is_scored_once_and_recorded_once(tiny, local_ray, clips, mo
         "made",
         "made",
     )
-    assert mine.protocol == results["mine"]["protocol"]
-    assert mine.scores == pytest.approx(results["mine"]["scores"])
+    assert mine.protocol == results["mine"].protocol
+    assert mine.scores == pytest.approx(results["mine"].scores)
     assert mine.clips_uri == clips.uri
     assert [row["video_id"] for row in mine.per_video()] == [row["video_id"] for row in rows]
     assert records["grid (N = 4)"].method == "baseline"
@@ -97,28 +105,28 @@ def test_every_video_is_scored_once_and_recorded_once(tiny, local_ray, clips, mo
 def test_shards_that_were_scored_before_a_kill_are_not_scored_again(tiny, local_ray, clips, model_uri):
     config = tiny()
     subject = {"mine": Subject(model_uri)}
-    whole = evaluate(config, clips.uri, subject)["mine"]
+    whole = score(config, clips, subject)["mine"]
     scores = scores_of(clips, model_uri, PRESETS["slotcontrast"])
     # What a killed job leaves: rows of one shard, here told apart by a score that nobody computes.
-    storage.delete(whole["uri"])
+    storage.delete(whole.uri)
     first = [s for s in scores if s.video_id in ("video 0", "video 1")]
     marked = [type(s)(**{**s.__dict__, "video_mbo": 7.0}) for s in first]
-    _write_rows(storage.join(whole["uri"], ROWS_FOLDER, "shard-00000.parquet"), marked)
-    again = evaluate(config, clips.uri, subject)["mine"]
-    rows = pq.read_table(f"{again['uri']}/{VIDEOS_FILE}").to_pylist()
+    _write_rows(storage.join(whole.uri, ROWS_FOLDER, "shard-00000.parquet"), marked)
+    again = score(config, clips, subject)["mine"]
+    rows = pq.read_table(f"{again.uri}/{VIDEOS_FILE}").to_pylist()
     assert [row["video_mbo"] == 7.0 for row in rows] == [True, True, False, False, False]
 
 
 def test_another_protocol_is_another_evaluation(tiny, local_ray, clips, model_uri):
     subject = {"mine": Subject(model_uri)}
-    whole = evaluate(tiny(), clips.uri, subject)["mine"]
+    whole = score(tiny(), clips, subject)["mine"]
     config = tiny("evaluate.protocol=paper", "evaluate.masks=attention")
-    paper = evaluate(config, clips.uri, subject)["mine"]
-    assert paper["uri"] != whole["uri"]
-    assert paper["protocol"]["name"] == "paper, masks=attention"
+    paper = score(config, clips, subject)["mine"]
+    assert paper.uri != whole.uri
+    assert paper.protocol.name == "paper, masks=attention"
     expected = mean_scores(scores_of(clips, model_uri, choose_protocol(config.evaluate)))
-    assert paper["scores"] == pytest.approx(expected)
-    assert {r.protocol["name"] for r in find_records(config)} == {"slotcontrast", "paper, masks=attention"}
+    assert paper.scores == pytest.approx(expected)
+    assert {r.protocol.name for r in find_records(config)} == {"slotcontrast", "paper, masks=attention"}
 
 
 def test_a_tracking_server_that_is_down_loses_no_scores(
@@ -127,10 +135,10 @@ def test_a_tracking_server_that_is_down_loses_no_scores(
     monkeypatch.setattr(mlflow_client, "SECONDS_TO_WAIT", 0.5)
     subject = {"mine": Subject(model_uri)}
     down = tiny("mlflow.tracking_uri=http://127.0.0.1:9")
-    scores = evaluate(down, clips.uri, subject)["mine"]["scores"]
+    scores = score(down, clips, subject)["mine"].scores
     assert "could not be recorded" in capfd.readouterr().err
     up = tiny()
-    assert evaluate(up, clips.uri, subject)["mine"]["scores"] == scores
+    assert score(up, clips, subject)["mine"].scores == scores
     assert "all scores found" in capfd.readouterr().err
     assert [record.name for record in find_records(up)] == ["mine"]
 
@@ -144,12 +152,12 @@ def test_a_record_that_broke_half_way_is_made_anew(tiny, local_ray, clips, model
 
     with monkeypatch.context() as patch:
         patch.setattr("mlflow.MlflowClient.log_batch", broken)
-        evaluate(config, clips.uri, subject)
+        score(config, clips, subject)
     assert "the server went away" in capfd.readouterr().err
     assert find_records(config) == []
-    evaluate(config, clips.uri, subject)
+    score(config, clips, subject)
     assert [record.method for record in find_records(config)] == ["slotmatch"]
-    evaluate(config, clips.uri, {"who knows": Subject(model_uri)})
+    score(config, clips, {"who knows": Subject(model_uri)})
     assert [record.method for record in find_records(config)] == ["slotmatch"], "what is known is kept"
 
 
@@ -180,34 +188,32 @@ def test_a_record_holds_what_a_public_file_does_not_tell(tiny, local_ray, clips)
 
 
 def _evaluate_named(config, clips):
-    """`evaluate_stage` on clips that were made by hand."""
+    """`evaluate` on clips that were made by hand."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_published_clips", lambda config, split: clips.uri)
-        return evaluate_stage(config)
+        patch.setattr(Artifacts, "evaluation_clips", Artifact(clips.uri, {}))
+        return evaluate(config)
 
 
 def test_videos_without_masks_are_refused(tiny, local_ray, tmp_path, model_uri):
     clips = make_clip_set(tmp_path, {"v": (random_video(np.random.default_rng(0))[0], None)})
     with pytest.raises(ValueError, match="no masks to score against"):
-        evaluate(tiny(), clips.uri, {"mine": Subject(model_uri)})
+        score(tiny(), clips, {"mine": Subject(model_uri)})
 
 
 def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, capsys, tmp_path):
     """`jobs.evaluate` for a config's own student, then for the champion of the registry."""
     config = shared_tiny("distill.method=no_kd", "dataset.name=tiny videos", "distill.seed=5")
-    shard_stage(config)
-    distill_stage(config)
-    own = evaluate_stage(config)
+    shard(config)
+    distill(config)
+    own = evaluate(config)
     assert "colour k-means" in capsys.readouterr().out
-    registered = register_stage(config)
+    registered = register(config)
     assert registered["champion"]
-    pulled = evaluate_stage(
-        shared_tiny("evaluate.model=models:/slotmatch@champion", "evaluate.baselines=false")
-    )
+    pulled = evaluate(shared_tiny("evaluate.model=models:/slotmatch@champion", "evaluate.baselines=false"))
     assert pulled["scores"] == own["scores"]
     assert pulled["uri"] == own["uri"], "the same weights under the same protocol are one evaluation"
     pull("models:/slotmatch@champion", tmp_path / "pulled", config.tracking_uri)
-    local = evaluate_stage(shared_tiny(f"evaluate.model={tmp_path / 'pulled'}", "evaluate.baselines=false"))
+    local = evaluate(shared_tiny(f"evaluate.model={tmp_path / 'pulled'}", "evaluate.baselines=false"))
     assert local["uri"] == own["uri"]
     assert {r.method for r in find_records(config)} == {"no_kd", "baseline"}
     (record,) = [r for r in find_records(config) if r.method == "no_kd"]
@@ -215,7 +221,7 @@ def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, ca
 
     def settings(*overrides):
         changed = shared_tiny("distill.method=no_kd", *overrides)
-        return _student_spec(changed, find_clips(changed, changed.dataset.split))[1]["settings"]
+        return artifacts_of(changed).student_settings
 
     assert record.settings == settings() == settings("distill.seed=7", "distill.name=other")
     assert record.settings != settings("distill.learning_rate=0.1")
@@ -224,23 +230,23 @@ def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, ca
 def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):
     """The score in the last step's history is that of the published model; training is not changed by it."""
     settings = ["distill.method=no_kd", "distill.seed=6", "evaluate.validation_videos=2"]
-    shard_stage(shared_tiny(*settings))
-    plain = distill_stage(shared_tiny(*settings))
+    shard(shared_tiny(*settings))
+    plain = distill(shared_tiny(*settings))
     losses = storage.read_json(plain["history"])
     storage.delete(plain["uri"])
-    validating = distill_stage(shared_tiny(*settings, "distill.validate_every=4"))
+    validating = distill(shared_tiny(*settings, "distill.validate_every=4"))
     assert validating["uri"] == plain["uri"], "validation does not make it another run"
     for before, after in zip(losses, storage.read_json(plain["history"]), strict=True):
         assert before.items() <= after.items(), "validation changes no loss"
 
     # Two workers share the videos.
     config = shared_tiny(*settings, "distill.validate_every=4", "distill.workers=2")
-    run = distill_stage(config)
+    run = distill(config)
     history = storage.read_json(run["history"])
     validated = [row["step"] for row in history if "validation_video_mbo" in row]
     assert validated == [4, 8]
 
-    held_out = find_clips(config, config.evaluate.split)
+    held_out = artifacts_of(config).evaluation_clips.uri
     assert len(ClipSet(held_out).videos) == 3
     validation = Validation(held_out, config.evaluate)
     assert len(validation.videos) == 2
@@ -257,10 +263,10 @@ def test_validation_on_videos_without_masks_is_refused_before_training(shared_ti
         Validation(clips.uri, shared_tiny().evaluate)
     settings = ["distill.method=no_kd", "distill.validate_every=2", "distill.seed=9", "evaluate.split=null"]
     with pytest.raises(ConfigError, match=r"needs evaluate\.split"):
-        distill_stage(shared_tiny(*settings))
+        distill(shared_tiny(*settings))
 
 
-@pytest.mark.parametrize("run", [shard_stage, distill_stage, run_pipeline])
+@pytest.mark.parametrize("run", [shard, distill, line.run])
 def test_slices_that_share_videos_are_refused(tmp_path, run):
     write_davis(tmp_path / "davis", videos=4)
     config = resolve_config(

@@ -1,9 +1,5 @@
 """Jobs that are killed are run again, and nothing is lost, repeated or half-written."""
 
-from pipeline.clips.library import artifacts_of
-from pipeline.clips.stage import shard_split
-
-
 import os
 import signal
 from pathlib import Path
@@ -13,6 +9,8 @@ import pytest
 from helpers import GOLDEN_TEACHER, command_line, kill_with_family, published_shards, resumed_from, wait_for
 
 from pipeline import storage
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
 from pipeline.targets.stage import cache
 
@@ -47,7 +45,7 @@ def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
     assert summary["computed_shards"] == 30 - len(before)
     after = published_shards(uri)
     assert {p: after[p] for p in before} == before
-    assert ClipSet(uri).manifest["frames"] == 60 * 60
+    assert ClipSet(uri).manifest.frames == 60 * 60
 
 
 @pytest.mark.fault(
@@ -64,7 +62,7 @@ def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
         *GOLDEN_TEACHER,
         "targets.batch_size=2",
     )
-    clips = ClipSet(shard_split(config, "")["uri"])
+    ClipSet(shard_split(config, "")["uri"])
     uri = artifacts_of(config).targets.uri
     before = kill_at_two_shards(job("cache", config), uri)
     assert 2 <= len(before) < 40
@@ -97,7 +95,7 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
         "student.num_slots=4",
     ]
     unbroken = tiny(*settings, "distill.name=unbroken")
-    clips = shard_split(unbroken, "")["uri"]
+    shard_split(unbroken, "")["uri"]
     from pipeline.distill.stage import distill, train_teacher
 
     train_teacher(unbroken)
@@ -142,7 +140,7 @@ def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, local_r
         "distill.gradient_clip=1e30",
         "distill.checkpoint_every=1",
     )
-    clips = shard_split(config, "")["uri"]
+    shard_split(config, "")["uri"]
     train_teacher(config)
     cache(config)
     with pytest.raises(NonFiniteLoss, match="learning rate"):

@@ -1,8 +1,5 @@
 """Data, Train and Tune spread over clusters of two and three real nodes give what one node gives."""
 
-from pipeline.clips.library import artifacts_of
-
-
 import threading
 
 import pyarrow.parquet as pq
@@ -11,6 +8,7 @@ from clusters import processes, running_cluster
 from helpers import GOLDEN_TEACHER
 
 from pipeline import storage
+from pipeline.clips.library import artifacts_of
 from pipeline.clips.table import ClipSet
 from pipeline.sweep.settings import plan_trials
 

@@ -1,8 +1,5 @@
 """One bad video among ten thousand: set aside by name, and every other one is there once."""
 
-from pipeline.clips.stage import shard_split
-
-
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
 from pipeline.config import resolve_config
 

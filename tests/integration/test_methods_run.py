@@ -1,12 +1,10 @@
 """Every way to distil through the stages: from cached targets to a published student."""
 
-from pipeline.clips.library import artifacts_of
-from pipeline.clips.stage import shard
-
-
 import pytest
 
 from pipeline import storage
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard
 from pipeline.config import ConfigError
 from pipeline.distill.stage import distill, train_teacher
 from pipeline.models import load_slot_model

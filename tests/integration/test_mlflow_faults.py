@@ -1,8 +1,5 @@
 """MLflow that goes away, refuses, or is asked by several at once: real servers, really killed."""
 
-from pipeline.registry.stage import register_run
-
-
 import os
 import subprocess
 import sys
@@ -18,6 +15,7 @@ from students import make_finished_run
 
 from pipeline import storage, tracking
 from pipeline.distill.stage import distill
+from pipeline.registry.stage import register_run
 from pipeline.tracking import client as mlflow_client
 from pipeline.tracking.client import AccessDenied, ServerUnavailable
 

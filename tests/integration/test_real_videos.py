@@ -1,11 +1,5 @@
 """Real H.264 files, three of them broken, from a folder to a segmented video, with `configs/videos.yaml`."""
 
-from pipeline.clips.stage import shard
-from pipeline.distill.stage import distill
-from pipeline.registry.stage import register
-from pipeline.targets.stage import cache
-
-
 import json
 import shutil
 from pathlib import Path
@@ -15,12 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, load_config
+from pipeline.distill.stage import distill
 from pipeline.models import load_slot_model
-from pipeline.registry.stage import pull
+from pipeline.registry.stage import pull, register
 from pipeline.segment.stage import segment
 from pipeline.storage import IncompleteError
+from pipeline.targets.stage import cache
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "tests" / "golden" / "slotcontrast_tiny.ckpt"

@@ -4,7 +4,7 @@ import pytest
 from layouts import EVALUATION_SPLITS, SHIPPED, WRITERS, assert_holds, of_split, training_split, upload
 
 from pipeline import storage
-from pipeline.clips.stage import TooManyBadVideos
+from pipeline.clips.stage import TooManyBadVideos, shard
 from pipeline.clips.table import ClipSet
 from pipeline.config import load_config
 
@@ -18,7 +18,7 @@ def test_a_shipped_config_becomes_clip_sets(name, local_ray, tmp_path):
     if kind == "ytvis":
         overrides += ["dataset.split=train[:-1]", "evaluate.split=train[-1:]"]
     config = load_config(f"configs/{name}.yaml", overrides)
-    summary = shard_stage(config)
+    summary = shard(config)
     training, evaluation = (list(of_split(truth, s)) for s in (training_split(kind), EVALUATION_SPLITS[kind]))
     expected = [(summary, training), (summary.get("evaluation"), evaluation)]
     if kind == "ytvis":
@@ -31,7 +31,7 @@ def test_a_shipped_config_becomes_clip_sets(name, local_ray, tmp_path):
         assert [v.video_id for v in videos] == names
         assert {min(v.height, v.width) for v in videos} == {config.clips.short_side}
         assert part["annotated_videos"] == len(names)
-    assert shard_stage(config)["computed_shards"] == 0
+    assert shard(config)["computed_shards"] == 0
 
 
 def test_a_problem_found_while_listing_counts_as_a_bad_video(tiny, local_ray, tmp_path):
@@ -41,8 +41,8 @@ def test_a_problem_found_while_listing_counts_as_a_bad_video(tiny, local_ray, tm
     overrides = ["dataset.kind=movi", f"dataset.path={tmp_path / 'data'}", "dataset.split=train"]
     overrides += ["evaluate.split=null", "clips.videos_per_shard=2"]
     with pytest.raises(TooManyBadVideos, match=r"1 of 3 videos .*movi_e-train-00001/0000"):
-        shard_stage(tiny(*overrides))
-    summary = shard_stage(tiny(*overrides, "clips.max_bad_fraction=0.4"))
+        shard(tiny(*overrides))
+    summary = shard(tiny(*overrides, "clips.max_bad_fraction=0.4"))
     assert summary["videos"] == 2
     assert [b["video"] for b in summary["bad"]] == ["movi_e-train-00001/0000"]
     assert "the file ends within the record" in summary["bad"][0]["reason"]

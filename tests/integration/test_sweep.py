@@ -1,21 +1,18 @@
 """Sweeps on a real Ray Tune: what they end with, and that nothing is trained twice whatever is killed."""
 
-from pipeline.clips.library import artifacts_of
-from pipeline.clips.stage import shard_split
-from pipeline.sweep.stage import sweep
-
-
 from pathlib import Path
 
 import pytest
 from helpers import GOLDEN_TEACHER, kill_with_family, resumed_from, wait_for
 
 from pipeline import storage, tracking
+from pipeline.clips.library import artifacts_of
+from pipeline.clips.stage import shard_split
 from pipeline.config import with_overrides
 from pipeline.distill.stage import distill
 from pipeline.sweep.runs import PARENT_TAG
 from pipeline.sweep.settings import plan_trials
-from pipeline.sweep.stage import SweepFailed
+from pipeline.sweep.stage import SweepFailed, sweep
 
 BASE = [
     *GOLDEN_TEACHER,
@@ -31,7 +28,7 @@ def file_times(runs):
 
 
 def runs_of(config):
-    clips = shard_split(config, config.dataset.split)["uri"]
+    shard_split(config, config.dataset.split)["uri"]
     return {t.title: artifacts_of(t.config).student.uri for t in plan_trials(config)}
 
 
@@ -197,7 +194,7 @@ def test_train_workers_inside_of_tune_and_a_trial_that_fails(tiny, local_ray, ca
     assert "hopeless, seed 0 failed: NonFiniteLoss" in out
     assert "NonFiniteLoss" in summary["failed"]["hopeless, seed 0"]
     assert summary["best"]["setting"] == "good"
-    clips = shard_split(config, "")["uri"]
+    shard_split(config, "")["uri"]
     good = plan_trials(config)[0]
     assert distill(good.config)["reused"], "the same run as that of jobs.distill"
     again = sweep(config)

@@ -1,15 +1,12 @@
 """The whole line on a tiny data set, twice: the second run finds everything made."""
 
-from pipeline.line import run
-
-
 import mlflow
 import numpy as np
 import pytest
 
 from pipeline import tracking
 from pipeline.evaluate.scoring import SCORES
-from pipeline.line import NO_KD, SLOTMATCH
+from pipeline.line import NO_KD, SLOTMATCH, run
 from pipeline.models import load_slot_model
 from pipeline.registry.lineage import trace
 from pipeline.report.stage import report

@@ -1,12 +1,12 @@
 """The report from runs in a real MLflow database, and its command line."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from jobs.report import main
+from jobs._main import run as run_job
+from jobs.report import JOB
 from pipeline import tracking
 from pipeline.artifacts.manifests import Rules
 from pipeline.config import load_config
@@ -74,9 +74,8 @@ def job(monkeypatch, capsys):
     """The command line, in this process: another would import torch and MLflow again."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jobs.report", *arguments])
         monkeypatch.chdir(ROOT)
-        code = main()
+        code = run_job(JOB, arguments)
         return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return run
