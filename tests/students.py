@@ -3,6 +3,8 @@
 import torch
 
 from pipeline import storage, tracking
+from pipeline.artifacts.manifests import Rules
+from pipeline.evaluate.records import Evaluation
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
 
 
@@ -24,5 +26,5 @@ def make_finished_run(config, uri, *, clips="c", **manifest):
 
 
 def evaluation(score, protocol="p", uri="somewhere"):
-    """What `evaluate` returns."""
-    return {"scores": {"video_mbo": score}, "protocol": {"fingerprint": protocol}, "uri": uri}
+    """A made-up evaluation."""
+    return Evaluation(uri, {"video_mbo": score}, Rules(name=protocol, fingerprint=protocol), videos=1)
