@@ -1,4 +1,4 @@
-"""What every entry point does: parse, call the library, end stdout with one line of JSON.
+"""What every entry point does: parse, call the stage, end stdout with one line of JSON.
 
 One grammar: `python -m jobs.STAGE [WORDS …] CONFIG.yaml [PRESET.yaml …] [section.key=value …] [--flags]`. Each
 `jobs/STAGE.py` declares a `Job`, which `run` runs and `parse` only reads.
@@ -11,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import json
+import pkgutil
 import re
 import sys
 import time
@@ -35,7 +36,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Call:
-    """A command line that can be run: `job.run(config, **arguments)`."""
+    """A command line that can be run: `job.stage(config, **arguments)`."""
 
     job: Job
     config: Config
@@ -64,6 +65,10 @@ def find_job(stage: str) -> Job:
     return importlib.import_module(f"jobs.{stage}").JOB
 
 
+def _function(named: str | Callable[..., Any]) -> Callable[..., Any]:
+    return pkgutil.resolve_name(named) if isinstance(named, str) else named
+
+
 def parse(job: str, words: Sequence[str]) -> Call:
     """Reads the command line of a stage, its config included, without running it.
 
@@ -75,7 +80,7 @@ def parse(job: str, words: Sequence[str]) -> Call:
 
 
 def run(job: Job, words: Sequence[str] | None = None, *, called: str = "") -> int:
-    """Runs a job from its command line (`sys.argv`'s by default); returns the exit code."""
+    """Runs a job from its command line (`sys.argv`'s by default) and prints its summary; returns the exit code."""
     redact_output()
     try:
         call = _parse(job, sys.argv[1:] if words is None else words, called or f"python -m jobs.{job.name}")
@@ -84,7 +89,17 @@ def run(job: Job, words: Sequence[str] | None = None, *, called: str = "") -> in
     if call.dry_run:
         print(redact(call.to_yaml()), end="")
         return 0
-    return report(job.name, lambda: job.run(call.config, **call.arguments))
+    started = time.monotonic()
+    try:
+        summary = _function(job.stage)(call.config, **call.arguments)
+    except ConfigError as error:
+        return refuse(job.name, error)
+    except (Exception, KeyboardInterrupt) as error:
+        summary = _failure(job.name, error)
+    seconds = round(time.monotonic() - started, 1)
+    summary = {"job": job.name, "status": "ok", "seconds": seconds, **summary}
+    _print_summary(summary)
+    return int(summary["status"] != "ok")  # a summary may have a status of its own
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,7 +149,8 @@ def _parse(job: Job, words: Sequence[str], called: str) -> Call:
         raise ConfigError(f"no config given{_file_hint(typed)}; see {called} --help")
     config = load_config(path, overrides, presets=files[1:])
     arguments |= options
-    job.check(config, **arguments)
+    if job.check is not None:
+        _function(job.check)(config, **arguments)
     return Call(job, config, arguments, dry_run)
 
 
@@ -147,7 +163,7 @@ def _is_yaml(word: str) -> bool:
 
 
 def _fill(job: Job, words: list[str], called: str) -> dict[str, Any]:
-    """The job's words by their names, as `Job.run` takes them."""
+    """The job's words by their names, as its stage takes them."""
     arguments: dict[str, Any] = {}
     for word in job.words:
         if not words:
@@ -199,37 +215,18 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print(json.dumps(redacted(summary)))
 
 
-def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
-    """Runs a job and prints its summary; an error is one clear line, with its traceback before it.
-
-    The exit code is 1 too where the summary has a status of its own, which is not "ok".
-    """
-    redact_output()
-    started = time.monotonic()
-
-    def elapsed() -> float:
-        return round(time.monotonic() - started, 1)
-
-    try:
-        summary = work()
-    except ConfigError as error:
-        return refuse(job, error)
-    except KeyboardInterrupt:
+def _failure(job: str, error: BaseException) -> dict[str, Any]:
+    """Says why a job ended in one clear line, with the traceback before it; returns what its summary says of it."""
+    if isinstance(error, KeyboardInterrupt):
         log(f"{job}: interrupted; run it again to go on")
-        _print_summary({"job": job, "status": "interrupted", "seconds": elapsed()})
-        return 1
-    except Exception as error:
-        from pipeline.compute import root_cause
+        return {"status": "interrupted"}
+    from pipeline.compute import root_cause
 
-        cause = root_cause(error)
-        if not _is_ours(cause):
-            log(traceback_text(error).rstrip())
-        log(f"error: {cause}")
-        _print_summary({"job": job, "status": "failed", "seconds": elapsed(), "error": str(cause)})
-        return 1
-    summary = {"job": job, "status": "ok", "seconds": elapsed(), **summary}
-    _print_summary(summary)
-    return int(summary["status"] != "ok")
+    cause = root_cause(error)
+    if not _is_ours(cause):
+        log(traceback_text(error).rstrip())
+    log(f"error: {cause}")
+    return {"status": "failed", "error": str(cause)}
 
 
 def _is_ours(error: BaseException) -> bool:

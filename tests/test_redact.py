@@ -131,15 +131,16 @@ def test_a_job_that_fails_says_no_secret(tmp_path):
     """Its log, its traceback, what libraries log in it, and its summary."""
     code = (
         "import logging, sys\n"
-        "from jobs._main import report\n"
-        "def work():\n"
+        "from jobs._job import Job\n"
+        "from jobs._main import run\n"
+        "def work(config):\n"
         "    logging.getLogger('botocore').warning('signed %s', 'with hunter2!')\n"
         "    try:\n"
         "        raise OSError('inner hunter2!')\n"
         "    except OSError:\n"
         "        logging.getLogger('botocore').exception('failed')\n"
         "        raise RuntimeError('GET http://me:pass@host hunter2! failed')\n"
-        "sys.exit(report('test', work))\n"
+        "sys.exit(run(Job('test', 'fails', work, default_config='demo.yaml'), []))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -159,7 +160,7 @@ def test_a_job_that_fails_says_no_secret(tmp_path):
 
 def test_a_message_that_does_not_fit_its_arguments_does_not_end_a_job():
     code = (
-        "import logging; from pipeline.redact import redact_output; redact_output; logging.warning'%d', 'x'"
+        "import logging; from pipeline.log import redact_output; redact_output(); logging.warning('%d', 'x')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=120)
 
