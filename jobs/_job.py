@@ -34,8 +34,8 @@ class Option:
 class Job:
     """A stage as the command line knows it: `stage(config, **words, **options)` does it and returns its summary.
 
-    `stage` and `check` are functions, or the names of some as `module:function`: those are imported when they are
-    called, so that a command line is read without Ray, PyTorch or MLflow.
+    `stage` and `check`, which takes the same, are functions or their names, `module:function`. What is named is
+    imported when it is called, so that a command line is read without Ray, PyTorch or MLflow.
     A config is required but where `default_config` names a shipped one, or where only `keys` of it are used.
     """
 
@@ -48,9 +48,7 @@ class Job:
     default_config: str | None = None
     keys: tuple[str, ...] = ()  # the only ones of the config that count, where not all do
     settings: type[Section] | None = None  # keys of its own, without a section; the argument `settings`
-    check: str | Callable[..., object] | None = (
-        None  # called as `stage`; raises ConfigError, also in a dry run
-    )
+    check: str | Callable[..., object] | None = None  # raises ConfigError, also in a dry run
 
 
 REGISTERED = Word("model", "MODEL", "models:/NAME@ALIAS or models:/NAME/VERSION")

@@ -66,6 +66,7 @@ def find_job(stage: str) -> Job:
 
 
 def _function(named: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A job's function, imported now where it is only named."""
     return pkgutil.resolve_name(named) if isinstance(named, str) else named
 
 
