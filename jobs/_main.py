@@ -131,7 +131,11 @@ class _Schema(argparse.Action):
 
 
 def _parse(job: Job, words: Sequence[str], called: str) -> Call:
-    options = vars(_Parser(job, called).parse_intermixed_args(list(words)))
+    parser = _Parser(job, called)
+    parsed, unknown = parser.parse_known_intermixed_args(list(words))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_flag_hint(job, unknown[0])}")
+    options = vars(parsed)
     typed, dry_run = options.pop("words"), options.pop("dry_run")
     del options["schema"]
     others = [word for word in typed if not _is_setting(word)]
@@ -196,6 +200,17 @@ def _split(job: Job, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         else:
             overrides.append(word)
     return settings, overrides
+
+
+def _flag_hint(job: Job, word: str) -> str:
+    """What to type for a flag that there is none of."""
+    key = word.lstrip("-").split("=")[0]
+    if "." in key or (job.settings is not None and key in job.settings.model_fields):
+        return f"; a setting has no dashes: {key}=…"
+    near = difflib.get_close_matches(
+        word, [*(o.flag for o in job.options), "--dry-run", "--schema", "--help"], n=1
+    )
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _file_hint(words: Sequence[str]) -> str:

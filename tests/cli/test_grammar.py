@@ -170,7 +170,9 @@ def test_segments_short_keys():
         ("shard", [DEMO, "clips.clip_frame=3"], "did you mean 'clips.clip_frames'?"),
         ("shard", [DEMO, "clips.Codec=png"], "did you mean 'clips.codec'?"),
         ("shard", [DEMO, "png"], "override 'png' is not of the form section.key=value"),
-        ("shard", [DEMO, "--dryrun"], "unrecognized arguments: --dryrun"),
+        ("shard", [DEMO, "--dryrun"], "unrecognized arguments: --dryrun; did you mean '--dry-run'?"),
+        ("distill", [DEMO, "--distill.seed=3"], "a setting has no dashes: distill.seed=…"),
+        ("segment", ["a.mp4", "--model", "m", "out=x"], "a setting has no dashes: model=…"),
         (
             "shard",
             [DEMO, "nowhere.yaml"],
