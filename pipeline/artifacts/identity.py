@@ -312,8 +312,12 @@ def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def later(section: Section) -> dict[str, Any]:
-    """Of a section whose first settings are counted one by one: the later ones that are not at their defaults."""
-    return counted(section, but=FIRST_KEYS[type(section).__name__])
+    """Of a section whose first settings are counted one by one: the later ones that are not at their defaults.
+
+    Their keys have the section before them, as they stand among another section's.
+    """
+    kind = type(section).__name__
+    return {f"{kind.lower()}.{key}": value for key, value in counted(section, but=FIRST_KEYS[kind]).items()}
 
 
 def clip_settings(config: Config) -> dict[str, Any]:

@@ -119,6 +119,13 @@ def test_a_new_setting_counts_where_it_is_not_at_its_default(section, changes, t
     assert changed(before, fingerprints(world("movi_e", tmp_path, f"{section}.later=0.75"))) == changes
 
 
+def test_new_settings_of_one_name_in_two_sections_are_two(tmp_path, later_release):
+    """Clips are decided by `clips.*` and `dataset.*`, views by `targets.*` and `dataset.seed`."""
+    of_clips = fingerprints(world("movi_e", tmp_path, "clips.later=0.75"))
+    of_dataset = fingerprints(world("movi_e", tmp_path, "dataset.later=0.75"))
+    assert of_clips["clips"] != of_dataset["clips"]
+
+
 def test_a_new_rule_of_protocols_counts_where_it_is_not_at_its_default(tmp_path):
     Newer = make_dataclass("Newer", [("later", float, 0.5)], bases=(Protocol,), frozen=True)
     rules = identity.protocol_rules(Protocol("paper", clip_frames=4))
