@@ -133,7 +133,8 @@ def _train(
     manifest = RunManifest.read(run.uri)
     if not needed:
         log(f"{run.label}: this run is finished, reusing {run.uri}")
-    tracking.complete_run(run.config, run.uri, manifest.mlflow_run, wait=needed)
+    # Of ours, whoever was faster in publishing.
+    tracking.complete_run(run.config, run.uri, run.mlflow_run or manifest.mlflow_run, wait=needed)
     return {
         "uri": run.uri,
         "model": storage.join(run.uri, MODEL_FOLDER),
