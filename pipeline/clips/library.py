@@ -122,17 +122,26 @@ def clip_files(uri: str) -> list[str]:
     return [INDEX_FILE, *(f"{SHARD_FOLDER}/{name}" for name in names)]
 
 
-def open_clips(clips: Artifact) -> ClipSet:
-    """A published clip set with all its files.
+def require_clips(clips: Artifact) -> None:
+    """Makes sure that a clip set has been published.
 
     Raises:
-        ConfigError: it has not been made, or has lost files.
+        ConfigError: it has not.
     """
     if not storage.is_complete(clips.uri):
         raise ConfigError(
             f"the clips of these videos and settings are not there ({clips.uri}); make them: "
             "python -m jobs.shard CONFIG"
         )
+
+
+def open_clips(clips: Artifact) -> ClipSet:
+    """A published clip set with all its files.
+
+    Raises:
+        ConfigError: it has not been made, or has lost files.
+    """
+    require_clips(clips)
     if missing := missing_files(clips.uri, clip_files):
         raise ConfigError(
             f"{clips.uri} has lost {len(missing)} of its files ({missing[0]}, …); make them again: "
