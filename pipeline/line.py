@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.artifacts.identity import Artifacts
-from pipeline.clips.library import artifacts_of, find_videos, open_clips
+from pipeline.clips.library import ClipLibrary, artifacts_of, find_videos, open_clips
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.compute import best_device, ray_session
@@ -41,8 +41,9 @@ def run(config: Config) -> dict[str, Any]:
     """
     with ray_session(config):
         _title(1, "shard the videos")
-        train = shard(config)
-        artifacts = artifacts_of(config)
+        library = ClipLibrary()
+        train = shard(config, library)
+        artifacts = artifacts_of(config, library=library)
         _title(2, "the teacher")
         if config.teacher.checkpoint is None:
             train_teacher(config, artifacts)

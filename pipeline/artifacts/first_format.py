@@ -1,6 +1,6 @@
 """The settings that were there in format 1, which hashed every one of them, defaults too.
 
-Nothing is added here: what comes later counts only where it is not at its default, see `identity.counted`.
+Nothing is added here: what comes later counts only where it is not at its default, see `counted`.
 """
 
 _MODEL = """backbone backbone_weights image_size num_slots slot_size initial_slots initialisation corrector_mlp

@@ -136,7 +136,7 @@ class RunManifest(Manifest):
     mlflow_run: str
     steps: int = 0
     seconds: float = 0.0
-    losses: dict[str, float] = {}  # of the last step that was logged
+    losses: dict[str, int | float] = {}  # of the last step that was logged, and its number
     tags: dict[str, str] = {}
 
 

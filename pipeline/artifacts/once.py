@@ -44,30 +44,41 @@ def once(uri: str, label: str, *, files: Files | None = None) -> Iterator[bool]:
 @contextlib.contextmanager
 def all_once(uris: Collection[str], label: str, *, files: Files | None = None) -> Iterator[list[str]]:
     """`once` for several folders that are filled together: those that have to be."""
-
-    def unpublished() -> list[str]:
-        return [uri for uri in sorted(set(uris)) if not storage.is_complete(uri) or missing_files(uri, files)]
-
     with contextlib.ExitStack() as leases:
-        for uri in unpublished():  # in one order, so that two jobs can't wait for each other
-            leases.enter_context(lease(uri, label))
-        left = unpublished()
+        left = []
+        for uri in sorted(set(uris)):  # in one order, so that two jobs can't wait for each other
+            if not is_whole(uri, files):
+                leases.enter_context(lease(uri, label))
+                left.append(uri)
+        left = [uri for uri in left if not is_whole(uri, files)]  # others may have filled them meanwhile
         for uri in left:
             if missing := missing_files(uri, files):
                 log(
                     f"{label}: {uri} was published, but {_listed(missing)} not there (any more); making it again"
                 )
-                storage.delete(
-                    storage.join(uri, storage.MANIFEST)
-                )  # no reader shall take it for whole meanwhile
+                # No reader shall take it for whole meanwhile.
+                storage.delete(storage.join(uri, storage.MANIFEST))
         yield left
+
+
+def is_whole(uri: str, files: Files | None) -> bool:
+    """Whether a folder is published and has all its files."""
+    try:
+        return storage.is_complete(uri) and not _missing(uri, files)
+    except storage.IncompleteError:  # another job has just begun to make it again
+        return False
 
 
 def missing_files(uri: str, files: Files | None) -> list[str]:
     """Names of a published folder's files that are not there; none of a folder that is not published."""
-    if files is None or not storage.is_complete(uri):
+    try:
+        return _missing(uri, files) if storage.is_complete(uri) else []
+    except storage.IncompleteError:
         return []
-    wanted = files(uri)
+
+
+def _missing(uri: str, files: Files | None) -> list[str]:
+    wanted = files(uri) if files else []
     there = {file.name for file in storage.list_files(uri)} if wanted else set()
     return [name for name in wanted if name not in there]
 

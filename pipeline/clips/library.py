@@ -19,10 +19,14 @@ from pipeline.log import Progress
 
 
 class ClipLibrary:
-    """Looks videos up for `Artifacts`; a data set is listed once, however often it is asked for."""
+    """Looks videos up for `Artifacts`; a data set is listed once, however often it is asked for.
+
+    So what a job makes is of the videos that were there when it began, whatever comes in meanwhile.
+    """
 
     def __init__(self) -> None:
         self._found: dict[tuple[str | None, ...], list[VideoRef]] = {}
+        self._annotated: dict[str, list[str]] = {}
 
     def videos(self, config: Config, split: str) -> list[VideoRef]:
         """The videos of a split, which may be a slice; errors as in `sources.list_videos`.
@@ -38,12 +42,21 @@ class ClipLibrary:
         return [(video.video_id, video.content) for video in self.videos(config, split)]
 
     def annotated(self, clips_uri: str) -> list[str]:
-        return [video.video_id for video in ClipSet(clips_uri).videos if video.annotated]
+        if clips_uri not in self._annotated:
+            videos = ClipSet(clips_uri).videos
+            self._annotated[clips_uri] = [video.video_id for video in videos if video.annotated]
+        return self._annotated[clips_uri]
 
 
-def artifacts_of(config: Config, clips_uri: str | None = None) -> Artifacts:
-    """What is made of a config: of its own videos, or of a published clip set."""
-    return Artifacts(config, ClipLibrary(), clips_uri=clips_uri)
+def artifacts_of(
+    config: Config, clips_uri: str | None = None, *, library: ClipLibrary | None = None
+) -> Artifacts:
+    """What is made of a config: of its own videos, or of a published clip set.
+
+    Args:
+        library: what has looked videos up before.
+    """
+    return Artifacts(config, library or ClipLibrary(), clips_uri=clips_uri)
 
 
 def find_videos(config: Config, split: str) -> list[VideoRef]:
@@ -109,17 +122,26 @@ def clip_files(uri: str) -> list[str]:
     return [INDEX_FILE, *(f"{SHARD_FOLDER}/{name}" for name in names)]
 
 
-def open_clips(clips: Artifact) -> ClipSet:
-    """A published clip set with all its files.
+def require_clips(clips: Artifact) -> None:
+    """Makes sure that a clip set has been published.
 
     Raises:
-        ConfigError: it has not been made, or has lost files.
+        ConfigError: it has not.
     """
     if not storage.is_complete(clips.uri):
         raise ConfigError(
             f"the clips of these videos and settings are not there ({clips.uri}); make them: "
             "python -m jobs.shard CONFIG"
         )
+
+
+def open_clips(clips: Artifact) -> ClipSet:
+    """A published clip set with all its files.
+
+    Raises:
+        ConfigError: it has not been made, or has lost files.
+    """
+    require_clips(clips)
     if missing := missing_files(clips.uri, clip_files):
         raise ConfigError(
             f"{clips.uri} has lost {len(missing)} of its files ({missing[0]}, …); make them again: "

@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.artifacts.identity import Artifact, clip_settings
 from pipeline.artifacts.manifests import BadVideoEntry, ClipManifest, DatasetEntry, ShardEntry
 from pipeline.artifacts.once import once
-from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, find_videos
+from pipeline.clips.library import ClipLibrary, artifacts_of, check_disjoint, clip_files
 from pipeline.clips.sources import VideoRef
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, SOURCES_FILE
 from pipeline.clips.write import ShardReport, read_report, shard_task, write_rows
@@ -27,21 +27,32 @@ class TooManyBadVideos(RuntimeError):
     """More videos were set aside than `clips.max_bad_fraction` allows."""
 
 
-def shard(config: Config) -> dict[str, Any]:
+def shard(config: Config, library: ClipLibrary | None = None) -> dict[str, Any]:
     """Shards the training split, and the evaluation split where there is one.
 
+    Args:
+        library: what has looked the videos up before.
+
     Returns what the job's summary holds, see `shard_split`; that of the evaluation split is in `evaluation`.
+
+    Raises:
+        ConfigError: a video is in both.
+        FileNotFoundError, TooManyBadVideos: as `shard_split`.
     """
-    check_disjoint(artifacts_of(config))
-    summary = shard_split(config, config.dataset.split)
+    library = library or ClipLibrary()
+    check_disjoint(artifacts_of(config, library=library))
+    summary = shard_split(config, config.dataset.split, library)
     if config.evaluate.split not in (None, config.dataset.split):
         assert config.evaluate.split is not None
-        summary["evaluation"] = shard_split(config, config.evaluate.split)
+        summary["evaluation"] = shard_split(config, config.evaluate.split, library)
     return summary
 
 
-def shard_split(config: Config, split: str) -> dict[str, Any]:
+def shard_split(config: Config, split: str, library: ClipLibrary | None = None) -> dict[str, Any]:
     """Makes the clip set of one split, or finds it made.
+
+    Args:
+        library: what has looked the videos up before.
 
     Returns what the job's summary holds: `uri`, counts of videos, clips and frames, the bad videos
     with their reasons, and how many shards were computed and reused.
@@ -50,8 +61,9 @@ def shard_split(config: Config, split: str) -> dict[str, Any]:
         FileNotFoundError: no videos.
         TooManyBadVideos: more than `clips.max_bad_fraction` of them were set aside.
     """
-    videos = find_videos(config, split)
-    clips = artifacts_of(config).clips_of(split)
+    library = library or ClipLibrary()
+    videos = library.videos(config, split)
+    clips = artifacts_of(config, library=library).clips_of(split)
     label = f"shard {split or 'videos'}"
     work = _Sharding(config, split, videos, clips, label)
     with once(clips.uri, label, files=clip_files) as needed:

@@ -9,17 +9,16 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline import storage, tracking
-from pipeline.artifacts.identity import MODEL_FOLDER, Artifacts
+from pipeline.artifacts.identity import MODEL_FOLDER, Artifacts, model_files
 from pipeline.artifacts.manifests import RunManifest
-from pipeline.artifacts.once import missing_files, once
-from pipeline.clips.library import artifacts_of, check_disjoint, open_clips
+from pipeline.artifacts.once import is_whole, missing_files, once
+from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
 from pipeline.config import Config, ConfigError
 from pipeline.distill.ray_train import fit
 from pipeline.distill.run import OnValidation, Run, build
 from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
 from pipeline.log import log
-from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.targets.stage import target_files
 from pipeline.targets.table import TargetSet
 from pipeline.tracking.runs import git_revision
@@ -106,7 +105,7 @@ def _check_targets(uri: str) -> None:
 
 def run_files(uri: str) -> list[str]:
     """The files that a finished run can't do without."""
-    return [f"{MODEL_FOLDER}/{CONFIG_FILE}", f"{MODEL_FOLDER}/{WEIGHTS_FILE}", tracking.HISTORY_FILE]
+    return [*model_files(uri), tracking.HISTORY_FILE]
 
 
 def _train(
@@ -133,7 +132,8 @@ def _train(
     manifest = RunManifest.read(run.uri)
     if not needed:
         log(f"{run.label}: this run is finished, reusing {run.uri}")
-    tracking.complete_run(run.config, run.uri, manifest.mlflow_run, wait=needed)
+    # Of ours, whoever was faster in publishing.
+    tracking.complete_run(run.config, run.uri, run.mlflow_run or manifest.mlflow_run, wait=needed)
     return {
         "uri": run.uri,
         "model": storage.join(run.uri, MODEL_FOLDER),
@@ -183,7 +183,7 @@ def _validation_clips(run: Run, artifacts: Artifacts) -> str | None:
     if split is None:
         raise ConfigError("validate_every: needs evaluate.split, the videos with masks to score on")
     uri = artifacts.evaluation_clips.uri
-    if not storage.is_complete(uri):
+    if not is_whole(uri, clip_files):
         raise ConfigError(
             f"validate_every: the clips of {split!r} are not there ({uri}); python -m jobs.shard CONFIG"
         )

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts.identity import MODEL_FOLDER, Artifacts, baseline_subject, model_subject
+from pipeline.artifacts.identity import MODEL_FOLDER, Artifacts, baseline_subject, model_files, model_subject
 from pipeline.artifacts.manifests import RunManifest
-from pipeline.clips.library import open_clips
+from pipeline.artifacts.once import missing_files
+from pipeline.clips.library import require_clips
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.models import CheckpointHints
@@ -42,10 +43,18 @@ class Subject:
 
 
 def finished_student(artifacts: Artifacts) -> str:
-    """The run folder of a config's student; raises storage.IncompleteError where it is not finished."""
-    open_clips(artifacts.clips)
-    RunManifest.read(artifacts.student.uri)
-    return artifacts.student.uri
+    """The run folder of a config's student.
+
+    Raises:
+        ConfigError: its clips have not been made, it needs a teacher that is not there, or its model is gone.
+        storage.IncompleteError: it is not finished.
+    """
+    require_clips(artifacts.clips)
+    uri = artifacts.student.uri
+    RunManifest.read(uri)
+    if missing := missing_files(uri, model_files):
+        raise ConfigError(f"{uri} has lost {missing[0]}; make it again: python -m jobs.distill CONFIG")
+    return uri
 
 
 # Of a run's tags, with its scores.

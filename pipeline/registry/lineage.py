@@ -207,7 +207,8 @@ def _clips(uri: str, missing: list[str]) -> dict[str, Any]:
     if manifest is None:
         return link
     keys = {"created", "dataset", "settings", "videos", "clips", "frames", "annotated_videos", "bad"}
-    link |= manifest.model_dump(mode="json", include=keys, exclude_none=True)
+    known = manifest.model_dump(mode="json", include=keys)
+    link |= {key: value for key, value in known.items() if value is not None}
     # Clip sets of earlier versions did not say what they were made of; their videos they do name.
     file = SOURCES_FILE if manifest.dataset else INDEX_FILE
     place = storage.join(uri, file)

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pipeline import storage
 from pipeline.artifacts.manifests import RunManifest
-from pipeline.distill.stage import NonFiniteLoss
+from pipeline.artifacts.once import is_whole
+from pipeline.distill.stage import NonFiniteLoss, run_files
 from pipeline.log import redact
 from pipeline.sweep.settings import Trial
 from pipeline.tracking import HISTORY_FILE
@@ -80,14 +81,14 @@ def _validation(row: dict[str, float]) -> dict[str, float]:
 def find_ended(sweep_uri: str, trials: Sequence[Trial]) -> dict[str, Ended]:
     """What has ended, by `Trial.key`: by its record, or because its student is there, from whatever job.
 
-    Failures that are worth another try are left out.
+    Failures that are worth another try are left out, and students of which files are gone.
     """
     found = {}
     for trial in trials:
-        ended = read_ended(sweep_uri, trial)
-        if (ended is None or ended.status != "finished") and storage.is_complete(trial.run_uri):
+        ended, is_there = read_ended(sweep_uri, trial), is_whole(trial.run_uri, run_files)
+        if is_there and (ended is None or ended.status != "finished"):
             ended = finished(trial)
             write_ended(sweep_uri, trial, ended)
-        if ended is not None and ended.final:
+        if ended is not None and ended.final and (is_there or ended.status != "finished"):
             found[trial.key] = ended
     return found

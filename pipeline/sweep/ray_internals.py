@@ -45,8 +45,9 @@ def keep_aws_keys_from_tune() -> None:
     ):
         from ray.tune.execution import class_cache
 
-        variables = class_cache.ENV_VARS_TO_PROPAGATE
-        variables -= {name for name in variables if name.startswith("AWS_")}
+        class_cache.ENV_VARS_TO_PROPAGATE -= {
+            name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")
+        }
 
 
 def has_dashboard() -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 from pipeline import storage
 from pipeline.artifacts.identity import Artifacts
 from pipeline.artifacts.manifests import SweepManifest, TrialEntry
-from pipeline.artifacts.once import lease, missing_files
-from pipeline.clips.library import artifacts_of, check_disjoint, open_clips
+from pipeline.artifacts.once import is_whole, lease
+from pipeline.clips.library import ClipLibrary, artifacts_of, check_disjoint, open_clips
 from pipeline.clips.stage import shard
 from pipeline.compute import gpus_to_use, ray_session
 from pipeline.config import Config, ConfigError
@@ -70,14 +70,15 @@ def sweep(config: Config) -> dict[str, Any]:
         SweepFailed: no trial finished.
     """
     trials = plan_trials(config)
-    artifacts = artifacts_of(config)
+    library = ClipLibrary()
+    artifacts = artifacts_of(config, library=library)
     check_disjoint(artifacts)
     plan = _find_plan(artifacts, trials)
     if plan is not None and storage.is_complete(plan.uri) and not _left(plan):
         log(f"sweep: this sweep is finished, reusing {plan.uri}")
         return _conclude(config, plan)
     with ray_session(config):
-        plan = plan or _prepare(artifacts, trials)
+        plan = plan or _prepare(artifacts, library, trials)
         with lease(plan.uri, "sweep"):
             if _left(plan):
                 gpus_to_use(config)  # as many trials run at a time as there is room for now
@@ -101,11 +102,16 @@ def _find_plan(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan | None:
         return None  # `_prepare` makes it or says what is wrong
 
 
-def _prepare(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan:
-    """Clips, and the targets of every setting."""
-    shard(artifacts.config)
+def _prepare(artifacts: Artifacts, library: ClipLibrary, trials: Sequence[Trial]) -> Plan:
+    """Clips, and the targets of every setting.
+
+    Raises:
+        ConfigError: a setting that can't be trained, by its name; or as `_locate`.
+    """
+    shard(artifacts.config, library)
     for setting, one in _one_a_setting(artifacts, trials).items():
         try:
+            one.student  # noqa: B018  does it fit the teacher? That is said before anything is computed.
             if _lacks_targets(one):
                 cache(one.config, one)
         except ConfigError as error:
@@ -115,14 +121,17 @@ def _prepare(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan:
 
 def _one_a_setting(artifacts: Artifacts, trials: Sequence[Trial]) -> dict[str, Artifacts]:
     """By the names of the settings what is made of each: seeds share their targets."""
-    first = {trial.setting.name: trial for trial in reversed(trials)}
-    return {name: artifacts.of(trial.config) for name, trial in reversed(first.items())}
+    first: dict[str, Artifacts] = {}
+    for trial in trials:
+        if trial.setting.name not in first:
+            first[trial.setting.name] = artifacts.of(trial.config)
+    return first
 
 
 def _lacks_targets(artifacts: Artifacts) -> bool:
     """Whether a student would learn from targets that have not been made, or have lost files."""
     uri = artifacts.student_inputs.targets_uri
-    return uri is not None and (not storage.is_complete(uri) or bool(missing_files(uri, target_files)))
+    return uri is not None and not is_whole(uri, target_files)
 
 
 def _locate(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan:

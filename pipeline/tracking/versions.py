@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.artifacts.once import is_whole
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.tracking.client import client_of, patiently, slow_transfers
 
@@ -76,7 +77,7 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
     """
     found = find_version(model_uri, tracking_uri)
     uri = storage.join(folder, f"{found.name}-{found.version}-{storage.fingerprint(found.source)}")
-    if not storage.is_complete(uri):
+    if not is_whole(uri, lambda uri: (WEIGHTS_FILE, CONFIG_FILE)):
         fetch_version(found, uri, tracking_uri)
     return uri, dict(found.tags)
 

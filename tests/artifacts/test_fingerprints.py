@@ -19,7 +19,7 @@ from pydantic import create_model
 from pipeline import storage
 from pipeline.artifacts import identity
 from pipeline.artifacts.identity import Artifacts
-from pipeline.config import Config, loading, with_overrides
+from pipeline.config import Config, Section, loading, with_overrides
 from pipeline.config.protocols import Protocol
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fingerprints.json").read_text())
@@ -79,7 +79,7 @@ def later_version(section):
     fields = {
         name: (later_version(type(value)), later_version(type(value))())
         for name, field in section.model_fields.items()
-        if isinstance(value := field.get_default(call_default_factory=True), identity.Section)
+        if isinstance(value := field.get_default(call_default_factory=True), Section)
     }
     return create_model(section.__name__, __base__=section, later=(float, 0.5), **fields)
 
@@ -117,6 +117,13 @@ def test_a_new_setting_changes_no_fingerprint(name, tmp_path, request):
 def test_a_new_setting_counts_where_it_is_not_at_its_default(section, changes, tmp_path, later_release):
     before = fingerprints(world("movi_e", tmp_path))
     assert changed(before, fingerprints(world("movi_e", tmp_path, f"{section}.later=0.75"))) == changes
+
+
+def test_new_settings_of_one_name_in_two_sections_are_two(tmp_path, later_release):
+    """Clips are decided by `clips.*` and `dataset.*`, views by `targets.*` and `dataset.seed`."""
+    of_clips = fingerprints(world("movi_e", tmp_path, "clips.later=0.75"))
+    of_dataset = fingerprints(world("movi_e", tmp_path, "dataset.later=0.75"))
+    assert of_clips["clips"] != of_dataset["clips"]
 
 
 def test_a_new_rule_of_protocols_counts_where_it_is_not_at_its_default(tmp_path):

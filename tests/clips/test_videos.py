@@ -395,6 +395,19 @@ def test_mask_that_a_lossy_format_has_changed(tmp_path, labels):
     assert reason_against(video, folder) == "mask 0.jpg is a JPEG, which does not keep labels; save it as PNG"
 
 
+def test_masks_are_resized_as_in_the_first_release(tmp_path):
+    """4 / 3 pixels of a mask for each of a frame: every third centre lies between two of them, and rounding decides."""
+    labels = np.broadcast_to(np.arange(1, 49, dtype=np.uint8), (1, 48, 48))
+    video = write_video(tmp_path / "a.mp4", [picture(48, 48)])
+    frames = read(video, write_images(tmp_path / "masks", labels), short_side=36)
+    seen = np.zeros((36, 36), int)
+    for object_id, mask in frames[0].masks.items():
+        seen[mask] = object_id
+    pillow = Image.fromarray(labels[0]).resize((36, 36), Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(seen, pillow)
+    assert seen[0, :6].tolist() == [1, 3, 4, 5, 6, 8]
+
+
 def test_masks_of_another_size_and_the_frames_shape(tmp_path, labels):
     video = write_video(tmp_path / "a.mp4", [picture(32, 48)] * 3)
     frames = read(video, write_images(tmp_path / "masks", labels, [f"{i}.bmp" for i in range(3)]))

@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 from av.stream import Disposition
+from PIL import Image
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
@@ -28,7 +29,6 @@ from pipeline.clips.sources.frames import (
     reason,
     target_size,
 )
-from pipeline.clips.views import nearest_resize
 from pipeline.storage import FileInfo
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
@@ -239,9 +239,13 @@ def _with_masks(frames: FrameIterator, folder: str) -> FrameIterator:
 
 
 def _read_masks(folder: str, name: str, size: tuple[int, ...]) -> dict[int, np.ndarray]:
-    """Masks (H, W) bool at a frame's size, of a label image that may have another one of the same shape."""
+    """Masks (H, W) bool at a frame's size, of a label image that may have another one of the same shape.
+
+    Where a pixel's centre falls between two of the label image, Pillow takes another one than `nearest_resize`: it
+    stays Pillow, as what is written under a fingerprint does.
+    """
     labels = decode_labels(read_whole(storage.join(folder, name), f"mask {name}"), name)
     (mask_height, mask_width), (height, width) = labels.shape, size
     if abs(mask_width * height / (mask_height * width) - 1) > 0.02:
         raise BadVideo(f"mask {name} is {mask_width}x{mask_height}, its frame {width}x{height} pixels")
-    return label_masks(nearest_resize(labels, (height, width)))
+    return label_masks(np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)))
