@@ -89,7 +89,7 @@ class ClipManifest(Manifest):
     settings: dict[str, Any]  # of `clips.*`, as far as they decide the content
     sources: str = ""  # a fingerprint of the videos
     videos: int = 0
-    clips: int
+    clips: int = 0
     frames: int = 0
     annotated_videos: int = 0
     shards: tuple[ShardEntry, ...]

@@ -1,5 +1,7 @@
 """Listing and sharding a data set in a public layout without Ray."""
 
+from dataclasses import asdict
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 from layouts import training_split
@@ -22,8 +24,8 @@ def clip_set(videos, tmp_path, **settings):
     settings = Clips(**{"codec": "png", "clip_frames": 4, **settings})
     uri = str(tmp_path / f"set-{storage.fingerprint([v.video_id for v in videos])}")
     report = write_shard(videos, f"{uri}/data/shard-00000.parquet", settings)
-    pq.write_table(pa.Table.from_pylist(report["videos"]), f"{uri}/index.parquet")
-    shards = [{key: report[key] for key in ("name", "rows", "bytes")}]
+    pq.write_table(pa.Table.from_pylist([asdict(v) for v in report.videos]), f"{uri}/index.parquet")
+    shards = [{key: getattr(report, key) for key in ("name", "rows", "bytes")}]
     manifest = {"kind": "clips", "fingerprint": "x", "settings": settings.model_dump(), "shards": shards}
     storage.publish(uri, manifest)
     return ClipSet(uri), report

@@ -327,11 +327,11 @@ def test_what_is_broken_is_set_aside_by_name(name, tmp_path):
     damage(tmp_path / "data")
     videos = find(kind, tmp_path / "data")
     clips, report = clip_set(videos, tmp_path)
-    (bad,) = report["bad"]
-    assert bad["video"].startswith(broken)
-    assert reason in bad["reason"]
-    assert "\n" not in bad["reason"]
-    assert "<_io" not in bad["reason"]
+    (bad,) = report.bad
+    assert bad.video.startswith(broken)
+    assert reason in bad.reason
+    assert "\n" not in bad.reason
+    assert "<_io" not in bad.reason
     survivors = {k: t for k, t in truth.items() if k != list(truth)[1]}
     assert len(survivors) == 2
     assert_holds(clips, survivors)
@@ -379,7 +379,7 @@ def test_a_damaged_first_length_hides_that_file_alone(tmp_path):
     path = tmp_path / "data/movi_e-train.tfrecord-00000-of-00002"
     path.write_bytes(flip(path.read_bytes(), 9))
     clips, report = clip_set(find("movi", tmp_path / "data"), tmp_path)
-    assert [b["video"] for b in report["bad"]] == ["movi_e-train-00000/0000"]
+    assert [b.video for b in report.bad] == ["movi_e-train-00000/0000"]
     assert_holds(clips, {k: t for k, t in truth.items() if k.startswith("movi_e-train-00001")})
 
 
@@ -388,7 +388,7 @@ def test_a_damaged_checksum_of_the_data(tmp_path):
     path = tmp_path / "data/movi_e-train.tfrecord-00000-of-00002"
     path.write_bytes(flip(path.read_bytes(), path.stat().st_size - 1))
     clips, report = clip_set(find("movi", tmp_path / "data"), tmp_path)
-    assert [b["video"] for b in report["bad"]] == ["movi_e-train-00000/0001"]
+    assert [b.video for b in report.bad] == ["movi_e-train-00000/0001"]
     assert len(clips.videos) == len(truth) - 1
 
 
@@ -450,8 +450,8 @@ def test_damaged_headers_of_a_tar(damage, bad, reason, tmp_path):
     assert [n for n, _ in plain[:3]] == ["0.forward_flow.npy", "0.segmentations.npy", "0.video.npy"]
     path.write_bytes(damage(path.read_bytes(), headers))
     clips, report = clip_set(find("webdataset", tmp_path / "data"), tmp_path)
-    assert [b["video"] for b in report["bad"]] == [bad]
-    assert reason in report["bad"][0]["reason"]
+    assert [b.video for b in report.bad] == [bad]
+    assert reason in report.bad[0].reason
     names = list(truth)[2:] if not bad.endswith("after 0") else [n for n in truth if n != list(truth)[1]]
     assert_holds(clips, {n: truth[n] for n in names})
 
@@ -459,7 +459,7 @@ def test_damaged_headers_of_a_tar(damage, bad, reason, tmp_path):
 def test_a_sample_that_is_there_twice(tmp_path):
     write_tar(tmp_path / "a-train-000000.tar", [("0.video.npy", npy_bytes(VIDEO))] * 2)
     _, report = clip_set(find("webdataset", tmp_path), tmp_path)
-    assert report["bad"][0]["reason"] == "the tar has 0.video.npy twice"
+    assert report.bad[0].reason == "the tar has 0.video.npy twice"
 
 
 def test_images_without_a_video_axis(tmp_path):
@@ -474,7 +474,7 @@ def test_images_without_a_video_axis(tmp_path):
     )
     clips, report = clip_set(find("webdataset", tmp_path), tmp_path, clip_frames=1)
     assert [(v.video_id, v.frames, v.annotated) for v in clips.videos] == [("coco-train-000000/5", 1, False)]
-    assert [b["reason"] for b in report["bad"]] == [
+    assert [b.reason for b in report.bad] == [
         "image.npy is uint8 (3, 48, 64, 3), not uint8 (H, W, 3)",
         "mask segmentations.npy is 1x64, its frame 0 64x48 pixels",
     ]

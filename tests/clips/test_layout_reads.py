@@ -72,7 +72,7 @@ def test_from_s3_as_from_a_folder(kind, s3, tmp_path, downloads):
         listing[name] = (len(downloads), sum(downloads))
         if name == "small":
             clips, report = clip_set(videos, tmp_path)
-            assert report["bad"] == []
+            assert report.bad == []
             assert_holds(clips, truth)
             again = [v.content for v in find(kind, uri)]
             assert again == [v.content for v in videos]
@@ -113,6 +113,6 @@ def test_an_object_that_is_missing_in_s3_is_a_bad_video_of_that_name(s3, tmp_pat
     videos = find("davis", uri)
     storage.delete(storage.join(uri, "JPEGImages/480p/train-video10/00002.jpg"))
     clips, report = clip_set(videos, tmp_path)
-    assert report["bad"][0]["video"] == "train-video10"
-    assert report["bad"][0]["reason"].startswith("frame 00002.jpg can't be read")
+    assert report.bad[0].video == "train-video10"
+    assert report.bad[0].reason.startswith("frame 00002.jpg can't be read")
     assert [v.video_id for v in clips.videos] == [n for n in truth if n != "train-video10"]

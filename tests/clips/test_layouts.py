@@ -35,7 +35,7 @@ def test_every_split_comes_back_exactly(kind, tmp_path):
     truth = WRITERS[kind](tmp_path / "data")
     for split in (training_split(kind), EVALUATION_SPLITS[kind]):
         clips, report = clip_set(find(kind, tmp_path / "data", split), tmp_path)
-        assert report["bad"] == []
+        assert report.bad == []
         assert_holds(clips, of_split(truth, split))
     ids = [v.video_id for v in find(kind, tmp_path / "data")]
     assert len(ids) == 3
@@ -186,7 +186,7 @@ def test_frames_in_every_picture_format(kind, suffix, tmp_path):
     for path in (tmp_path / "data").rglob("*.json"):
         path.write_text(path.read_text().replace(".jpg", suffix))
     clips, report = clip_set(find(kind, tmp_path / "data"), tmp_path)
-    assert report["bad"] == []
+    assert report.bad == []
     assert_holds(clips, truth)
 
 
@@ -200,21 +200,21 @@ def test_names_that_lead_out_of_a_folder_are_set_aside(tmp_path):
     ]
     write_tar(tmp_path / "tars/a-train-000000.tar", members)
     _, report = clip_set(find("webdataset", tmp_path / "tars"), tmp_path)
-    assert [v["video_id"] for v in report["videos"]] == ["a-train-000000/deep/ok"]
-    assert len(report["bad"]) == 4
-    assert all("leads out of a folder" in b["reason"] for b in report["bad"])
+    assert [v.video_id for v in report.videos] == ["a-train-000000/deep/ok"]
+    assert len(report.bad) == 4
+    assert all("leads out of a folder" in b.reason for b in report.bad)
 
     WRITERS["davis"](tmp_path / "davis")
     (tmp_path / "davis/ImageSets/2017/train.txt").write_text("../../../etc\n/etc\ntrain-video9\n")
     _, report = clip_set(find("davis", tmp_path / "davis"), tmp_path)
-    assert [v["video_id"] for v in report["videos"]] == ["train-video9"]
-    assert len(report["bad"]) == 2
+    assert [v.video_id for v in report.videos] == ["train-video9"]
+    assert len(report.bad) == 2
 
     WRITERS["coco"](tmp_path / "coco")
     path = tmp_path / "coco/annotations/instances_train2017.json"
     edit_json(path, lambda c: c["images"][0].update(file_name="../val2017/000000005000.jpg"))
     _, report = clip_set(find("coco", tmp_path / "coco"), tmp_path)
-    assert [b["video"] for b in report["bad"]] == ["../val2017/000000005000"]
+    assert [b.video for b in report.bad] == ["../val2017/000000005000"]
 
 
 def test_two_videos_of_one_name(tmp_path):

@@ -105,8 +105,8 @@ def test_broken_videos_are_set_aside_by_name(folders):
     videos = list_videos(uri, "masks", exclude="held")
     clips = resolve_config({"clips": {"clip_frames": 4}}).clips
     report = write_shard(videos, join(uri, "shard.parquet"), clips)
-    assert [v["video_id"] for v in report["videos"]] == ["a", "deep/b"]
-    bad = {entry["video"]: entry["reason"] for entry in report["bad"]}
+    assert [v.video_id for v in report.videos] == ["a", "deep/b"]
+    bad = {entry.video: entry.reason for entry in report.bad}
     assert bad["empty.mp4"] == "the file is empty"
     assert "can't be decoded" in bad["text.mp4"]
     assert bad["frames"] == "frame 3.png can't be decoded (cannot identify image file)"
@@ -147,7 +147,7 @@ def test_a_shard_of_remote_videos_survives_faults(folders, proxy, monkeypatch):
     write_shard(videos, join(uri, "calm", "shard.parquet"), clips)
     proxy.rates = {"503": 0.2, "cut": 0.1, "cut in answer": 0.1, "answer lost": 0.1}
     report = write_shard(videos, join(uri, "faulty", "shard.parquet"), clips)
-    assert not report["bad"]
+    assert not report.bad
     assert proxy.injected.total() > 0
     proxy.calm()
     calm, faulty = (storage.read_bytes(join(uri, name, "shard.parquet")) for name in ("calm", "faulty"))

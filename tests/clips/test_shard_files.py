@@ -1,5 +1,7 @@
 """What is written into a shard comes back out of it: no Ray here, only files."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,8 +45,8 @@ def make_clip_set(folder, tmp_path, **settings):
     settings = Clips(codec="png", **settings) if "codec" not in settings else Clips(**settings)
     uri = str(tmp_path / "set")
     report = write_shard(list_videos(str(folder), "masks"), f"{uri}/data/shard-00000.parquet", settings)
-    pq.write_table(pa.Table.from_pylist(report["videos"]), f"{uri}/index.parquet")
-    shards = [{key: report[key] for key in ("name", "rows", "bytes")}]
+    pq.write_table(pa.Table.from_pylist([asdict(v) for v in report.videos]), f"{uri}/index.parquet")
+    shards = [{key: getattr(report, key) for key in ("name", "rows", "bytes")}]
     storage.publish(
         uri, {"kind": "clips", "fingerprint": "x", "settings": settings.model_dump(), "shards": shards}
     )
@@ -57,7 +59,7 @@ def test_frames_come_back_exactly(tmp_path, codec):
     clips, report = make_clip_set(tmp_path / "videos", tmp_path, codec=codec, clip_frames=4)
     assert [v.video_id for v in clips.videos] == ["a", "b", "c"]
     assert [(v.clips, v.full_clips, v.frames) for v in clips.videos] == [(3, 2, 10), (1, 1, 4), (1, 0, 3)]
-    assert report["rows"] == 5
+    assert report.rows == 5
     for video in clips.videos:
         read = list(clips.iter_video(video))
         assert [c.clip_index for c in read] == list(range(video.clips))
@@ -153,9 +155,9 @@ def test_a_bad_video_leaves_nothing_of_itself_in_the_shard(tmp_path):
     pixels = write_folder(tmp_path / "videos", {"a": 5, "b": 9, "c": 6})
     (tmp_path / "videos" / "b" / "8.png").write_bytes(b"broken")  # after two clips have been read
     clips, report = make_clip_set(tmp_path / "videos", tmp_path, clip_frames=4, row_group_mb=0.0001)
-    (bad,) = report["bad"]
-    assert bad["video"] == "b"
-    assert "8.png" in bad["reason"]
+    (bad,) = report.bad
+    assert bad.video == "b"
+    assert "8.png" in bad.reason
     assert [v.video_id for v in clips.videos] == ["a", "c"]
     for video in clips.videos:
         read = np.concatenate([c.frames for c in clips.iter_video(video)])
@@ -166,9 +168,9 @@ def test_a_shard_of_bad_videos_alone_is_empty(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").touch()
     clips, report = make_clip_set(tmp_path / "videos", tmp_path)
-    assert report["rows"] == 0
-    assert report["bad"] == [
-        {"video": "a.mp4", "path": str(tmp_path / "videos" / "a.mp4"), "reason": "the file is empty"}
+    assert report.rows == 0
+    assert [(b.video, b.path, b.reason) for b in report.bad] == [
+        ("a.mp4", str(tmp_path / "videos" / "a.mp4"), "the file is empty")
     ]
     assert list(clips.iter_shard(clips.shards[0])) == []
 
