@@ -3,26 +3,24 @@
 A folder's name is a hash of its content, so that equal work is found, and a changed input is never mistaken for an
 old one. What counts is said once, here:
 
-- A setting counts where its value differs from its default, so that a later version may add one and everybody's
-  folders stay what they were. The settings of the first format (`first_format`) count whatever their value, which
-  keeps the folders that it made.
-- A run detail (`run_detail` in `config.sections`) never counts.
+- A setting counts where its value differs from its default (`counted`), so that a later version may add one and
+  everybody's folders stay what they were. A run detail (`run_detail` in `config.fields`) never counts.
 - Files count by their bytes, other artifacts by their own fingerprints.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 from typing import Protocol as Interface
 
 from pipeline import storage
-from pipeline.artifacts.first_format import FIRST_KEYS
+from pipeline.artifacts.counted import counted, counted_fields, later
 from pipeline.artifacts.manifests import Rules, TargetManifest
-from pipeline.config import Config, ConfigError, Distill, Model, Section, ViT, run_details
+from pipeline.config import Config, ConfigError, Distill, Model, ViT
 from pipeline.config.protocols import Protocol, choose_protocol
 from pipeline.models import CheckpointHints, SlotModelConfig
 from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
@@ -298,24 +296,6 @@ class Artifacts:
         return self._place("generated", {**content, "format": CLIPS_FORMAT, "av": _decoder()["av"]})
 
 
-def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
-    """Of a section's settings what decides content, by key; without those of `but`."""
-    first = FIRST_KEYS.get(type(section).__name__, frozenset())
-    defaults = type(section).model_fields
-    ignored = run_details(type(section)) | set(but)
-    return {
-        key: counted(value) if isinstance(value, Section) else value
-        for key, value in section
-        if key not in ignored
-        and (key in first or value != defaults[key].get_default(call_default_factory=True))
-    }
-
-
-def later(section: Section) -> dict[str, Any]:
-    """Of a section whose first settings are counted one by one: the later ones that are not at their defaults."""
-    return counted(section, but=FIRST_KEYS[type(section).__name__])
-
-
 def clip_settings(config: Config) -> dict[str, Any]:
     """Settings that decide what a clip set holds, beside its videos."""
     return {**counted(config.clips), **later(config.dataset)}
@@ -331,14 +311,6 @@ def view_recipe(config: Config) -> dict[str, Any]:
 def protocol_rules(protocol: Protocol) -> dict[str, Any]:
     """A protocol's rules without its name."""
     return {key: value for key, value in counted_fields(protocol).items() if key != "name"}
-
-
-def counted_fields(values: Any) -> dict[str, Any]:
-    """`counted` for a dataclass: its fields without defaults, those of the first format, and what differs."""
-    kinds = [kind.__name__ for kind in type(values).__mro__]
-    first = next(FIRST_KEYS[kind] for kind in kinds if kind in FIRST_KEYS)
-    known = {field.name: (getattr(values, field.name), field.default) for field in fields(values)}
-    return {key: value for key, (value, default) in known.items() if key in first or value != default}
 
 
 def _what_distills(settings: Distill) -> dict[str, Any]:

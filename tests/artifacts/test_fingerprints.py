@@ -19,7 +19,7 @@ from pydantic import create_model
 from pipeline import storage
 from pipeline.artifacts import identity
 from pipeline.artifacts.identity import Artifacts
-from pipeline.config import Config, loading, with_overrides
+from pipeline.config import Config, Section, loading, with_overrides
 from pipeline.config.protocols import Protocol
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fingerprints.json").read_text())
@@ -79,7 +79,7 @@ def later_version(section):
     fields = {
         name: (later_version(type(value)), later_version(type(value))())
         for name, field in section.model_fields.items()
-        if isinstance(value := field.get_default(call_default_factory=True), identity.Section)
+        if isinstance(value := field.get_default(call_default_factory=True), Section)
     }
     return create_model(section.__name__, __base__=section, later=(float, 0.5), **fields)
 

@@ -1,0 +1,64 @@
+"""Which settings count in a fingerprint: those that are not at their defaults, and those of the first format.
+
+The first format hashed every setting that it had, defaults too, and its folders are to be found. So nothing is ever
+added to `FIRST_KEYS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from pipeline.config import Section, run_details
+
+_MODEL = """backbone backbone_weights image_size num_slots slot_size initial_slots initialisation corrector_mlp
+    predictor decoder decoder_hidden_sizes decoder_blocks
+    mean std"""
+_TRAINING = (
+    """steps batch_size learning_rate warmup_steps gradient_clip alpha temperature seed workers precision"""
+)
+_KEYS = {
+    "Dataset": "kind name path split resolution masks seed synthetic",
+    "Clips": "clip_frames short_side fps max_seconds codec quality videos_per_shard row_group_mb",
+    "ViT": "patch_size embed_dim depth num_heads",
+    "Teacher": f"{_MODEL} name checkpoint num_heads train",
+    "Student": _MODEL,
+    "Targets": "views crop min_scale flip rollout student_features teacher_features feature_dtype",
+    "TeacherTraining": f"""{_TRAINING} reconstruction similarity similarity_temperature similarity_threshold""",
+    "Distill": f"""{_TRAINING} name method beta reconstruction_kd_weight feature_kd_weight matching slot_map
+        initial_slots_from_teacher live_teacher fresh_views fast_decoder""",
+    "Evaluate": """split model protocol clip_frames mask_size crop background ignore_overlaps rollout masks score
+        teacher baselines validation_videos""",
+    "SyntheticSettings": "videos frames size min_objects max_objects fps seed",
+    "Protocol": "clip_frames mask_size crop background ignore_overlaps rollout masks",
+}
+
+# By the name of a section's class.
+FIRST_KEYS = {section: frozenset(keys.split()) for section, keys in _KEYS.items()}
+
+
+def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
+    """Of a section's settings what decides content, by key; without those of `but`."""
+    first = FIRST_KEYS.get(type(section).__name__, frozenset())
+    defaults = type(section).model_fields
+    ignored = run_details(type(section)) | set(but)
+    return {
+        key: counted(value) if isinstance(value, Section) else value
+        for key, value in section
+        if key not in ignored
+        and (key in first or value != defaults[key].get_default(call_default_factory=True))
+    }
+
+
+def later(section: Section) -> dict[str, Any]:
+    """Of a section whose first settings are counted one by one: the later ones that are not at their defaults."""
+    return counted(section, but=FIRST_KEYS[type(section).__name__])
+
+
+def counted_fields(values: Any) -> dict[str, Any]:
+    """`counted` for a dataclass: its fields without defaults, those of the first format, and what differs."""
+    kinds = [kind.__name__ for kind in type(values).__mro__]
+    first = next(FIRST_KEYS[kind] for kind in kinds if kind in FIRST_KEYS)
+    known = {field.name: (getattr(values, field.name), field.default) for field in fields(values)}
+    return {key: value for key, (value, default) in known.items() if key in first or value != default}
