@@ -9,7 +9,7 @@ import pytest
 COUNT = """
 import resource, sys
 import numpy as np
-from pipeline.heap import keep_freed_memory
+from pipeline.compute import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

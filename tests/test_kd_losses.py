@@ -210,7 +210,7 @@ def test_match_slots_names_the_choices():
 
 def test_losses_import_neither_scipy_nor_ray():
     """A GPU box that distils by Eq. 2 needs neither."""
-    check = "import sys, pipeline.losses, pipeline.bound; print(sorted({'scipy', 'ray'} & set(sys.modules)))"
+    check = "import sys, pipeline.losses, pipeline.distill.bound; print(sorted({'scipy', 'ray'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
 

@@ -64,7 +64,7 @@ def test_an_error_in_the_block_gives_the_lease_back(folder):
 def test_a_killed_job_of_this_machine_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(lease_module, "ABANDONED_AFTER", 1e9)
     code = (
-        "import os, signal; from pipeline.lease import lease\n"
+        "import os, signal; from pipeline.artifacts.once import lease\n"
         f"with lease({str(tmp_path)!r}, 'killed'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode < 0

@@ -12,7 +12,7 @@ from students import evaluation, make_finished_run
 
 from jobs._main import run
 from jobs.lineage import JOB
-from pipeline import storage
+from pipeline.artifacts.manifests import EvaluationManifest, Rules, TargetManifest
 from pipeline.config import resolve_config
 from pipeline.registry.lineage import trace
 from pipeline.registry.stage import register_run
@@ -39,27 +39,21 @@ def root(config, tmp_path):
         bad = [{"video": "cut.mp4", "path": "p", "reason": "is truncated"}] if name == "train" else []
         update_manifest(folder, dataset=described, frames=28, bad=bad)
     (root / "teacher.ckpt").write_bytes(b"weights")
-    storage.publish(
-        str(root / "targets" / "t"),
-        {
-            "kind": "targets",
-            "fingerprint": "t",
-            "teacher_uri": str(root / "teacher.ckpt"),
-            "teacher": {"files": ["hash-of-weights"], "hints": None},
-            "views": {"views": 4, "flip": 0.5},
-            "rollout": "forward",
-        },
-    )
-    storage.publish(
-        str(root / "evaluations" / "e"),
-        {
-            "kind": "evaluation",
-            "fingerprint": "e",
-            "clips_uri": str(root / "clips" / "val"),
-            "protocol": {"name": "slotcontrast", "in_words": "whole videos"},
-            "videos": 2,
-        },
-    )
+    TargetManifest(
+        fingerprint="t",
+        teacher_uri=str(root / "teacher.ckpt"),
+        teacher={"files": ["hash-of-weights"], "hints": None},
+        teacher_config={},
+        views={"views": 4, "flip": 0.5},
+        rows=28,
+    ).publish(str(root / "targets" / "t"))
+    EvaluationManifest(
+        fingerprint="e",
+        clips_uri=str(root / "clips" / "val"),
+        scores={"video_mbo": 0.357},
+        protocol=Rules(name="slotcontrast", fingerprint="p", in_words="whole videos"),
+        videos=2,
+    ).publish(str(root / "evaluations" / "e"))
     made_of = {
         "clips_uri": str(root / "clips" / "train"),
         "targets_uri": str(root / "targets" / "t"),

@@ -159,7 +159,7 @@ def test_a_job_that_fails_says_no_secret(tmp_path):
 
 def test_a_message_that_does_not_fit_its_arguments_does_not_end_a_job():
     code = (
-        "import logging; from pipeline.redact import redact_output; redact_output; logging.warning'%d', 'x'"
+        "import logging; from pipeline.log import redact_output; redact_output(); logging.warning('%d', 'x')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=120)
 

@@ -1,5 +1,7 @@
 """Which clips a step uses: the same on every worker and after every restart."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -100,8 +102,8 @@ def clips_uri(tmp_path):
     settings, uri = Clips(codec="png", clip_frames=4), str(tmp_path / "set")
     videos = list_videos(str(tmp_path / "videos"), "masks")
     report = write_shard(videos, f"{uri}/data/shard-00000.parquet", settings)
-    pq.write_table(pa.Table.from_pylist(report["videos"]), f"{uri}/index.parquet")
-    shards = [{key: report[key] for key in ("name", "rows", "bytes")}]
+    pq.write_table(pa.Table.from_pylist([asdict(v) for v in report.videos]), f"{uri}/index.parquet")
+    shards = [{key: getattr(report, key) for key in ("name", "rows", "bytes")}]
     storage.publish(
         uri, {"kind": "clips", "fingerprint": "x", "settings": settings.model_dump(), "shards": shards}
     )
