@@ -31,6 +31,7 @@ _KEYS = {
     "Evaluate": """split model protocol clip_frames mask_size crop background ignore_overlaps rollout masks score
         teacher baselines validation_videos""",
     "SyntheticSettings": "videos frames size min_objects max_objects fps seed",
+    "CheckpointHints": "num_heads num_slots mean std",
     "Protocol": "clip_frames mask_size crop background ignore_overlaps rollout masks",
 }
 

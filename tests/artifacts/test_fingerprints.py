@@ -21,6 +21,7 @@ from pipeline.artifacts import identity
 from pipeline.artifacts.identity import Artifacts
 from pipeline.config import Config, Section, loading, with_overrides
 from pipeline.config.protocols import Protocol
+from pipeline.models import CheckpointHints
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fingerprints.json").read_text())
 CONFIGS = ("demo", "movi_e")
@@ -124,6 +125,15 @@ def test_a_new_rule_of_protocols_counts_where_it_is_not_at_its_default(tmp_path)
     rules = identity.protocol_rules(Protocol("paper", clip_frames=4))
     assert identity.protocol_rules(Newer("paper", clip_frames=4)) == rules
     assert identity.protocol_rules(Newer("paper", clip_frames=4, later=1.0)) == {**rules, "later": 1.0}
+
+
+def test_a_new_hint_counts_where_it_is_not_at_its_default(tmp_path):
+    file = tmp_path / "public.ckpt"
+    file.write_bytes(b"weights")
+    Newer = make_dataclass("Newer", [("later", float, 0.5)], bases=(CheckpointHints,), frozen=True)
+    known = identity.model_identity(str(file), CheckpointHints(num_slots=4))
+    assert identity.model_identity(str(file), Newer(num_slots=4)) == known
+    assert identity.model_identity(str(file), Newer(num_slots=4, later=1.0)) != known
 
 
 # --- which setting changes what -----------------------------------------------------------------------
