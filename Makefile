@@ -13,7 +13,7 @@ help:
 	@echo "make test-integration   S3, jobs, many nodes and every fault, the slow ones too; ends with the fault table"
 	@echo "make cluster-up a Ray cluster, an S3 server and MLflow on this machine;  make cluster-down  ends them"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      every performance figure that the README quotes"
+	@echo "make bench      every performance figure that docs/costs.md quotes"
 	@echo "make clean      removes .venv, caches and runs/"
 
 .venv/.installed: pyproject.toml constraints.txt

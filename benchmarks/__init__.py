@@ -1,1 +1,1 @@
-"""Every performance figure that the README quotes, as a command: `python -m benchmarks`."""
+"""Every performance figure that docs/costs.md quotes, as a command: `python -m benchmarks`."""

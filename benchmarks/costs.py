@@ -34,7 +34,7 @@ CLIP_GROUP_FOOTER, TARGET_GROUP_FOOTER = 670, 890  # bytes that a row group adds
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured: two cores of an Intel Xeon (README, "What it costs"), three real H.264 videos. Assumed: the GPU."""
+    """Measured: two cores of an Intel Xeon (docs/costs.md), three real H.264 videos. Assumed: the GPU."""
 
     shard_pixels: float = (
         132 * 218_100

@@ -11,7 +11,8 @@ from jobs._main import parse
 from pipeline.config import Config, run_details
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted({*ROOT.glob("docs/*.md"), *ROOT.glob("[cd]*/README.md")})]
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*FRONT, *sorted({*ROOT.glob("docs/*.md"), *ROOT.glob("[cd]*/README.md")})]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 # What stands for something of the user's. Other words in capitals (DIR, VIDEO) are as good a path as any.

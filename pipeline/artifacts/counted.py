@@ -1,9 +1,7 @@
-"""Which of a section's settings decide content.
+"""Which settings count in a fingerprint: those that are not at their defaults, and those of the first format.
 
-- A setting counts where its value differs from its default, so that a later version may add one and everybody's
-  folders stay what they were. The settings of the first format (`first_format`) count whatever their value, which
-  keeps the folders that it made.
-- A run detail (`run_detail` in `config.fields`) never counts.
+The first format hashed every setting that it had, defaults too, and its folders are to be found. So nothing is ever
+added to `FIRST_KEYS`.
 """
 
 from __future__ import annotations
@@ -12,8 +10,32 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from pipeline.artifacts.first_format import FIRST_KEYS
 from pipeline.config import Section, run_details
+
+_MODEL = """backbone backbone_weights image_size num_slots slot_size initial_slots initialisation corrector_mlp
+    predictor decoder decoder_hidden_sizes decoder_blocks mean std"""
+_TRAINING = (
+    "steps batch_size learning_rate warmup_steps gradient_clip alpha temperature seed workers precision"
+)
+_KEYS = {
+    "Dataset": "kind name path split resolution masks seed synthetic",
+    "Clips": "clip_frames short_side fps max_seconds codec quality videos_per_shard row_group_mb",
+    "ViT": "patch_size embed_dim depth num_heads",
+    "Teacher": f"{_MODEL} name checkpoint num_heads train",
+    "Student": _MODEL,
+    "Targets": "views crop min_scale flip rollout student_features teacher_features feature_dtype",
+    "TeacherTraining": f"""{_TRAINING} reconstruction similarity similarity_temperature similarity_threshold""",
+    "Distill": f"""{_TRAINING} name method beta reconstruction_kd_weight feature_kd_weight matching slot_map
+        initial_slots_from_teacher live_teacher fresh_views fast_decoder""",
+    "Evaluate": """split model protocol clip_frames mask_size crop background ignore_overlaps rollout masks score
+        teacher baselines validation_videos""",
+    "SyntheticSettings": "videos frames size min_objects max_objects fps seed",
+    "CheckpointHints": "num_heads num_slots mean std",
+    "Protocol": "clip_frames mask_size crop background ignore_overlaps rollout masks",
+}
+
+# By the name of a section's class.
+FIRST_KEYS = {section: frozenset(keys.split()) for section, keys in _KEYS.items()}
 
 
 def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:

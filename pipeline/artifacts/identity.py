@@ -349,7 +349,7 @@ def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
     # Folders have a config, and hints are ignored there.
     return {
         "files": [_hash(file, f"teacher.checkpoint: there is no model at {uri!r}") for file in files],
-        "hints": None if folder else hints.to_dict(),
+        "hints": None if folder else counted_fields(hints),
     }
 
 

@@ -46,7 +46,7 @@ class Dataset(Section):
     """What videos there are, and where."""
 
     kind: Literal["videos", "synthetic", "davis", "ytvis", "ovis", "movi", "coco", "webdataset"] = "videos"
-    """the layout; what each has below path: README, pipeline/clips/sources/"""
+    """the layout; what each has below path: docs/data-sets.md"""
     name: str = ""
     """as in tables, "MOVi-E"; the kind where it is empty"""
     path: str | None = None

@@ -128,6 +128,18 @@ def concurrent_trials(nodes: Sequence[Mapping[str, float]], trials: Sequence[Con
     return count
 
 
+def _quieten_tune() -> None:
+    """Before Tune is imported: results are recorded here, and messages are this program's own."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # not every report is of a validation
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the sweep, not only this part of it
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "30")  # which a busy machine is soon over
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints tables at any verbosity
+    # It looks for the result files that were turned off.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+
+
 def _run_on_tune(
     config: Config,
     sweep_uri: str,
@@ -137,18 +149,11 @@ def _run_on_tune(
     ended: Mapping[str, Ended],
     parent: str,
 ) -> None:
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # not every report is of a validation
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the sweep, not only this part of it
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "30")  # which a busy machine is soon over
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints tables at any verbosity
+    _quieten_tune()
     import ray
     from ray import tune
 
     keep_aws_keys_from_tune()
-    # It looks for the result files that were turned off.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = concurrent_trials(nodes, [one.config for one in pending])
     if config.sweep.max_concurrent is not None:
