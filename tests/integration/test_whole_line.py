@@ -81,9 +81,12 @@ def test_mlflow_holds_curves_config_and_pictures(tiny, local_ray):
     for name in ("learning_rate", "gradient_norm", "frames_per_second", "data_wait_share"):
         assert name in student.data.metrics
     assert client.list_artifacts(student.info.run_id, "overlays")
-    version = client.get_model_version_by_alias("slotmatch", "champion")
-    for tag in ("clips", "targets", "seed", "git_revision", "score.video_mbo", "evaluation"):
-        assert tag in version.tags
+    assert client.get_model_version_by_alias("slotmatch", "champion")
+    versions = {version.tags["method"]: version for version in client.search_model_versions()}
+    for tag in ("clips", "seed", "git_revision", "score.video_mbo", "evaluation"):
+        assert all(tag in version.tags for version in versions.values())
+    assert "targets" in versions["slotmatch"].tags
+    assert "targets" not in versions["no_kd"].tags, "it learned from none"
     files = _files(client, student.info.run_id)
     assert any(name.endswith("model.safetensors") for name in files)
     assert not any(name.endswith((".pkl", ".pickle", ".pt", ".pth")) for name in files)
