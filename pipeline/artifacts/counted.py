@@ -11,6 +11,8 @@ from dataclasses import fields
 from typing import Any
 
 from pipeline.config import Section, run_details
+from pipeline.config.protocols import Protocol
+from pipeline.config.sections import Config
 
 _MODEL = """backbone backbone_weights image_size num_slots slot_size initial_slots initialisation corrector_mlp
     predictor decoder decoder_hidden_sizes decoder_blocks mean std"""
@@ -66,3 +68,20 @@ def counted_fields(values: Any) -> dict[str, Any]:
     first = next(FIRST_KEYS[kind] for kind in kinds if kind in FIRST_KEYS)
     known = {field.name: (getattr(values, field.name), field.default) for field in fields(values)}
     return {key: value for key, (value, default) in known.items() if key in first or value != default}
+
+
+def clip_settings(config: Config) -> dict[str, Any]:
+    """Settings that decide what a clip set holds, beside its videos."""
+    return {**counted(config.clips), **later(config.dataset)}
+
+
+def view_recipe(config: Config) -> dict[str, Any]:
+    """What decides the views."""
+    keys = {"views", "crop", "min_scale", "flip"}
+    chosen = config.targets.model_dump(include=keys)
+    return {**chosen, **later(config.targets), "seed": config.dataset.seed}
+
+
+def protocol_rules(protocol: Protocol) -> dict[str, Any]:
+    """A protocol's rules without its name."""
+    return {key: value for key, value in counted_fields(protocol).items() if key != "name"}

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 from typing import Protocol as Interface
 
 from pipeline import storage
-from pipeline.artifacts.counted import counted, counted_fields, later
+from pipeline.artifacts.counted import (
+    clip_settings,
+    counted,
+    counted_fields,
+    later,
+    protocol_rules,
+    view_recipe,
+)
 from pipeline.artifacts.manifests import Rules, TargetManifest
 from pipeline.config import Config, ConfigError, Distill, Model, ViT
 from pipeline.config.protocols import Protocol, choose_protocol
@@ -56,7 +63,6 @@ class StudentInputs(NamedTuple):
 
     teacher_uri: str | None
     targets_uri: str | None
-    teacher_config: SlotModelConfig | None  # gives the sizes that the student leaves open
 
 
 class Artifacts:
@@ -170,6 +176,15 @@ class Artifacts:
         return self._place("targets", content)
 
     @cached_property
+    def _known_teacher(self) -> str | None:
+        """The teacher's place, where the student has anything of it: what it learns, its start, its sizes."""
+        config = self.config
+        if config.distill.distils or config.distill.initial_slots_from_teacher or config.teacher.checkpoint:
+            return self.require_teacher()
+        there = config.targets.student_features and storage.exists(self.teacher.uri)
+        return self.teacher.uri if there else None
+
+    @cached_property
     def student_inputs(self) -> StudentInputs:
         """What the student learns from.
 
@@ -177,29 +192,28 @@ class Artifacts:
             ConfigError: a teacher is needed and not there.
         """
         config, settings = self.config, self.config.distill
-        taught = settings.distils or settings.initial_slots_from_teacher
-        teacher_uri = None
-        if taught or config.teacher.checkpoint is not None:
-            teacher_uri = self.require_teacher()
-        elif config.targets.student_features and storage.exists(self.teacher.uri):
-            teacher_uri = self.teacher.uri
-        if teacher_uri is None:
-            return StudentInputs(None, None, None)
+        if self._known_teacher is None:
+            return StudentInputs(None, None)
         # Without KD the cache only spares the student its backbone, where it has been filled with features.
         cached = not settings.live_teacher and (
             settings.distils or (config.targets.student_features and storage.is_complete(self.targets.uri))
         )
-        return StudentInputs(
-            teacher_uri if taught else None,
-            self.targets.uri if cached else None,
-            self._teacher_config(teacher_uri),
-        )
+        taught = settings.distils or settings.initial_slots_from_teacher
+        return StudentInputs(self._known_teacher if taught else None, self.targets.uri if cached else None)
 
-    def _teacher_config(self, teacher_uri: str) -> SlotModelConfig:
-        """From the targets where they are there: a public file has to be read for it."""
+    @cached_property
+    def teacher_config(self) -> SlotModelConfig | None:
+        """The teacher's design, which gives the sizes that the student leaves open; None without a teacher.
+
+        Raises:
+            ConfigError: a teacher is needed and not there.
+        """
+        if self._known_teacher is None:
+            return None
+        # From the targets where they are there: a public file has to be read for it.
         if not self.config.distill.live_teacher and storage.is_complete(self.targets.uri):
             return SlotModelConfig.from_dict(TargetManifest.read(self.targets.uri).teacher_config)
-        return load_teacher(self.config, teacher_uri).config
+        return load_teacher(self.config, self._known_teacher).config
 
     @cached_property
     def student(self) -> Artifact:
@@ -219,7 +233,7 @@ class Artifacts:
         content: dict[str, Any] = {
             "clips": self.clips.fingerprint,
             "student": counted(config.student, but={"backbone_weights", "num_slots", "slot_size"}),
-            "sizes": student_sizes(config, inputs.teacher_config),
+            "sizes": student_sizes(config, self.teacher_config),
             "backbone": backbone_identity(config.student),
             "features": config.targets.feature_dtype if config.targets.student_features else None,
             "distill": dict(settings),
@@ -293,23 +307,6 @@ class Artifacts:
         return self._place("generated", {**content, "format": CLIPS_FORMAT, "av": _decoder()["av"]})
 
 
-def clip_settings(config: Config) -> dict[str, Any]:
-    """Settings that decide what a clip set holds, beside its videos."""
-    return {**counted(config.clips), **later(config.dataset)}
-
-
-def view_recipe(config: Config) -> dict[str, Any]:
-    """What decides the views."""
-    keys = {"views", "crop", "min_scale", "flip"}
-    chosen = config.targets.model_dump(include=keys)
-    return {**chosen, **later(config.targets), "seed": config.dataset.seed}
-
-
-def protocol_rules(protocol: Protocol) -> dict[str, Any]:
-    """A protocol's rules without its name."""
-    return {key: value for key, value in counted_fields(protocol).items() if key != "name"}
-
-
 def _what_distills(settings: Distill) -> dict[str, Any]:
     """The settings that decide what is learned: of a method that does not use them, no weights."""
     unused = set()
@@ -380,6 +377,7 @@ def backbone_identity(section: Model) -> dict[str, Any]:
         "weights": weights,
         "mean": section.mean,
         "std": section.std,
+        **later(section),
     }
 
 

@@ -57,6 +57,16 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class GeneratedManifest(Manifest):
+    """Of a folder of generated videos."""
+
+    kinds = ("generated",)
+
+    kind: str = "generated"
+    settings: dict[str, Any]
+    contents: dict[str, str] = {}  # a hash of each video by its id, where the folder is remote
+
+
 class ShardEntry(Part):
     name: str
     rows: int

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict
-from typing import Any
 
 from pipeline import storage
 from pipeline.artifacts.identity import Artifact, Artifacts
-from pipeline.artifacts.manifests import ClipManifest
-from pipeline.artifacts.once import missing_files
+from pipeline.artifacts.manifests import ClipManifest, GeneratedManifest
+from pipeline.artifacts.once import missing_files, once
 from pipeline.clips.sources import VideoRef, list_videos
-from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
+from pipeline.clips.sources.synthetic import SyntheticSettings, video_file, write_dataset
 from pipeline.clips.sources.videos import list_videos as list_local
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet
 from pipeline.config import Config, ConfigError, parse_split
@@ -69,7 +68,7 @@ def _list(config: Config, split: str) -> list[VideoRef]:
     contents: dict[str, str] = {}
     if dataset.kind == "synthetic":
         folder = _generate(config, split)
-        contents = storage.read_manifest(folder).get("contents", {})
+        contents = GeneratedManifest.read(folder).contents
         dataset = dataset.model_copy(update={"kind": "videos", "path": folder})
         split = split[len(parse_split(split)[0]) :]  # the slice alone
     held_out = parse_split(config.evaluate.split or "")[0] or None
@@ -93,19 +92,20 @@ def _generate(config: Config, split: str) -> str:
         seed=len(counts) * settings.seed + list(counts).index(kind),  # no split shares a video with another
     )
     folder = artifacts_of(config).generated(synthetic).uri
-    if storage.is_complete(folder):
-        return folder
-    manifest: dict[str, Any] = {"kind": "generated", "settings": asdict(synthetic)}
-    label = f"generate {split or 'videos'}"
-    if not storage.is_remote(folder):
-        _write_videos(synthetic, folder, label)
-    else:
-        with tempfile.TemporaryDirectory() as local:
-            _write_videos(synthetic, local, label)
-            # Hashes of what was made, so that clips have the same fingerprint wherever they are stored.
-            manifest["contents"] = {v.video_id: v.content for v in list_local(local, config.dataset.masks)}
-            storage.upload_tree(local, folder)
-    storage.publish(folder, manifest)
+    label, files = f"generate {split or 'videos'}", [video_file(i) for i in range(synthetic.videos)]
+    with once(folder, label, files=lambda uri: files) as needed:
+        if not needed:
+            return folder
+        contents: dict[str, str] = {}
+        if not storage.is_remote(folder):
+            _write_videos(synthetic, folder, label)
+        else:
+            with tempfile.TemporaryDirectory() as local:
+                _write_videos(synthetic, local, label)
+                # Hashes of what was made, so that clips have the same fingerprint wherever they are stored.
+                contents = {v.video_id: v.content for v in list_local(local, config.dataset.masks)}
+                storage.upload_tree(local, folder)
+        GeneratedManifest(settings=asdict(synthetic), contents=contents).publish(folder)
     return folder
 
 

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts.identity import Artifact, clip_settings
+from pipeline.artifacts.counted import clip_settings
+from pipeline.artifacts.identity import Artifact
 from pipeline.artifacts.manifests import BadVideoEntry, ClipManifest, DatasetEntry, ShardEntry
 from pipeline.artifacts.once import once
 from pipeline.clips.library import ClipLibrary, artifacts_of, check_disjoint, clip_files

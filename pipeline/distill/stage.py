@@ -60,7 +60,15 @@ def distill(
     inputs = artifacts.student_inputs
     if inputs.targets_uri is not None:
         _check_targets(inputs.targets_uri)
-    run = Run.student(config, artifacts.student.uri, clips.uri, **inputs._asdict(), title=title)
+    run = Run.student(
+        config,
+        artifacts.student.uri,
+        clips.uri,
+        targets_uri=inputs.targets_uri,
+        teacher_uri=inputs.teacher_uri,
+        teacher_config=artifacts.teacher_config,
+        title=title,
+    )
     tags = {
         "clips": clips.fingerprint,
         "method": config.distill.method,

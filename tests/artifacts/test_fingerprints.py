@@ -18,6 +18,7 @@ from pydantic import create_model
 
 from pipeline import storage
 from pipeline.artifacts import identity
+from pipeline.artifacts.counted import protocol_rules
 from pipeline.artifacts.identity import Artifacts
 from pipeline.config import Config, Section, loading, with_overrides
 from pipeline.config.protocols import Protocol
@@ -129,9 +130,9 @@ def test_new_settings_of_one_name_in_two_sections_are_two(tmp_path, later_releas
 
 def test_a_new_rule_of_protocols_counts_where_it_is_not_at_its_default(tmp_path):
     Newer = make_dataclass("Newer", [("later", float, 0.5)], bases=(Protocol,), frozen=True)
-    rules = identity.protocol_rules(Protocol("paper", clip_frames=4))
-    assert identity.protocol_rules(Newer("paper", clip_frames=4)) == rules
-    assert identity.protocol_rules(Newer("paper", clip_frames=4, later=1.0)) == {**rules, "later": 1.0}
+    rules = protocol_rules(Protocol("paper", clip_frames=4))
+    assert protocol_rules(Newer("paper", clip_frames=4)) == rules
+    assert protocol_rules(Newer("paper", clip_frames=4, later=1.0)) == {**rules, "later": 1.0}
 
 
 def test_a_new_hint_counts_where_it_is_not_at_its_default(tmp_path):

@@ -107,6 +107,11 @@ def render_video(settings: SyntheticSettings, index: int) -> tuple[np.ndarray, n
     return frames, labels
 
 
+def video_file(index: int) -> str:
+    """The name of a generated video's file."""
+    return f"video_{index:05d}.mp4"
+
+
 def write_dataset(
     settings: SyntheticSettings,
     folder: str | Path,
@@ -123,8 +128,8 @@ def write_dataset(
     root = Path(folder)
     (root / "masks").mkdir(parents=True, exist_ok=True)
     for index in range(settings.videos):
-        name = f"video_{index:05d}"
-        video, masks = root / f"{name}.mp4", root / "masks" / name
+        video = root / video_file(index)
+        masks = root / "masks" / video.stem
         if not (video.exists() and masks.exists()):
             frames, labels = render_video(settings, index)
             _write_masks(labels, masks)
