@@ -11,7 +11,7 @@ from pipeline.config import Section
 
 @dataclass(frozen=True)
 class Word:
-    """A word that stands for itself on the command line, the argument `name` of `Job.run`."""
+    """A word that stands for itself on the command line, the argument `name` of the stage."""
 
     name: str
     shown: str
@@ -21,7 +21,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Option:
-    """A flag, the argument of `Job.run` that is spelled like it; one with a `metavar` takes a value."""
+    """A flag, the argument of the stage that is spelled like it; one with a `metavar` takes a value."""
 
     flag: str
     help: str
@@ -32,21 +32,23 @@ class Option:
 
 @dataclass(frozen=True)
 class Job:
-    """A stage as the command line knows it: `run(config, **words, **options)` does it and returns its summary.
+    """A stage as the command line knows it: `stage(config, **words, **options)` does it and returns its summary.
 
+    `stage` and `check`, which takes the same, are functions or their names, `module:function`. What is named is
+    imported when it is called, so that a command line is read without Ray, PyTorch or MLflow.
     A config is required but where `default_config` names a shipped one, or where only `keys` of it are used.
     """
 
     name: str
     description: str
-    run: Callable[..., dict[str, Any]]
+    stage: str | Callable[..., dict[str, Any]]
     sections: tuple[str, ...] = ()  # of the config, which --help lists
     words: tuple[Word, ...] = ()
     options: tuple[Option, ...] = ()
     default_config: str | None = None
     keys: tuple[str, ...] = ()  # the only ones of the config that count, where not all do
     settings: type[Section] | None = None  # keys of its own, without a section; the argument `settings`
-    check: Callable[..., object] = lambda config, **arguments: None  # raises ConfigError, also in a dry run
+    check: str | Callable[..., object] | None = None  # raises ConfigError, also in a dry run
 
 
 REGISTERED = Word("model", "MODEL", "models:/NAME@ALIAS or models:/NAME/VERSION")

@@ -1,4 +1,4 @@
-"""What every entry point does: parse, call the library, end stdout with one line of JSON.
+"""What every entry point does: parse, call the stage, end stdout with one line of JSON.
 
 One grammar: `python -m jobs.STAGE [WORDS …] CONFIG.yaml [PRESET.yaml …] [section.key=value …] [--flags]`. Each
 `jobs/STAGE.py` declares a `Job`, which `run` runs and `parse` only reads.
@@ -11,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import json
+import pkgutil
 import re
 import sys
 import time
@@ -35,7 +36,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Call:
-    """A command line that can be run: `job.run(config, **arguments)`."""
+    """A command line that can be run: `job.stage(config, **arguments)`."""
 
     job: Job
     config: Config
@@ -64,6 +65,11 @@ def find_job(stage: str) -> Job:
     return importlib.import_module(f"jobs.{stage}").JOB
 
 
+def _function(named: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A job's function, imported now where it is only named."""
+    return pkgutil.resolve_name(named) if isinstance(named, str) else named
+
+
 def parse(job: str, words: Sequence[str]) -> Call:
     """Reads the command line of a stage, its config included, without running it.
 
@@ -75,7 +81,7 @@ def parse(job: str, words: Sequence[str]) -> Call:
 
 
 def run(job: Job, words: Sequence[str] | None = None, *, called: str = "") -> int:
-    """Runs a job from its command line (`sys.argv`'s by default); returns the exit code."""
+    """Runs a job from its command line (`sys.argv`'s by default) and prints its summary; returns the exit code."""
     redact_output()
     try:
         call = _parse(job, sys.argv[1:] if words is None else words, called or f"python -m jobs.{job.name}")
@@ -84,7 +90,17 @@ def run(job: Job, words: Sequence[str] | None = None, *, called: str = "") -> in
     if call.dry_run:
         print(redact(call.to_yaml()), end="")
         return 0
-    return report(job.name, lambda: job.run(call.config, **call.arguments))
+    started = time.monotonic()
+    try:
+        summary = _function(job.stage)(call.config, **call.arguments)
+    except ConfigError as error:
+        return refuse(job.name, error)
+    except (Exception, KeyboardInterrupt) as error:
+        summary = _failure(job.name, error)
+    seconds = round(time.monotonic() - started, 1)
+    summary = {"job": job.name, "status": "ok", "seconds": seconds, **summary}
+    _print_summary(summary)
+    return int(summary["status"] != "ok")  # a summary may have a status of its own
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,7 +131,11 @@ class _Schema(argparse.Action):
 
 
 def _parse(job: Job, words: Sequence[str], called: str) -> Call:
-    options = vars(_Parser(job, called).parse_intermixed_args(list(words)))
+    parser = _Parser(job, called)
+    parsed, unknown = parser.parse_known_intermixed_args(list(words))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_flag_hint(job, unknown[0])}")
+    options = vars(parsed)
     typed, dry_run = options.pop("words"), options.pop("dry_run")
     del options["schema"]
     others = [word for word in typed if not _is_setting(word)]
@@ -134,7 +154,8 @@ def _parse(job: Job, words: Sequence[str], called: str) -> Call:
         raise ConfigError(f"no config given{_file_hint(typed)}; see {called} --help")
     config = load_config(path, overrides, presets=files[1:])
     arguments |= options
-    job.check(config, **arguments)
+    if job.check is not None:
+        _function(job.check)(config, **arguments)
     return Call(job, config, arguments, dry_run)
 
 
@@ -147,7 +168,7 @@ def _is_yaml(word: str) -> bool:
 
 
 def _fill(job: Job, words: list[str], called: str) -> dict[str, Any]:
-    """The job's words by their names, as `Job.run` takes them."""
+    """The job's words by their names, as its stage takes them."""
     arguments: dict[str, Any] = {}
     for word in job.words:
         if not words:
@@ -181,6 +202,17 @@ def _split(job: Job, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return settings, overrides
 
 
+def _flag_hint(job: Job, word: str) -> str:
+    """What to type for a flag that there is none of."""
+    key = word.lstrip("-").split("=")[0]
+    if "." in key or (job.settings is not None and key in job.settings.model_fields):
+        return f"; a setting has no dashes: {key}=…"
+    near = difflib.get_close_matches(
+        word, [*(o.flag for o in job.options), "--dry-run", "--schema", "--help"], n=1
+    )
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def _file_hint(words: Sequence[str]) -> str:
     """What to type for a file whose name reads as a setting."""
     file = next((word for word in words if _is_setting(word) and Path(word).exists()), None)
@@ -199,37 +231,18 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print(json.dumps(redacted(summary)))
 
 
-def report(job: str, work: Callable[[], dict[str, Any]]) -> int:
-    """Runs a job and prints its summary; an error is one clear line, with its traceback before it.
-
-    The exit code is 1 too where the summary has a status of its own, which is not "ok".
-    """
-    redact_output()
-    started = time.monotonic()
-
-    def elapsed() -> float:
-        return round(time.monotonic() - started, 1)
-
-    try:
-        summary = work()
-    except ConfigError as error:
-        return refuse(job, error)
-    except KeyboardInterrupt:
+def _failure(job: str, error: BaseException) -> dict[str, Any]:
+    """Says why a job ended in one clear line, with the traceback before it; returns what its summary says of it."""
+    if isinstance(error, KeyboardInterrupt):
         log(f"{job}: interrupted; run it again to go on")
-        _print_summary({"job": job, "status": "interrupted", "seconds": elapsed()})
-        return 1
-    except Exception as error:
-        from pipeline.compute import root_cause
+        return {"status": "interrupted"}
+    from pipeline.compute import root_cause
 
-        cause = root_cause(error)
-        if not _is_ours(cause):
-            log(traceback_text(error).rstrip())
-        log(f"error: {cause}")
-        _print_summary({"job": job, "status": "failed", "seconds": elapsed(), "error": str(cause)})
-        return 1
-    summary = {"job": job, "status": "ok", "seconds": elapsed(), **summary}
-    _print_summary(summary)
-    return int(summary["status"] != "ok")
+    cause = root_cause(error)
+    if not _is_ours(cause):
+        log(traceback_text(error).rstrip())
+    log(f"error: {cause}")
+    return {"status": "failed", "error": str(cause)}
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -3,34 +3,17 @@
 Trains every way to distil from several seeds first, where that was not done.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import Any
 
 from jobs._job import Job
 from jobs._main import run
-from pipeline.config import Config
-
-
-def stage(config: Config) -> dict[str, Any]:
-    from pipeline.sweep.evidence import evidence
-
-    return evidence(config)
-
-
-def check(config: Config) -> None:
-    from pipeline.sweep.evidence import check_evidence
-
-    check_evidence(config)
-
 
 JOB = Job(
     "evidence",
     __doc__,
-    stage,
-    ("evidence", "sweep", "evaluate", "distill", "mlflow", "ray", "storage"),
-    check=check,
+    "pipeline.sweep.evidence:evidence",
+    sections=("evidence", "sweep", "evaluate", "distill", "mlflow", "ray", "storage"),
+    check="pipeline.sweep.settings:check_evidence",
 )
 
 if __name__ == "__main__":

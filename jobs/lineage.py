@@ -13,7 +13,7 @@ from jobs._main import run
 from pipeline.config import Config
 
 
-def stage(config: Config, model: str, videos: bool) -> dict[str, Any]:
+def lineage(config: Config, model: str, videos: bool) -> dict[str, Any]:
     from pipeline.registry.lineage import trace
 
     found = trace(model, config.tracking_uri)
@@ -24,7 +24,7 @@ def stage(config: Config, model: str, videos: bool) -> dict[str, Any]:
 JOB = Job(
     "lineage",
     __doc__,
-    stage,
+    lineage,
     words=(REGISTERED,),
     options=(Option("--videos", "list every video, not the first few"),),
     keys=REGISTRY_KEYS,

@@ -10,16 +10,16 @@ from jobs._main import run
 from pipeline.config import Config
 
 
-def stage(config: Config, model: str, folder: str) -> dict[str, Any]:
-    from pipeline.registry.stage import pull
+def pull(config: Config, model: str, folder: str) -> dict[str, Any]:
+    from pipeline.registry import stage
 
-    return pull(model, folder, config.tracking_uri)
+    return stage.pull(model, folder, config.tracking_uri)
 
 
 JOB = Job(
     "pull",
     __doc__,
-    stage,
+    pull,
     words=(REGISTERED, Word("folder", "DIR", "the folder to write to")),
     keys=REGISTRY_KEYS,
 )

@@ -7,17 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from jobs._job import Job, Option
 from jobs._main import run
-from pipeline.config import Config
-
-
-def stage(config: Config, folder: str | None, latency_runs: int) -> dict[str, Any]:
-    from pipeline.report.stage import report
-
-    return report(config, folder, latency_runs=latency_runs)
 
 
 def count(text: str) -> int:
@@ -29,8 +21,8 @@ def count(text: str) -> int:
 JOB = Job(
     "report",
     __doc__,
-    stage,
-    ("evaluate", "dataset", "mlflow", "storage"),
+    "pipeline.report.stage:report",
+    sections=("evaluate", "dataset", "mlflow", "storage"),
     options=(
         Option("--folder", "where to write; default: <storage.root>/report", "DIR"),
         Option("--latency-runs", "timed passes of each model, 5 by default; 0: none", "N", count, 5),

@@ -36,7 +36,7 @@ class Settings(Section):
     """that a public file normalises with, where it is not ImageNet's"""
 
 
-def check(config: Config, videos: list[str], settings: Settings) -> None:
+def distinct_names(config: Config, videos: list[str], settings: Settings) -> None:
     stems = [Path(video).stem for video in videos]
     for stem in stems:
         if stems.count(stem) > 1:
@@ -45,10 +45,10 @@ def check(config: Config, videos: list[str], settings: Settings) -> None:
             )
 
 
-def stage(config: Config, videos: list[str], settings: Settings) -> dict[str, Any]:
+def segment(config: Config, videos: list[str], settings: Settings) -> dict[str, Any]:
     from pipeline.compute import best_device
     from pipeline.models import CheckpointHints, HintError, load_slot_model
-    from pipeline.segment.stage import segment
+    from pipeline.segment import stage
     from pipeline.tracking.versions import downloaded
 
     hints = CheckpointHints(settings.num_heads, settings.num_slots, settings.mean, settings.std)
@@ -60,18 +60,18 @@ def stage(config: Config, videos: list[str], settings: Settings) -> dict[str, An
             model = load_slot_model(path, **hints.to_dict()).to(best_device())
         except HintError as error:
             raise ConfigError(str(error)) from None
-    done = [segment(model, video, settings.out, max_side=settings.max_side) for video in videos]
+    done = [stage.segment(model, video, settings.out, max_side=settings.max_side) for video in videos]
     return {"uri": settings.out, "videos": done, "frames": sum(d["frames"] for d in done)}
 
 
 JOB = Job(
     "segment",
     __doc__,
-    stage,
+    segment,
     words=(Word("videos", "VIDEO …", "video files, here or s3://bucket/key", many=True),),
     keys=REGISTRY_KEYS,
     settings=Settings,
-    check=check,
+    check=distinct_names,
 )
 
 if __name__ == "__main__":

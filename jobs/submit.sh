@@ -14,6 +14,12 @@ fi
 stages=$1
 shift
 cd "$(dirname "$0")/.."
+for stage in ${stages//,/ }; do
+  if [ ! -f "jobs/$stage.py" ]; then
+    echo "error: '$stage' is no stage; python -m jobs lists them" >&2
+    exit 2
+  fi
+done
 ray=$([ -x .venv/bin/ray ] && echo .venv/bin/ray || echo ray)
 
 environment=$(mktemp --suffix .yaml)

@@ -265,6 +265,17 @@ def test_the_image_of_the_nodes():
     assert set(re.search(r"'\.\[(.*)\]'", install)[1].split(",")) <= set(pyproject()[1])
 
 
+def test_the_image_installs_all_that_a_wheel_brings():
+    """The shipped configs and the demo's models among it; a pattern of pip's that finds nothing is no error."""
+    text = (ROOT / "pyproject.toml").read_text()
+    data_files = re.search(r"(?ms)^\[tool\.setuptools\.data-files\]\n(.*?)^\[", text)[1]
+    patterns = re.findall(r'"([^"]+)"', re.sub(r"(?m)^.*?=", "", data_files))
+    instructions = containerfile()["ray"]
+    (install,) = [n for n, (_, rest) in enumerate(instructions) if "pip install" in rest]
+    missing = {pattern.split("/")[0] for pattern in patterns} - set(copied(instructions[:install]))
+    assert (len(patterns) > 5, missing) == (True, set())
+
+
 def test_the_image_of_the_mlflow_server_has_the_packages_of_its_extra():
     _, extras = pyproject()
     (install,) = [rest for word, rest in containerfile()["mlflow"] if "pip install" in rest]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs._main import parse
-from pipeline.config import Config
+from pipeline.config import Config, run_details
 
 ROOT = Path(__file__).parents[1]
 FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -123,6 +123,13 @@ def test_settings_exist(page):
             value = value.get(name, missing) if isinstance(value, dict) else missing
         missing += [key] if value is missing else []
     assert not missing
+
+
+def test_the_run_details_are_those_that_help_marks():
+    (paragraph,) = [p for p in prose(ROOT / "docs/configs.md").split("\n\n") if p.startswith("Run details")]
+    sections = {name: run_details(field.annotation) for name, field in Config.model_fields.items()}
+    marked = {f"{name}.{key}" for name, keys in sections.items() for key in keys}
+    assert set(re.findall(r"`(\w+\.\w+)`", paragraph)) == marked | {"teacher.train"}
 
 
 def test_the_readme_is_short():

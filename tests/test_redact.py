@@ -131,15 +131,16 @@ def test_a_job_that_fails_says_no_secret(tmp_path):
     """Its log, its traceback, what libraries log in it, and its summary."""
     code = (
         "import logging, sys\n"
-        "from jobs._main import report\n"
-        "def work():\n"
+        "from jobs._job import Job\n"
+        "from jobs._main import run\n"
+        "def work(config):\n"
         "    logging.getLogger('botocore').warning('signed %s', 'with hunter2!')\n"
         "    try:\n"
         "        raise OSError('inner hunter2!')\n"
         "    except OSError:\n"
         "        logging.getLogger('botocore').exception('failed')\n"
         "        raise RuntimeError('GET http://me:pass@host hunter2! failed')\n"
-        "sys.exit(report('test', work))\n"
+        "sys.exit(run(Job('test', 'fails', work, default_config='demo.yaml'), []))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

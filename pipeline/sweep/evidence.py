@@ -23,7 +23,7 @@ from pipeline.artifacts.manifests import RunManifest, SweepManifest
 from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.stage import shard_split
 from pipeline.compute import ray_session
-from pipeline.config import Config, ConfigError, with_overrides
+from pipeline.config import Config, with_overrides
 from pipeline.evaluate.scoring import SCORES, TITLES
 from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
@@ -45,10 +45,9 @@ from pipeline.report.render import Page, Picture, markdown
 from pipeline.report.scores import SAMPLE_STD, score_columns
 from pipeline.sweep.page import sweep_chart
 from pipeline.sweep.results import Result
-from pipeline.sweep.settings import Setting, plan_trials
+from pipeline.sweep.settings import TEACHER, Setting, check_evidence, parse_claim
 from pipeline.sweep.stage import sweep
 
-TEACHER = "teacher"
 CONFIDENCE = 0.95
 PAGE, PLOT = "evidence.md", "evidence.png"
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
@@ -82,41 +81,6 @@ class Comparison:
         if self.mean + self.margin < 0:
             return "reversed"
         return "can't be told"
-
-
-def parse_claim(claim: str) -> tuple[str, str]:
-    """The two sides of `better > worse`.
-
-    Raises:
-        ValueError: not of this form.
-    """
-    sides = [side.strip() for side in claim.split(" > ")]
-    if len(sides) != 2 or not all(sides):
-        raise ValueError(f"{claim!r} is not of the form 'better > worse'")
-    return sides[0], sides[1]
-
-
-def check_evidence(config: Config) -> None:
-    """Raises ConfigError for evidence that can't be had of this config; also in a dry run."""
-    problems, names = [], {trial.setting.name for trial in plan_trials(config)} | {TEACHER}
-    if config.evidence.split is None:
-        problems.append("evidence.split: is not set; name the videos with masks that nothing was chosen on")
-    elif config.evidence.split in (config.evaluate.split, config.dataset.split):
-        problems.append(
-            f"evidence.split: {config.evidence.split!r} was trained or chosen on (dataset.split, evaluate.split)"
-        )
-    for claim in config.evidence.claims:
-        try:
-            unknown = [side for side in parse_claim(claim) if side not in names]
-        except ValueError as error:
-            problems.append(f"evidence.claims: {error}")
-            continue
-        problems += [
-            f"evidence.claims: {side!r} is no setting of this sweep ({', '.join(sorted(names))})"
-            for side in unknown
-        ]
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def evidence(config: Config) -> dict[str, Any]:

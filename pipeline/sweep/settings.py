@@ -1,4 +1,7 @@
-"""What a sweep trains: settings from the grid, a random search or named variants, each from every seed."""
+"""What a sweep trains: settings from the grid, a random search or named variants, each from every seed.
+
+And what may be claimed of them in the stage `evidence`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from pipeline.config import Config, ConfigError, Sweep, with_overrides
 
 # Trials share their clips, are scored alike and are kept in one place.
 FIXED = ("dataset", "clips", "evaluate", "storage", "mlflow", "ray", "sweep")
+TEACHER = "teacher"  # in a claim, beside the settings
 _TRIES = 1000  # of a random search to find a setting that it has not drawn yet
 
 
@@ -85,6 +89,41 @@ def plan_trials(config: Config) -> list[Trial]:
         for seed in sweep.seeds
         for s in settings
     ]
+
+
+def parse_claim(claim: str) -> tuple[str, str]:
+    """The two sides of `better > worse`.
+
+    Raises:
+        ValueError: not of this form.
+    """
+    sides = [side.strip() for side in claim.split(" > ")]
+    if len(sides) != 2 or not all(sides):
+        raise ValueError(f"{claim!r} is not of the form 'better > worse'")
+    return sides[0], sides[1]
+
+
+def check_evidence(config: Config) -> None:
+    """Raises ConfigError for evidence that can't be had of this config; also in a dry run."""
+    problems, names = [], {trial.setting.name for trial in plan_trials(config)} | {TEACHER}
+    if config.evidence.split is None:
+        problems.append("evidence.split: is not set; name the videos with masks that nothing was chosen on")
+    elif config.evidence.split in (config.evaluate.split, config.dataset.split):
+        problems.append(
+            f"evidence.split: {config.evidence.split!r} was trained or chosen on (dataset.split, evaluate.split)"
+        )
+    for claim in config.evidence.claims:
+        try:
+            unknown = [side for side in parse_claim(claim) if side not in names]
+        except ValueError as error:
+            problems.append(f"evidence.claims: {error}")
+            continue
+        problems += [
+            f"evidence.claims: {side!r} is no setting of this sweep ({', '.join(sorted(names))})"
+            for side in unknown
+        ]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _check_sweep(config: Config) -> list[str]:

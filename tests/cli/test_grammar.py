@@ -16,6 +16,7 @@ from pipeline.config import Config, ConfigError, run_details
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
+EVIDENCE = str(ROOT / "configs" / "sweeps" / "evidence.yaml")
 
 
 @pytest.fixture
@@ -94,7 +95,10 @@ def test_every_key_is_described_and_some_are_run_details(slotmatch):
     assert "seed" not in distill
 
 
-@pytest.mark.parametrize("words", [["distill", "--help"], ["sweep", DEMO, "--dry-run"]])
+@pytest.mark.parametrize(
+    "words",
+    [["distill", "--help"], ["sweep", DEMO, "--dry-run"], ["evidence", DEMO, EVIDENCE, "--dry-run"]],
+)
 def test_help_and_a_dry_run_load_none_of_the_big_libraries(words):
     code = (
         "import sys, jobs.__main__ as m; sys.argv = ['slotmatch', *sys.argv[1:]]\n"
@@ -103,9 +107,11 @@ def test_help_and_a_dry_run_load_none_of_the_big_libraries(words):
         "big = {'ray', 'torch', 'mlflow', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
         "assert not big, big"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, *words], check=True, cwd=ROOT, capture_output=True, timeout=60
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 20, "the help, or a config"
 
 
 # --- what a command line means ---------------------------------------------------------------------------
@@ -122,9 +128,7 @@ def test_words_config_presets_settings_and_flags_in_any_order(tmp_path):
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if not find_job(stage).words])
 def test_presets_lie_over_the_config_of_every_stage(stage, capsys):
-    presets = [
-        str(ROOT / "configs" / name) for name in ("sweeps/evidence.yaml", "methods/slotmatch_mse.yaml")
-    ]
+    presets = [EVIDENCE, str(ROOT / "configs" / "methods" / "slotmatch_mse.yaml")]
     assert run(find_job(stage), [DEMO, *presets, "--dry-run", "distill.beta=0.5"]) == 0
     distill = yaml.safe_load(capsys.readouterr().out)["distill"]
     assert (distill["method"], distill["beta"], distill["workers"]) == ("slotmatch_mse", 0.5, 0)
@@ -166,7 +170,9 @@ def test_segments_short_keys():
         ("shard", [DEMO, "clips.clip_frame=3"], "did you mean 'clips.clip_frames'?"),
         ("shard", [DEMO, "clips.Codec=png"], "did you mean 'clips.codec'?"),
         ("shard", [DEMO, "png"], "override 'png' is not of the form section.key=value"),
-        ("shard", [DEMO, "--dryrun"], "unrecognized arguments: --dryrun"),
+        ("shard", [DEMO, "--dryrun"], "unrecognized arguments: --dryrun; did you mean '--dry-run'?"),
+        ("distill", [DEMO, "--distill.seed=3"], "a setting has no dashes: distill.seed=…"),
+        ("segment", ["a.mp4", "--model", "m", "out=x"], "a setting has no dashes: model=…"),
         (
             "shard",
             [DEMO, "nowhere.yaml"],

@@ -37,6 +37,13 @@ def test_dry_run_prints_the_resolved_config():
     assert yaml.safe_load(done.stdout)["distill"]["seed"] == 7
 
 
+def test_a_chain_with_a_misspelt_stage_submits_nothing():
+    command = ["jobs/submit.sh", "shard,distil", "configs/demo.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: 'distil' is no stage; python -m jobs lists them\n"
+
+
 def test_a_missing_folder_of_videos_is_named(tmp_path):
     done = run("jobs.shard", str(ROOT / "configs/videos.yaml"), "dataset.path=nowhere", cwd=tmp_path)
     assert done.returncode == 1

@@ -6,16 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError, load_config
-from pipeline.sweep.evidence import (
-    BEGIN,
-    END,
-    check_evidence,
-    compare,
-    parse_claim,
-    update_document,
-)
+from pipeline.sweep.evidence import BEGIN, END, compare, update_document
 from pipeline.sweep.results import Result
-from pipeline.sweep.settings import Setting
+from pipeline.sweep.settings import Setting, check_evidence, parse_claim
 
 ROOT = Path(__file__).parents[2]
 
