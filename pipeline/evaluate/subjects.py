@@ -51,7 +51,11 @@ def finished_student(artifacts: Artifacts) -> str:
     """
     require_clips(artifacts.clips)
     uri = artifacts.student.uri
-    RunManifest.read(uri)
+    if not storage.is_complete(uri):
+        raise storage.IncompleteError(
+            f"the student of this config is not finished ({uri}): train it (python -m jobs.distill CONFIG), or give "
+            "all settings that it was trained with (distill.name is one of them)"
+        )
     if missing := missing_files(uri, model_files):
         raise ConfigError(f"{uri} has lost {missing[0]}; make it again: python -m jobs.distill CONFIG")
     return uri
