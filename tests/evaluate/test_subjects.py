@@ -35,5 +35,5 @@ def test_a_student_without_its_model_is_made_again_by_distill(artifacts):
 
 def test_a_student_that_is_not_finished(artifacts):
     storage.delete(f"{artifacts.student.uri}/manifest.json")
-    with pytest.raises(storage.IncompleteError, match="python -m jobs.distill CONFIG"):
+    with pytest.raises(storage.IncompleteError, match=r"python -m jobs\.distill CONFIG"):
         finished_student(artifacts)
