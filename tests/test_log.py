@@ -2,18 +2,14 @@
 
 import ast
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT, python
 
 from pipeline.config import ConfigError, resolve_config
 from pipeline.log import has_password, redact, redacted
 from pipeline.sweep.ended import failed
 from pipeline.sweep.settings import Setting, Trial
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -141,27 +137,18 @@ def test_a_job_that_fails_says_no_secret(tmp_path):
         "        raise RuntimeError('GET http://me:pass@host hunter2! failed')\n"
         "sys.exit(report('test', work))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={"PATH": "", "AWS_SECRET_ACCESS_KEY": "hunter2!", "HOME": str(tmp_path)},
-        timeout=250,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" in done.stderr
-    assert "signed with ***" in done.stderr
-    assert json.loads(done.stdout)["error"] == "GET http://me:***@host *** failed"
+    out, errors = python("-c", code, ends=1, AWS_SECRET_ACCESS_KEY="hunter2!", HOME=str(tmp_path))
+    assert "Traceback" in errors
+    assert "signed with ***" in errors
+    assert json.loads(out)["error"] == "GET http://me:***@host *** failed"
     for secret in ("hunter2!", "me:pass@"):
-        assert secret not in done.stderr + done.stdout
+        assert secret not in errors + out
 
 
 def test_a_message_that_does_not_fit_its_arguments_does_not_end_a_job():
-    code = (
-        "import logging; from pipeline.log import redact_output; redact_output(); logging.warning('%d', 'x')"
+    python(
+        "-c", "import logging; from pipeline.log import redact_output as r; r(); logging.warning('%d', 'x')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=120)
 
 
 def _calls(tree):

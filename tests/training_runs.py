@@ -1,7 +1,7 @@
 """Small training runs without a stage: made-up clips, a config, targets written in this process."""
 
-import numpy as np
-from clip_sets import make_clip_set, random_video
+from clip_sets import random_clips
+from tiny_models import tiny_vit
 
 from pipeline import storage
 from pipeline.artifacts.manifests import TargetManifest
@@ -11,8 +11,12 @@ from pipeline.distill.run import Run
 from pipeline.models.build import load_teacher
 from pipeline.targets.maker import TargetMaker
 
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-MODEL = {"backbone": VIT, "backbone_weights": "random", "image_size": 32, "decoder_hidden_sizes": [16, 16]}
+MODEL = {
+    "backbone": tiny_vit(32),
+    "backbone_weights": "random",
+    "image_size": 32,
+    "decoder_hidden_sizes": [16, 16],
+}
 TRAINING = {
     "steps": 20,
     "warmup_steps": 2,
@@ -25,8 +29,7 @@ TRAINING = {
 
 
 def make_clips(folder):
-    rng = np.random.default_rng(0)
-    return make_clip_set(folder, {f"v{i}": random_video(rng) for i in range(5)}).uri
+    return random_clips(folder, {f"v{i}": 9 for i in range(5)}).uri
 
 
 def make_config(root, *overrides):

@@ -1,11 +1,8 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import python
 
 from pipeline.clips.views import View, apply_view, make_view
 from pipeline.config import Targets
@@ -59,11 +56,8 @@ def test_views_are_the_same_in_another_process():
         "from pipeline.clips.views import make_view; from pipeline.config import Targets\n"
         f"print(make_view(Targets(**{RANDOM.model_dump()!r}), 1, 'vidéo', 2, 3, 120, 160))"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == str(make_view(RANDOM, 1, "vidéo", 2, 3, 120, 160))
+    out, _ = python("-c", code, PYTHONHASHSEED="7")
+    assert out.strip() == str(make_view(RANDOM, 1, "vidéo", 2, 3, 120, 160))
 
 
 def test_views_vary():

@@ -1,18 +1,14 @@
 """Which clips a step uses: the same on every worker and after every restart."""
 
-from dataclasses import asdict
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from layout_sets import clip_set, write_folders
 
 from pipeline import storage
 from pipeline.clips.sources.videos import list_videos
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import apply_view
-from pipeline.clips.write import write_shard
-from pipeline.config import Clips, Targets
+from pipeline.config import Targets
 from pipeline.distill.data import Loader, Sampler
 
 
@@ -91,30 +87,15 @@ def test_videos_without_a_full_clip_are_skipped():
 
 @pytest.fixture
 def clips_uri(tmp_path):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for name, length in (("a", 9), ("b", 4), ("c", 12)):
-        (tmp_path / "videos" / name).mkdir(parents=True)
-        for index in range(length):
-            frame = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
-            frame.save(tmp_path / "videos" / name / f"{index}.png")
-    settings, uri = Clips(codec="png", clip_frames=4), str(tmp_path / "set")
-    videos = list_videos(str(tmp_path / "videos"), "masks")
-    report = write_shard(videos, f"{uri}/data/shard-00000.parquet", settings)
-    pq.write_table(pa.Table.from_pylist([asdict(v) for v in report.videos]), f"{uri}/index.parquet")
-    shards = [{key: getattr(report, key) for key in ("name", "rows", "bytes")}]
-    storage.publish(
-        uri, {"kind": "clips", "fingerprint": "x", "settings": settings.model_dump(), "shards": shards}
-    )
-    return uri
+    write_folders(tmp_path / "videos", {"a": 9, "b": 4, "c": 12})
+    return clip_set(list_videos(str(tmp_path / "videos"), "masks"), tmp_path)[0].uri
 
 
 RECIPE = Targets(views=3, crop="random", min_scale=0.5)
 
 
-def load(uri, batch_size=4, **settings):
-    sampler = Sampler(ClipSet(uri).videos, seed=0, batch_size=batch_size, views=3)
+def load(uri, batch_size=4, videos=None, **settings):
+    sampler = Sampler(videos or ClipSet(uri).videos, seed=0, batch_size=batch_size, views=3)
     with Loader(uri, None, sampler, recipe=RECIPE, dataset_seed=5, pixels=True, **settings) as loader:
         return [batch for batch, _ in loader]
 
@@ -159,13 +140,7 @@ def test_reading_ahead_keeps_the_order(clips_uri, threads):
 
 
 def test_a_damaged_shard_stops_the_loader_and_is_named(clips_uri):
-    path = storage.join(clips_uri, "data", "shard-00000.parquet")
-    videos = ClipSet(clips_uri).videos
+    path, videos = storage.join(clips_uri, "data", "shard-00000.parquet"), ClipSet(clips_uri).videos
     storage.write_bytes(path, storage.read_bytes(path)[:500])
-    sampler = Sampler(videos, seed=0, batch_size=2, views=3)
-    settings = {"recipe": RECIPE, "dataset_seed": 5, "pixels": True, "stop": 3}
-    with (
-        Loader(clips_uri, None, sampler, **settings) as loader,
-        pytest.raises(ValueError, match=r"shard-00000\.parquet: the shard is damaged"),
-    ):
-        list(loader)
+    with pytest.raises(ValueError, match=r"shard-00000\.parquet: the shard is damaged"):
+        load(clips_uri, stop=3, videos=videos)
