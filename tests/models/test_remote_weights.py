@@ -3,23 +3,22 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import tiny_model, tiny_vit
 
 from pipeline import storage
 from pipeline.artifacts.identity import backbone_identity, model_identity
 from pipeline.config import ConfigError, resolve_config
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+from pipeline.models import save_slot_model
 from pipeline.models.build import build_backbone, checkpoint_hints, load_teacher
 from pipeline.storage import join
 
-VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-STUDENT = {"backbone": VIT, "backbone_weights": "random", "image_size": 16}
+STUDENT = {"backbone": tiny_vit(), "backbone_weights": "random", "image_size": 16}
 
 
 @pytest.fixture
 def models(s3, tmp_path):
     """The same weights in a local folder and in S3."""
-    torch.manual_seed(0)
-    model = SlotModel(SlotModelConfig(BackboneConfig(None, 16, VIT), 3, 8, decoder_hidden_sizes=(8,)))
+    model = tiny_model(image_size=16)
     local, uri = tmp_path / "models", join(s3, tmp_path.name)
     local.mkdir()
     torch.save({"state_dict": model.state_dict()}, local / "public.ckpt")

@@ -6,25 +6,24 @@ import json
 import os
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from places import GOLDEN, ROOT
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model, tiny_vit
 
 from pipeline.distill.step import Batch, Objective, Terms, training_step
 from pipeline.models import (
-    BackboneConfig,
     CheckpointHints,
-    SlotModel,
-    SlotModelConfig,
     load_slot_model,
     save_public_checkpoint,
     save_slot_model,
     start_as_soft_kmeans,
 )
 
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+VIT = tiny_vit(32, depth=2)
 DRAWN = {"initializer": "random"}
 MIXER = {"decoder": "slot_mixer", "decoder_blocks": 2, "corrector_mlp": False}
 KINDS = {
@@ -33,27 +32,18 @@ KINDS = {
     "videosaur_movi": {**DRAWN, **MIXER, "decoder_outputs": ("similarity",)},
     "dinosaur": {**DRAWN, "predictor": False},
 }
-ROOT = Path(__file__).parents[2]
 
 
 def build(kind, seed=0, **changes):
-    torch.manual_seed(seed)
-    model = SlotModel(
-        SlotModelConfig(
-            num_slots=3,
-            slot_size=8,
-            decoder_hidden_sizes=(16, 24),
-            **{"backbone": BackboneConfig(None, 32, VIT), **KINDS[kind], **changes},
-        )
-    ).eval()
+    model = tiny_model(seed=seed, hidden=(16, 24), **{"vit": VIT, **KINDS[kind], **changes}).eval()
     with torch.no_grad():  # values that no initialisation has, so that a tensor in the wrong place shows
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def video(T=4):
-    return torch.randn(2, T, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def video(T=4, size=32):
+    return torch.randn(2, T, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def frames(T=7):
@@ -62,7 +52,7 @@ def frames(T=7):
 
 @torch.no_grad()
 def run(model, T=4, rollout="forward"):
-    return model(video(T), initial_slots=model.initial_slots(2, [5, 6]), rollout=rollout)
+    return model(video(T, model.image_size), initial_slots=model.initial_slots(2, [5, 6]), rollout=rollout)
 
 
 def assert_same_function(one, other):
@@ -89,41 +79,60 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 @each_kind
 def test_kinds_are_told_apart_by_their_keys(kind, tmp_path):
+    """Which may lack `.module`."""
     model = build(kind)
-    loaded = load_slot_model(public_file(model, tmp_path / "a.ckpt"), num_heads=2, num_slots=3)
-    backbone = loaded.config.backbone
-    assert replace(loaded.config, backbone=model.config.backbone) == model.config
-    assert (backbone.image_size, loaded.grid) == (32, 4)
-    assert_same_function(model, loaded)
+    public_file(model, tmp_path / "a.ckpt")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "b.ckpt")
+    for path in ("a.ckpt", "b.ckpt"):
+        loaded = load_slot_model(tmp_path / path, num_heads=2, num_slots=3)
+        backbone = loaded.config.backbone
+        assert replace(loaded.config, backbone=model.config.backbone) == model.config
+        assert (backbone.image_size, loaded.grid) == (32, 4)
+        assert_same_function(model, loaded)
 
 
 @each_kind
 def test_our_own_formats(kind, tmp_path):
     model = build(kind)
     save_slot_model(model, tmp_path / "folder")
-    save_public_checkpoint(model, tmp_path / "file.ckpt")
+    assert sorted(os.listdir(tmp_path / "folder")) == ["config.json", "model.safetensors"]
+    save_public_checkpoint(model, tmp_path / "file.ckpt", step=7)
+    assert torch.load(tmp_path / "file.ckpt", weights_only=True)["global_step"] == 7
     for path in ("folder", "file.ckpt"):
         loaded = load_slot_model(tmp_path / path)
+        assert not loaded.training
         assert loaded.config == model.config
         assert_same_function(model, loaded)
 
 
-@each_kind
-def test_a_public_file_survives_our_own_formats(kind, tmp_path):
-    original = public_file(build(kind), tmp_path / "public.ckpt")
-    model = load_slot_model(original, num_heads=2, num_slots=3)
+@pytest.mark.parametrize("name", [*KINDS, "slotcontrast_tiny", "videosaur_tiny"])
+def test_a_public_file_survives_our_own_formats(name, tmp_path):
+    """Those of others, and the two that the public implementations wrote."""
+    original, hints = GOLDEN / f"{name}.ckpt", {"num_heads": 3, "num_slots": 4}
+    if name in KINDS:
+        original, hints = public_file(build(name), tmp_path / "a.ckpt"), {"num_heads": 2, "num_slots": 3}
+    model = load_slot_model(original, **hints)
     save_slot_model(model, tmp_path / "folder")
     save_public_checkpoint(model, tmp_path / "again.ckpt")
     for path in ("folder", "again.ckpt"):
         assert_same_function(model, load_slot_model(tmp_path / path))
-    keys = [
-        torch.load(p, weights_only=True)["state_dict"].keys() for p in (original, tmp_path / "again.ckpt")
-    ]
-    assert keys[0] == keys[1]
+    one, other = (torch.load(p, weights_only=True)["state_dict"] for p in (original, tmp_path / "again.ckpt"))
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in other.items()}
 
 
 def test_layouts(tmp_path):
     keys = {k: set(torch.load(public_file(build(k), tmp_path / k))["state_dict"]) for k in KINDS}
+    assert {
+        "initializer.slots",
+        "encoder.module.backbone.model.patch_embed.proj.weight",
+        "encoder.module.output_transform.layers.3.bias",
+        "processor.module.corrector.gru.weight_ih",
+        "processor.module.corrector.mlp.layers.1.weight",
+        "processor.module.predictor.blocks.0.self_attn.qkv.weight",
+        "decoder.module.pos_emb",
+        "decoder.module.mlp.layers.4.weight",
+    } <= keys["slotcontrast"]
+    assert not any(key.startswith("encoder.module.backbone.model.norm.") for key in keys["slotcontrast"])
     assert not any(".module." in key or "predictor" in key for key in keys["dinosaur"])
     assert {
         "initializer.log_std",
@@ -196,7 +205,7 @@ def test_position_embeddings_of_the_vits_own_size(kind, extra, tmp_path, capsys)
     """SlotContrast's MOVi files and DINOSAUR's: a ViT of 518 pixels, run at 336 and 224."""
     from timm.models.vision_transformer import VisionTransformer
 
-    model = build(kind, backbone=BackboneConfig(None, 32, {**VIT, **extra}))
+    model = build(kind, vit={**VIT, **extra})
     vit = VisionTransformer(
         **VIT, **extra, img_size=72, num_classes=0, global_pool="", dynamic_img_size=True
     ).eval()
@@ -235,8 +244,12 @@ def without(*keys):
 
 
 @each_kind
-def test_all_that_does_not_fit_is_in_one_error(kind, tmp_path):
-    mixer, module = kind.startswith("videosaur"), "" if kind == "dinosaur" else "module."
+@pytest.mark.parametrize("layout", ["folder", "public"])
+def test_all_that_does_not_fit_is_in_one_error(kind, layout, tmp_path):
+    mixer, module = (
+        kind.startswith("videosaur"),
+        "" if "dinosaur" in kind or layout == "folder" else "module.",
+    )
     weight = f"decoder.{module}" + ("output_transform.weight" if mixer else "mlp.layers.4.weight")
 
     def damage(state):
@@ -248,7 +261,13 @@ def test_all_that_does_not_fit_is_in_one_error(kind, tmp_path):
         state[f"processor.{module}corrector.norm_slots.weight"] = torch.ones(9)
         state[weight] = torch.ones(7, 24)
 
-    path = public_file(build(kind), tmp_path / "a.ckpt", damage)
+    path = tmp_path / "a.ckpt"
+    if layout == "public":
+        public_file(build(kind), path, damage)
+    else:
+        save_slot_model(build(kind), path)
+        damage(state := load_file(path / "model.safetensors"))
+        save_file(state, path / "model.safetensors")
     with pytest.raises(ValueError, match="the weights don't fit the model") as error:
         load_slot_model(path, num_heads=2, num_slots=3)
     message = str(error.value)
@@ -267,7 +286,7 @@ def test_all_that_does_not_fit_is_in_one_error(kind, tmp_path):
 
 @each_kind
 def test_every_single_missing_tensor_is_named(kind, tmp_path):
-    model = build(kind, backbone=BackboneConfig(None, 32, {**VIT, "init_values": 1.0}))
+    model = build(kind, vit={**VIT, "init_values": 1.0})
     for key in model.state_dict():
         state = {k: v for k, v in model.state_dict().items() if k != key}
         torch.save({"state_dict": state}, tmp_path / "a.ckpt")
@@ -332,24 +351,29 @@ def test_objects_besides_tensors_are_refused_by_name(tmp_path):
     "content",
     [b"", b"I am no checkpoint\n" * 9, b"<!DOCTYPE html><html>", bytes(999), b"version https://git-lfs"],
 )
-def test_what_is_no_checkpoint(content, tmp_path):
-    (tmp_path / "a.ckpt").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"a\.ckpt: can't be read as a PyTorch file: cut off, damaged or"
-    ) as error:
-        load_slot_model(tmp_path / "a.ckpt")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("a.ckpt", "can't be read as a PyTorch file: cut off, damaged or"), ("a.safetensors", "can't be read")],
+)
+def test_what_is_no_checkpoint(name, reason, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: {reason}") as error:
+        load_slot_model(tmp_path / name)
     assert "weights_only" not in str(error.value)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("layout", ["zipped", "not zipped", "folder"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-def test_truncated_files(share, zipped, tmp_path):
-    path = tmp_path / "a.ckpt"
-    state = build("videosaur").state_dict()
-    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=zipped)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"a\.ckpt: (can't be read|refused)"):
+def test_truncated_files(share, layout, tmp_path):
+    path = file = tmp_path / "a.ckpt"
+    if layout == "folder":
+        save_slot_model(build("videosaur"), path)
+        file = path / "model.safetensors"
+    else:
+        state = build("videosaur").state_dict()
+        torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=layout == "zipped")
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=r"a\.ckpt.*: (can't be read|refused)"):
         load_slot_model(path, num_heads=2, num_slots=3)
 
 
@@ -385,6 +409,8 @@ def test_shapes(kind):
     assert output.slots.shape == (2, 3, 3, 8)
     for shares in (output.masks, output.attention):
         torch.testing.assert_close(shares.sum(2), torch.ones(2, 3, 16))
+    assert output.attention.shape == output.masks.shape == (2, 3, 3, 16)
+    assert output.backbone_features.shape == (2, 3, 16, 32)
     given = {"features": output.reconstruction, "similarity": output.similarity}
     for name, size in (("features", 32), ("similarity", 16)):
         assert (given[name] is None) == (name not in outputs)
@@ -393,13 +419,15 @@ def test_shapes(kind):
 
 @each_kind
 @pytest.mark.parametrize("rollout", ["forward", "cyclic"])
-@pytest.mark.parametrize("cut", [[7], [1] * 7, [3, 4]])
+@pytest.mark.parametrize("cut", [[7], [1] * 7, [3, 4], [1, 6]])
 @torch.no_grad()
 def test_streaming_in_any_chunks_equals_the_whole(kind, rollout, cut):
     model = build(kind)
     whole = model(model.prepare([frames()]), initial_slots=model.initial_slots(1, [9]), rollout=rollout)
     chunks = iter(np.split(frames(), np.cumsum(cut)[:-1]))
     parts = list(model.stream(chunks, noise_seed=9, rollout=rollout))
+    assert [len(part[1]) for part in parts] == cut
+    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), frames())
     slots, masks = (torch.cat([part[i] for part in parts]) for i in (1, 2))
     torch.testing.assert_close(slots, whole.slots[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(masks, whole.masks[0], rtol=0, atol=1e-5)
@@ -456,7 +484,7 @@ def test_the_mixer_gives_every_slot_the_same_treatment():
 def test_teacher_and_student_draw_the_same_noise():
     """Of as many slots of the same size: whatever else differs, wherever it runs, in batches of any size."""
     teacher = build("videosaur")
-    student = build("dinosaur", seed=1, backbone=BackboneConfig(None, 48, {**VIT, "patch_size": 16}))
+    student = build("dinosaur", seed=1, image_size=48, vit={**VIT, "patch_size": 16})
     seeds = [7, 2**62, 8]
 
     def noise(model, seeds):
