@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.distill.bound import reconstruction_bound
+from pipeline.losses import reconstruction_kd_loss
 from pipeline.models.decoders import MLPDecoder, SlotMixerDecoder
 
 N, D, P, FEATURES = 3, 8, 9, 6
@@ -102,16 +103,10 @@ def test_both_sides_are_those_of_the_theorem():
 
 
 def test_mse_is_what_reconstruction_kd_trains():
-    from pipeline.losses import reconstruction_kd_loss
-
     decoder, teacher, student = real_decoder("mlp_fast"), random_slots(0, B=5), random_slots(1, B=5)
-    trained = reconstruction_kd_loss(
-        decoder(student.flatten(0, 1))[0].unflatten(0, (5, 3)),
-        decoder(teacher.flatten(0, 1))[0].unflatten(0, (5, 3)),
-    )
-    assert reconstruction_bound(decoder, teacher, student).measured_mse == pytest.approx(
-        trained.item(), rel=1e-5
-    )
+    decoded = (decoder(slots.flatten(0, 1))[0].unflatten(0, (5, 3)) for slots in (student, teacher))
+    measured = reconstruction_bound(decoder, teacher, student).measured_mse
+    assert measured == pytest.approx(reconstruction_kd_loss(*decoded).item(), rel=1e-5)
 
 
 def test_only_features_count():
