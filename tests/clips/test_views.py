@@ -12,10 +12,7 @@ sizes = st.integers(1, 400)
 seeds = st.integers(0, 2**31)
 names = st.text(max_size=20)
 recipes = st.builds(
-    Targets,
-    crop=st.sampled_from(["center", "random"]),
-    min_scale=st.floats(0.01, 1),
-    flip=st.floats(0, 1),
+    Targets, crop=st.sampled_from(["center", "random"]), min_scale=st.floats(0.01, 1), flip=st.floats(0, 1)
 )
 
 

@@ -86,14 +86,8 @@ def test_wrong_type(override, line):
             "student.image_size=335",
             "student.image_size: 335 is not a multiple of the patch size 14; nearest: 322 or 336",
         ),
-        (
-            "teacher.image_size=5",
-            "teacher.image_size: 5 is not a multiple of the patch size 14; nearest: 14",
-        ),
-        (
-            "distill.workers=5",
-            "distill.batch_size: 16 can't be shared equally by 5 workers; nearest: 15",
-        ),
+        ("teacher.image_size=5", "teacher.image_size: 5 is not a multiple of the patch size 14; nearest: 14"),
+        ("distill.workers=5", "distill.batch_size: 16 can't be shared equally by 5 workers; nearest: 15"),
     ],
 )
 def test_impossible_value(override, line):

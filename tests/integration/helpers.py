@@ -7,10 +7,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from places import GOLDEN
 
 # A teacher that needs no training, and tells its number of slots and their size itself.
 GOLDEN_TEACHER = [
-    "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
+    f"teacher.checkpoint={GOLDEN / 'slotcontrast_tiny.ckpt'}",
     "teacher.num_heads=3",
     "teacher.num_slots=null",
     "teacher.slot_size=null",
@@ -61,3 +62,9 @@ def resumed_from(text):
 def published_shards(uri):
     folder = Path(uri) / "data"
     return {p: p.stat().st_mtime_ns for p in folder.glob("shard-*.parquet")} if folder.is_dir() else {}
+
+
+def assert_kept(before, uri):
+    """What was published then was not made again."""
+    after = published_shards(uri)
+    assert {path: after[path] for path in before} == before

@@ -19,17 +19,19 @@ from pathlib import Path
 
 import boto3
 import pytest
-import torch
 import yaml
 from mlflow.server.auth.client import AuthServiceClient
+from places import ROOT
+from services import free_port
+from tiny_models import tiny_model
 
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+from pipeline.models import save_slot_model
 from pipeline.registry.stage import register_run
 from pipeline.tracking.client import AccessDenied
 
-CLUSTER = Path(__file__).parents[2] / "cluster"
+CLUSTER = ROOT / "cluster"
 SECONDS = 250  # that a server may take to start; on a free machine it needs 15
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # two such starts
 
@@ -43,19 +45,13 @@ def _program(name):
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
-def _free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 class Services:
     """`compose up` and `compose restart`, for processes."""
 
     def __init__(self, folder):
         self.folder = folder
         self.services = yaml.safe_load((CLUSTER / "compose.yaml").read_text())["services"]
-        self.ports = {"5432": _free_port(), "5000": _free_port(), "9000": _free_port()}
+        self.ports = {port: free_port() for port in ("5432", "5000", "9000")}
         self.secrets = {}  # what cluster/.env would hold
         self.processes = {}
         self.url = f"http://127.0.0.1:{self.ports['5000']}"
@@ -177,10 +173,7 @@ def sign_in(monkeypatch):
 
 def finished_run(config, uri):
     """What a training job leaves behind, with a tiny model."""
-    torch.manual_seed(0)
-    backbone = BackboneConfig(None, 16, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2})
-    model = SlotModel(SlotModelConfig(backbone, 3, 8, decoder_hidden_sizes=(8,)))
-    save_slot_model(model, f"{uri}/model")
+    save_slot_model(tiny_model(), f"{uri}/model")
     storage.write_bytes(f"{uri}/config.yaml", config.to_yaml().encode())
     run_id = tracking.start_run(config, uri, "tiny", {"role": "student"})
     logger = tracking.RunLogger(config, run_id)

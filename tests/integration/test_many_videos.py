@@ -43,9 +43,7 @@ def write_many(folder):
 
 
 @pytest.mark.fault(
-    fault="one cut video among 10,000",
-    stage="shard",
-    checked="set aside by name; every other video once, with all its frames",
+    "one cut video among 10,000", "shard", "set aside by name; every other video once, with all its frames"
 )
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # about a minute where nothing else runs

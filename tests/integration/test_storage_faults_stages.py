@@ -76,7 +76,7 @@ def line(shared_tiny, tmp_path_factory, faulty_s3, local_ray):
     return Line(shared_tiny, tmp_path_factory.mktemp("faulty"), faulty_s3)
 
 
-@pytest.mark.fault(fault=FAULTS, stage="shard", checked="the same fingerprint and bytes as on a local disk")
+@pytest.mark.fault(FAULTS, "shard", "the same fingerprint and bytes as on a local disk")
 def test_shard(line):
     assert line.faulty["shard"]["fingerprint"] == line.calm["shard"]["fingerprint"]
     assert line.faulty["shard"]["bad"] == []
@@ -85,7 +85,7 @@ def test_shard(line):
     assert faulty == calm
 
 
-@pytest.mark.fault(fault=FAULTS, stage="cache", checked="the same slots of every clip and view")
+@pytest.mark.fault(FAULTS, "cache", "the same slots of every clip and view")
 def test_cache(line):
     assert line.faulty["cache"]["fingerprint"] == line.calm["cache"]["fingerprint"]
     calm, faulty = line.files("cache")
@@ -93,7 +93,7 @@ def test_cache(line):
     assert faulty == calm
 
 
-@pytest.mark.fault(fault=FAULTS, stage="distill", checked="the same losses in every step, the same weights")
+@pytest.mark.fault(FAULTS, "distill", "the same losses in every step, the same weights")
 def test_distill(line):
     names = ("history.json", "model/model.safetensors")
     for name in names:
@@ -103,7 +103,7 @@ def test_distill(line):
         assert faulty == calm, name
 
 
-@pytest.mark.fault(fault=FAULTS, stage="evaluate", checked="the same scores of every video")
+@pytest.mark.fault(FAULTS, "evaluate", "the same scores of every video")
 def test_evaluate(line):
     assert line.faulty["evaluate"]["scores"] == line.calm["evaluate"]["scores"]
     calm, faulty = (
@@ -113,7 +113,7 @@ def test_evaluate(line):
     assert faulty.equals(calm)
 
 
-@pytest.mark.fault(fault=FAULTS, stage="register", checked="the champion is pulled and loads")
+@pytest.mark.fault(FAULTS, "register", "the champion is pulled and loads")
 def test_register(line, tmp_path):
     client = tracking.connect(line.config)
     champion = client.get_model_version_by_alias("slotmatch", "champion")
@@ -122,9 +122,7 @@ def test_register(line, tmp_path):
     load_slot_model(tmp_path / "champion")
 
 
-@pytest.mark.fault(
-    fault=FAULTS, stage="all", checked="faults came, retries were logged, all is published whole"
-)
+@pytest.mark.fault(FAULTS, "all", "faults came, retries were logged, all is published whole")
 def test_nothing_is_left_unfinished(line):
     assert sum(line.injected.values()) >= 20, line.injected
     assert len(line.injected) >= 5, line.injected

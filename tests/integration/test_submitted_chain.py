@@ -92,9 +92,9 @@ def test_the_champion_tells_where_it_comes_from(cluster, chain, tmp_path):
 
 
 @pytest.mark.fault(
-    fault="missing bucket, wrong password",
-    stage="shard, register",
-    checked="exit code 1 at once, with the bucket, the server and who asked",
+    "missing bucket, wrong password",
+    "shard, register",
+    "exit code 1 at once, with the bucket, the server and who asked",
 )
 def test_what_is_refused_is_said(cluster, chain, tmp_path):
     config, _, _ = chain
@@ -113,11 +113,7 @@ def test_what_is_refused_is_said(cluster, chain, tmp_path):
     assert "not-the-password" not in result.stdout + result.stderr
 
 
-@pytest.mark.fault(
-    fault="planted secrets",
-    stage="all",
-    checked="in no log, job metadata, MLflow record or stored object",
-)
+@pytest.mark.fault("planted secrets", "all", "in no log, job metadata, MLflow record or stored object")
 def test_planted_secrets_are_nowhere(cluster, chain):
     *_, printed = chain
     ray = str(Path(sys.executable).with_name("ray"))

@@ -14,10 +14,7 @@ from pipeline.sweep.runs import PARENT_TAG
 from pipeline.sweep.settings import plan_trials
 from pipeline.sweep.stage import SweepFailed, sweep
 
-BASE = [
-    *GOLDEN_TEACHER,
-    "evaluate.baselines=false",
-]
+BASE = [*GOLDEN_TEACHER, "evaluate.baselines=false"]
 
 
 def file_times(runs):
@@ -28,7 +25,7 @@ def file_times(runs):
 
 
 def runs_of(config):
-    shard_split(config, config.dataset.split)["uri"]
+    shard_split(config, config.dataset.split)
     return {t.title: artifacts_of(t.config).student.uri for t in plan_trials(config)}
 
 
@@ -105,9 +102,7 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
 
 
 @pytest.mark.timeout(900)  # two starts of Ray, on machines that may be busy
-@pytest.mark.fault(
-    fault="SIGKILL of the Tune driver", stage="sweep", checked="run again, it trains only what had not ended"
-)
+@pytest.mark.fault("SIGKILL of the Tune driver", "sweep", "run again, it trains only what had not ended")
 def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
     variants = {"short": {"distill.steps": 10}, "long": {"distill.steps": 400}, "last": {"distill.steps": 9}}
     settings = [*BASE, "sweep.seeds=[0]", "distill.checkpoint_every=20", "ray.num_cpus=2"]
@@ -177,11 +172,7 @@ def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
 def test_train_workers_inside_of_tune_and_a_trial_that_fails(tiny, local_ray, capfd):
     variants = {
         "good": {"distill.beta": 0.1},
-        "hopeless": {
-            "distill.learning_rate": 1e30,
-            "distill.gradient_clip": 1e30,
-            "distill.warmup_steps": 3,
-        },
+        "hopeless": {"distill.learning_rate": 1e30, "distill.gradient_clip": 1e30, "distill.warmup_steps": 3},
     }
     config = with_overrides(
         tiny(*BASE, "sweep.seeds=[0]", "distill.workers=1", "distill.validate_every=4"),
@@ -194,7 +185,7 @@ def test_train_workers_inside_of_tune_and_a_trial_that_fails(tiny, local_ray, ca
     assert "hopeless, seed 0 failed: NonFiniteLoss" in out
     assert "NonFiniteLoss" in summary["failed"]["hopeless, seed 0"]
     assert summary["best"]["setting"] == "good"
-    shard_split(config, "")["uri"]
+    shard_split(config, "")
     good = plan_trials(config)[0]
     assert distill(good.config)["reused"], "the same run as that of jobs.distill"
     again = sweep(config)

@@ -5,22 +5,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from tiny_models import tiny_model
 
 from pipeline import storage
 from pipeline.clips.sources import BadVideo, VideoRef
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 from pipeline.segment.stage import segment
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    arguments = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    return SlotModel(
-        SlotModelConfig(BackboneConfig(None, 32, arguments), 3, 8, decoder_hidden_sizes=(8,))
-    ).eval()
+    return tiny_model().eval()
 
 
 def write_video(path, frames, width, height):

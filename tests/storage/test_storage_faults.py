@@ -16,9 +16,9 @@ from pipeline.storage import client as s3_client
 from pipeline.storage import join, s3
 
 pytestmark = pytest.mark.fault(
-    fault="S3: 503, 429, 500, stalls, cut connections, no permission",
-    stage="storage",
-    checked="bounded retries, whole objects or none; at once with bucket and identity where it can't help",
+    "S3: 503, 429, 500, stalls, cut connections, no permission",
+    "storage",
+    "bounded retries, whole objects or none; at once with bucket and identity where it can't help",
 )
 PART = 256 << 10
 BIG = os.urandom(2 * PART + 1000)  # three parts of an upload, three blocks of a read
@@ -319,10 +319,7 @@ def test_no_such_bucket_is_not_an_unfinished_folder(proxy):
 
 @pytest.mark.parametrize(
     ("name", "value", "identity"),
-    [
-        ("AWS_SECRET_ACCESS_KEY", "wrongsecret", "…tkey"),
-        ("AWS_ACCESS_KEY_ID", "strangerskey", "…skey"),
-    ],
+    [("AWS_SECRET_ACCESS_KEY", "wrongsecret", "…tkey"), ("AWS_ACCESS_KEY_ID", "strangerskey", "…skey")],
 )
 def test_wrong_credentials(root, proxy, monkeypatch, name, value, identity):
     monkeypatch.setenv(name, value)

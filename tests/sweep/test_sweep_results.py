@@ -121,10 +121,7 @@ def test_the_files_of_a_page():
     config = resolve_config({}, ["dataset.name=clay", "evaluate.score=video_mbo"])
     found, table = page_files("5a1ad", results, TEACHER, {}, evaluation, best, config)
     files = dict(found)
-    assert table.notes[-2:] == (
-        "Protocol paper: clips of 4 frames; 60 videos.",
-        f"Chosen: {best.reason}.",
-    )
+    assert table.notes[-2:] == ("Protocol paper: clips of 4 frames; 60 videos.", f"Chosen: {best.reason}.")
     assert files["table.txt"].decode() == plain_text(table) + "\n"
     assert files["table.csv"].decode() == as_csv(results)
     page = files["table.md"].decode()
