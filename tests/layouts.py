@@ -129,6 +129,11 @@ def write_davis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
 # --- COCO's JSON ------------------------------------------------------------------------------------
 
 
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
 def compressed_rle(mask):
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(mask.shape), "counts": rle["counts"].decode()}
@@ -212,9 +217,7 @@ def _write_vis(folder, json_name, image_name, names, settings):
     for split, content in files.items():
         if split != "train":
             del content["annotations"]
-        path = folder / json_name(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+        write_json(folder / json_name(split), content)
     return truth
 
 
@@ -233,9 +236,8 @@ def write_coco(folder, *, videos=3, frames=1, size=(48, 64), seed=0):
         for k, track in enumerate(boxes):
             if i == 0 and k < 2:
                 continue
-            segmentation = _segmentation((2 * k + i) % 3, track[0], size) or compressed_rle(
-                np.ones(size, bool)
-            )
+            everything = compressed_rle(np.ones(size, bool))
+            segmentation = _segmentation((2 * k + i) % 3, track[0], size) or everything
             content["annotations"].append(
                 {
                     "id": 900_000_000_000 + 10 * number + k,
@@ -247,9 +249,7 @@ def write_coco(folder, *, videos=3, frames=1, size=(48, 64), seed=0):
             )
         truth[f"{number:012d}"] = Truth(split, decoded[None], [object_masks(boxes[:2], 0, size)])
     for split, content in files.items():
-        path = folder / "annotations" / f"instances_{split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+        write_json(folder / "annotations" / f"instances_{split}.json", content)
     return truth
 
 
@@ -383,32 +383,18 @@ def write_webdataset(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
     return truth
 
 
-WRITERS = {
-    "davis": write_davis,
-    "ytvis": write_ytvis,
-    "ovis": write_ovis,
-    "movi": write_movi,
-    "coco": write_coco,
-    "webdataset": write_webdataset,
+# Of each kind its writer, its split for evaluation and its shipped config.
+_KINDS = {
+    "davis": (write_davis, "val", "davis2017"),
+    "ytvis": (write_ytvis, "valid", "ytvis2021"),
+    "ovis": (write_ovis, "valid", "ovis"),
+    "movi": (write_movi, "validation", "movi_e"),
+    "coco": (write_coco, "val2017", "coco"),
+    "webdataset": (write_webdataset, "validation", "webdataset"),
 }
-EVALUATION_SPLITS = {
-    "davis": "val",
-    "ytvis": "valid",
-    "ovis": "valid",
-    "movi": "validation",
-    "coco": "val2017",
-    "webdataset": "validation",
-}
-
-
-SHIPPED = {  # the config of each, with what it reads
-    "davis2017": "davis",
-    "ytvis2021": "ytvis",
-    "ovis": "ovis",
-    "movi_e": "movi",
-    "coco": "coco",
-    "webdataset": "webdataset",
-}
+WRITERS = {kind: writer for kind, (writer, *_) in _KINDS.items()}
+EVALUATION_SPLITS = {kind: split for kind, (_, split, _) in _KINDS.items()}
+SHIPPED = {config: kind for kind, (*_, config) in _KINDS.items()}  # what each config reads
 
 
 def training_split(kind):

@@ -1,13 +1,12 @@
 """What a user reads who got a config wrong, and what a config gives who got it right."""
 
-from pathlib import Path
-
 import pytest
 import yaml
+from places import CONFIGS
 
 from pipeline.config import Config, ConfigError, ViT, load_config, resolve_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
 def problems(values=None, *overrides):
@@ -16,7 +15,7 @@ def problems(values=None, *overrides):
     return str(error.value).splitlines()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_configs_load(path):
     config = load_config(path)
     assert load_config(path, ["distill.seed=7"]).distill.seed == 7
@@ -261,12 +260,12 @@ def test_tracking_uri(tmp_path, monkeypatch):
     assert given.tracking_uri == "http://from-config"
 
 
-METHOD_PRESETS = sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml"))
+METHOD_PRESETS = sorted((CONFIGS / "methods").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", METHOD_PRESETS, ids=lambda path: path.stem)
 def test_a_methods_preset_goes_over_any_config(preset):
-    base = preset.parents[1] / "movi_e.yaml"
+    base = CONFIGS / "movi_e.yaml"
     config = load_config(base, ["distill.beta=0.7"], presets=[preset])
     assert config.distill.method == preset.stem
     assert config.distill.beta == 0.7  # what is said last
