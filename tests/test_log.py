@@ -11,22 +11,11 @@ from pipeline.log import has_password, redact, redacted
 from pipeline.sweep.ended import failed
 from pipeline.sweep.settings import Setting, Trial
 
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD")
+SECRETS += ("MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN", "PGPASSWORD", "HF_TOKEN", "SOME_API_KEY")
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_SESSION_TOKEN",
-        "AWS_ACCESS_KEY_ID",
-        "MLFLOW_TRACKING_PASSWORD",
-        "MLFLOW_TRACKING_TOKEN",
-        "RAY_AUTH_TOKEN",
-        "PGPASSWORD",
-        "HF_TOKEN",
-        "SOME_API_KEY",
-        "OIDC_CLIENT_SECRET",
-    ],
-)
+
+@pytest.mark.parametrize("name", [*SECRETS, "OIDC_CLIENT_SECRET"])
 def test_values_of_secret_variables_are_hidden(monkeypatch, name):
     monkeypatch.setenv(name, "pa/ss+word/of/20/let")
     assert redact("login with pa/ss+word/of/20/let failed") == "login with *** failed"

@@ -17,15 +17,8 @@ MODEL = {
     "image_size": 32,
     "decoder_hidden_sizes": [16, 16],
 }
-TRAINING = {
-    "steps": 20,
-    "warmup_steps": 2,
-    "batch_size": 4,
-    "log_every": 1,
-    "workers": 0,
-    "learning_rate": 0.002,
-    "alpha": 0.5,
-}
+TRAINING = {"steps": 20, "warmup_steps": 2, "batch_size": 4, "log_every": 1, "workers": 0}
+TRAINING |= {"learning_rate": 0.002, "alpha": 0.5}
 
 
 def make_clips(folder):
@@ -37,13 +30,7 @@ def make_config(root, *overrides):
         "storage": {"root": str(root)},
         "teacher": {**MODEL, "num_slots": 4, "slot_size": 16, "train": dict(TRAINING)},
         "student": MODEL,
-        "targets": {
-            "views": 2,
-            "crop": "random",
-            "min_scale": 0.6,
-            "student_features": False,
-            "teacher_features": True,
-        },
+        "targets": {"views": 2, "crop": "random", "min_scale": 0.6, "teacher_features": True},
         "distill": dict(TRAINING),
     }
     return resolve_config(values, overrides)

@@ -91,12 +91,7 @@ def test_overlapping_objects_survive():
     first[2:6, 1:5], second[4:9, 3:7] = True, True
     masks = [{5: first, 300: second}, {}, {300: second, 5: np.zeros((9, 7), bool)}]
     row = {
-        "video_id": "v",
-        "clip_index": 2,
-        "start_frame": 8,
-        "full": False,
-        "height": 9,
-        "width": 7,
+        **{"video_id": "v", "clip_index": 2, "start_frame": 8, "full": False, "height": 9, "width": 7},
         "timestamps": [0.0, 1.0, 2.0],
         "frames": [encode_frame(f, "raw", 95) for f in frames],
         "masks": [encode_masks(m) for m in masks],
@@ -209,15 +204,3 @@ def test_damage_inside_a_shard_is_an_error_that_names_it(tmp_path):
 def test_an_unpublished_folder_is_refused(tmp_path):
     with pytest.raises(storage.IncompleteError, match="run the job again"):
         ClipSet(str(tmp_path))
-
-
-def test_shards_on_s3(tmp_path, s3):
-    pixels = write_folders(tmp_path / "videos", {"a": 9})
-    uri = storage.join(s3, tmp_path.name, "data")
-    write_shard(
-        list_videos(str(tmp_path / "videos"), "masks"), f"{uri}/shard-00000.parquet", Clips(codec="png")
-    )
-    rows = ShardReader(uri).rows("shard-00000.parquet")
-    read = np.concatenate([to_clip(row, masks=False).frames for row in rows])
-    np.testing.assert_array_equal(read, pixels["a"])
-    storage.delete(storage.join(s3, tmp_path.name))

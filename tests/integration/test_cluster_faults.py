@@ -21,20 +21,10 @@ from pipeline.targets.table import TargetSet
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TEACHER = [*GOLDEN_TEACHER, "evaluate.split=null"]
-LONG_SHARD = [
-    "dataset.synthetic.videos=60",
-    "dataset.synthetic.frames=60",
-    "dataset.synthetic.size=96",
-    "clips.videos_per_shard=2",
-]
-LONG_DISTILL = [
-    *TEACHER,
-    "distill.workers=2",
-    "distill.cpus_per_worker=0.9",
-    "distill.steps=300",
-    "distill.keep_checkpoints=20",
-    "student.decoder_hidden_sizes=[512,512]",
-]
+LONG_SHARD = ["dataset.synthetic.videos=60", "dataset.synthetic.frames=60", "dataset.synthetic.size=96"]
+LONG_SHARD += ["clips.videos_per_shard=2", "evaluate.split=null"]
+LONG_DISTILL = [*TEACHER, "distill.workers=2", "distill.cpus_per_worker=0.9", "distill.steps=300"]
+LONG_DISTILL += ["distill.keep_checkpoints=20", "student.decoder_hidden_sizes=[512,512]"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +70,7 @@ def worker_of(cluster, title):
 @pytest.mark.fault("SIGKILL of a Data worker", "shard", "every video and frame is there once")
 @pytest.mark.fault("SIGKILL of a node's raylet", "shard", "the same, in the same job")
 def test_shard_loses_a_worker_and_a_node(tiny, cluster):
-    config = tiny(*LONG_SHARD, "evaluate.split=null")
+    config = tiny(*LONG_SHARD)
     uri = artifacts_of(config).clips.uri
     job = cluster.job("shard", config)
     new_shards(uri, 0, job)
@@ -100,14 +90,8 @@ def test_shard_loses_a_worker_and_a_node(tiny, cluster):
 @pytest.mark.fault("SIGKILL of a Data actor", "cache", "every row is there once")
 @pytest.mark.fault("SIGKILL of a node's raylet", "cache", "the same, in the same job")
 def test_cache_loses_an_actor_and_a_node(tiny, cluster):
-    config = tiny(
-        *TEACHER,
-        "dataset.synthetic.videos=60",
-        "dataset.synthetic.frames=24",
-        "clips.videos_per_shard=1",
-        "targets.views=6",
-        "targets.batch_size=2",
-    )
+    size = ["dataset.synthetic.videos=60", "dataset.synthetic.frames=24", "clips.videos_per_shard=1"]
+    config = tiny(*TEACHER, *size, "targets.views=6", "targets.batch_size=2")
     cluster.job("shard", config).finish()
     clips = ClipSet(artifacts_of(config).clips.uri)
     uri = artifacts_of(config).targets.uri
@@ -197,10 +181,8 @@ def test_two_cache_jobs_at_once(shared_tiny, cluster, unbroken):
     jobs = [cluster.job("cache", config), cluster.job("cache", config)]
     summaries = [job.finish() for job in jobs]
     assert {s["uri"] for s in summaries} == {uri}
-    assert sorted(s["computed_shards"] for s in summaries) == [
-        0,
-        len(ClipSet(artifacts_of(config).clips.uri).shards),
-    ]
+    shards = ClipSet(artifacts_of(config).clips.uri).shards
+    assert sorted(s["computed_shards"] for s in summaries) == [0, len(shards)]
     assert any("another job is at this already" in job.output() for job in jobs)
 
 
@@ -228,7 +210,7 @@ def driver_of(cluster, title):
 @pytest.mark.fault("ray job stop", "shard", "the same")
 @pytest.mark.fault("SIGKILL of the head and all nodes", "shard", "the same, on a new head")
 def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
-    config = tiny(*LONG_SHARD, "dataset.synthetic.videos=90", "evaluate.split=null")
+    config = tiny(*LONG_SHARD, "dataset.synthetic.videos=90")
     uri = artifacts_of(config).clips.uri
     ray = str(Path(sys.executable).with_name("ray"))
 

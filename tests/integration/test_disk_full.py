@@ -56,18 +56,13 @@ CHECKED = "names the disk, publishes nothing by half; with room again it makes w
 @pytest.mark.fault("full disk under local storage", "shard, cache, distill", CHECKED)
 def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
     folder, resize = disk
-    config = tiny(
+    settings = ["dataset.synthetic.videos=12", "dataset.synthetic.frames=24", "dataset.synthetic.size=96"]
+    settings += ["clips.videos_per_shard=1", "clips.codec=raw", "targets.views=8", "evaluate.split=null"]
+    settings += [
         f"storage.root={folder / 'root'}",
         f"mlflow.tracking_uri=sqlite:///{folder.parent / 'mlflow.db'}",
-        "dataset.synthetic.videos=12",
-        "dataset.synthetic.frames=24",
-        "dataset.synthetic.size=96",
-        "clips.videos_per_shard=1",
-        "clips.codec=raw",
-        "targets.views=8",
-        *GOLDEN_TEACHER,
-        "evaluate.split=null",
-    )
+    ]
+    config = tiny(*GOLDEN_TEACHER, *settings)
 
     def fills_up(stage, room):
         """Runs a stage with so much room, which is too little, then with enough."""

@@ -36,13 +36,8 @@ def kill_at_two_shards(process, uri):
 
 @pytest.mark.fault("SIGKILL of the driver", "shard", "run again, it makes what is missing and nothing else")
 def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
-    config = tiny(
-        "dataset.synthetic.videos=60",
-        "dataset.synthetic.frames=60",
-        "dataset.synthetic.size=96",
-        "clips.videos_per_shard=2",
-        "evaluate.split=null",
-    )
+    size = ["dataset.synthetic.videos=60", "dataset.synthetic.frames=60", "dataset.synthetic.size=96"]
+    config = tiny(*size, "clips.videos_per_shard=2", "evaluate.split=null")
     uri = artifacts_of(config).clips.uri
     before = kill_at_two_shards(job("shard", config), uri)
     assert 2 <= len(before) < 30
@@ -55,14 +50,8 @@ def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
 
 @pytest.mark.fault("SIGKILL of the driver", "cache", "run again, it makes what is missing and nothing else")
 def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
-    config = tiny(
-        "dataset.synthetic.videos=40",
-        "dataset.synthetic.frames=24",
-        "clips.videos_per_shard=1",
-        "targets.views=4",
-        *GOLDEN_TEACHER,
-        "targets.batch_size=2",
-    )
+    size = ["dataset.synthetic.videos=40", "dataset.synthetic.frames=24", "clips.videos_per_shard=1"]
+    config = tiny(*GOLDEN_TEACHER, *size, "targets.views=4", "targets.batch_size=2")
     shard_split(config, "")
     uri = artifacts_of(config).targets.uri
     before = kill_at_two_shards(job("cache", config), uri)
@@ -81,15 +70,12 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     """SIGKILL of a Ray Train worker, then of the whole driver; then the job is run once more."""
     settings = [
         "distill.workers=2",
-        "distill.steps=240",
-        "distill.checkpoint_every=30",
-        "distill.keep_checkpoints=10",
-        "distill.log_every=1",
         "distill.cpus_per_worker=0.5",
-        "targets.views=2",
-        "student.decoder_hidden_sizes=[512,512]",
-        "student.num_slots=4",
+        "distill.steps=240",
+        "distill.log_every=1",
     ]
+    settings += ["distill.checkpoint_every=30", "distill.keep_checkpoints=10", "targets.views=2"]
+    settings += ["student.decoder_hidden_sizes=[512,512]", "student.num_slots=4"]
     unbroken = tiny(*settings, "distill.name=unbroken")
     shard_split(unbroken, "")
     train_teacher(unbroken)
@@ -123,12 +109,8 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
 
 @pytest.mark.fault("NaN loss", "distill", "stops, says why, keeps the last good checkpoint")
 def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, local_ray):
-    config = tiny(
-        "distill.learning_rate=1e30",
-        "distill.warmup_steps=3",
-        "distill.gradient_clip=1e30",
-        "distill.checkpoint_every=1",
-    )
+    settings = ["distill.learning_rate=1e30", "distill.gradient_clip=1e30", "distill.warmup_steps=3"]
+    config = tiny(*settings, "distill.checkpoint_every=1")
     shard_split(config, "")
     train_teacher(config)
     cache(config)

@@ -109,14 +109,9 @@ def test_a_teacher_of_another_slot_size_needs_the_map(prepared, shared_tiny):
 
 
 def test_a_teacher_trained_as_videosaur_and_its_student(shared_tiny, prepared):
-    config = shared_tiny(
-        "teacher.initial_slots=random",
-        "teacher.corrector_mlp=false",
-        "teacher.decoder=slot_mixer",
-        "teacher.train.alpha=0",
-        "teacher.train.similarity=0.1",
-        "student.initial_slots=random",
-    )
+    settings = ["teacher.initial_slots=random", "student.initial_slots=random", "teacher.corrector_mlp=false"]
+    settings += ["teacher.decoder=slot_mixer", "teacher.train.alpha=0", "teacher.train.similarity=0.1"]
+    config = shared_tiny(*settings)
     trained = train_teacher(config)
     curve = storage.read_json(trained["history"])
     assert set(curve[0]) == {"step", "total", "reconstruction", "similarity", "gradient_norm"}

@@ -22,13 +22,8 @@ PLANTED = {
     "RAY_AUTH_TOKEN": "a0b0c0d0" * 4,
 }
 KEPT_HERE = ("env", "state.json")  # where they are kept, for their owner alone
-SETTINGS = [
-    *GOLDEN_TEACHER,
-    "distill.workers=2",
-    "distill.cpus_per_worker=0.8",
-    "sweep.grid={distill.beta: [0.1, 0.5]}",
-    "sweep.seeds=[0]",
-]
+SETTINGS = [*GOLDEN_TEACHER, "distill.workers=2", "distill.cpus_per_worker=0.8"]
+SETTINGS += ["sweep.grid={distill.beta: [0.1, 0.5]}", "sweep.seeds=[0]"]
 
 
 @pytest.fixture(scope="module")
