@@ -153,20 +153,9 @@ def test_sections_that_are_none():
 
 def test_overrides():
     values = {"distill": {"steps": 5, "seed": 1}, "clips": {"fps": 10}}
-    config = resolve_config(
-        values,
-        [
-            "distill.steps=6",
-            "teacher.train.steps=1_000",
-            "clips.fps=null",
-            "sweep.seeds=[1, 2]",
-            "dataset.path=/videos/a=b c",
-            "distill.learning_rate=1e-3",
-            "mlflow.experiment=",
-            "mlflow.experiment=my videos",
-            "evaluate.split=",
-        ],
-    )
+    overrides = ["distill.steps=6", "teacher.train.steps=1_000", "clips.fps=null", "sweep.seeds=[1, 2]"]
+    overrides += ["dataset.path=/videos/a=b c", "distill.learning_rate=1e-3", "evaluate.split="]
+    config = resolve_config(values, [*overrides, "mlflow.experiment=", "mlflow.experiment=my videos"])
     assert (config.distill.steps, config.distill.seed) == (6, 1)
     assert config.teacher.train.steps == 1000
     assert config.clips.fps is None
@@ -205,9 +194,8 @@ def test_round_trip(tmp_path):
 
 def test_empty_file_is_the_defaults(tmp_path):
     (tmp_path / "config.yaml").write_text("# nothing yet\n")
-    assert load_config(tmp_path / "config.yaml", ["storage.root=/data"]) == resolve_config(
-        {}, ["storage.root=/data"]
-    )
+    root = ["storage.root=/data"]
+    assert load_config(tmp_path / "config.yaml", root) == resolve_config({}, root)
 
 
 def test_local_paths_become_absolute_and_others_stay(tmp_path, monkeypatch):
@@ -300,6 +288,8 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
         (["teacher.train.reconstruction=0"], "leaves nothing to train for"),
         (["dataset.kind=synthetic", "evaluate.split=tests"], "'tests' is no generated split"),
         (["dataset.kind=synthetic", "evaluate.split=train"], "'train' is the training split"),
+        (["evaluate.protocol=slotcontrst"], "evaluate.protocol: 'slotcontrst' "),
+        (["evaluate.protocol=slotcontrst"], "nearest: slotcontrast"),
     ],
 )
 def test_what_can_not_be_combined_says_what_to_do(overrides, message):

@@ -64,13 +64,8 @@ class Cluster(LocalCluster):
             "import json, logging, ray; ray.init(address='auto', logging_level=logging.ERROR)\n"
             "print(json.dumps([n['NodeID'] for n in ray.nodes() if n['Alive']]))"
         )
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            env=self.job_environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        command, options = [sys.executable, "-c", code], {"capture_output": True, "text": True, "check": True}
+        result = subprocess.run(command, env=self.job_environment(), **options)
         return json.loads(result.stdout.splitlines()[-1])
 
     def job_environment(self):

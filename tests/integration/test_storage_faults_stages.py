@@ -16,17 +16,8 @@ from pipeline.models import load_slot_model
 from pipeline.registry.stage import pull
 from pipeline.storage import join
 
-RATES = {
-    "503": 0.05,
-    "500": 0.01,
-    "429": 0.01,
-    "cut": 0.02,
-    "cut in answer": 0.02,
-    "cut in upload": 0.02,
-    "answer lost": 0.02,
-    "stall": 0.005,
-    "stall in answer": 0.005,
-}
+RATES = {"503": 0.05, "500": 0.01, "429": 0.01, "stall": 0.005, "stall in answer": 0.005}
+RATES |= {"cut": 0.02, "cut in answer": 0.02, "cut in upload": 0.02, "answer lost": 0.02}
 STALLED_AFTER = 3  # seconds
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test runs the line twice
 FAULTS = "503, 500, 429, cut connections, stalls"
@@ -53,12 +44,8 @@ class Line:
         environment = {**os.environ, **threads, "SLOTMATCH_S3_TIMEOUT": str(STALLED_AFTER)}
         script = Path(__file__).with_name("stages_in_turn.py")
         with open(log, "wb") as errors:
-            code = subprocess.run(
-                [sys.executable, str(script), str(config), str(out)],
-                env=environment,
-                stderr=errors,
-                cwd=folder,
-            ).returncode
+            command = [sys.executable, str(script), str(config), str(out)]
+            code = subprocess.run(command, env=environment, stderr=errors, cwd=folder).returncode
         self.injected = dict(proxy.injected)
         proxy.calm()
         self.log = log.read_text()

@@ -212,14 +212,6 @@ def test_broken_config_of_a_model_folder(tmp_path, content):
 # --- the model ------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def test_cached_features_and_video_give_the_same():
-    model = make()
-    output = model(random_video())
-    cached = model(backbone_features=output.backbone_features)
-    torch.testing.assert_close(cached.slots, output.slots, rtol=0, atol=0)
-
-
 def test_wrong_input_is_an_error():
     model = make()
     for video in (random_video(size=40), random_video()[0], random_video().permute(0, 2, 1, 3, 4)):

@@ -3,11 +3,11 @@
 import json
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from clip_sets import make_clip_set, random_video
+from clip_sets import random_clips
+from layouts import edit_json
 from students import evaluation, make_finished_run
 
 from jobs._main import run
@@ -29,15 +29,15 @@ def config(tmp_path):
 def root(config, tmp_path):
     """What all stages leave behind, with a champion in the registry."""
     root = tmp_path / "root"
-    rng = np.random.default_rng(0)
     for name, count in (("train", 7), ("val", 2)):
         folder = root / "clips" / name
-        make_clip_set(folder, {f"{name}-{i}": random_video(rng, frames=4) for i in range(count)})
+        random_clips(folder, {f"{name}-{i}": 4 for i in range(count)})
         rows = [{"video_id": f"{name}-{i}", "path": f"videos/{i}.mp4", "content": "h"} for i in range(count)]
         pq.write_table(pa.Table.from_pylist(rows), folder / "sources.parquet")
         described = {"kind": "videos", "name": "bikes", "path": "/data/bikes", "split": name}
         bad = [{"video": "cut.mp4", "path": "p", "reason": "is truncated"}] if name == "train" else []
-        update_manifest(folder, dataset=described, frames=28, bad=bad)
+        more = {"dataset": described, "frames": 28, "bad": bad}
+        edit_json(folder / "manifest.json", lambda manifest, more=more: manifest.update(more))
     (root / "teacher.ckpt").write_bytes(b"weights")
     TargetManifest(
         fingerprint="t",
@@ -64,11 +64,6 @@ def root(config, tmp_path):
     return root
 
 
-def update_manifest(folder, **changes):
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
-
-
 def test_every_link_is_named_down_to_the_videos(config, root):
     found = trace(CHAMPION, config.tracking_uri)
     summary = found.summary()
@@ -76,11 +71,7 @@ def test_every_link_is_named_down_to_the_videos(config, root):
     assert summary["uri"] == "models:/slotmatch/1"
     assert summary["version"]["aliases"] == ["champion"]
     assert summary["run"]["uri"] == str(root / "students" / "s")
-    assert (summary["run"]["method"], summary["run"]["beta"], summary["run"]["seed"]) == (
-        "slotmatch",
-        "0.2",
-        "1",
-    )
+    assert [summary["run"][key] for key in ("method", "beta", "seed")] == ["slotmatch", "0.2", "1"]
     assert summary["run"]["created"] == "2026-01-02T03:04:05Z"
     assert summary["run"]["mlflow_run"]
     assert summary["targets"]["views"] == {"views": 4, "flip": 0.5}
@@ -136,10 +127,7 @@ def test_the_exit_code_says_whether_the_chain_is_whole(config, root, capsys):
 
 
 def test_clips_of_earlier_versions_did_not_record_their_sources(config, root):
-    manifest = root / "clips" / "train" / "manifest.json"
-    values = json.loads(manifest.read_text())
-    del values["dataset"]
-    manifest.write_text(json.dumps(values))
+    edit_json(root / "clips/train/manifest.json", lambda manifest: manifest.pop("dataset"))
     (root / "clips" / "train" / "sources.parquet").unlink()
     found = trace(CHAMPION, config.tracking_uri)
     assert found.missing == []
