@@ -203,15 +203,10 @@ def _write_vis(folder, json_name, image_name, names, settings):
         video = {"id": number, "file_names": file_names, "length": len(pixels)}
         content["videos"].insert(0, {**video, "height": size[0], "width": size[1]})
         for k, track in enumerate(boxes):
-            content["annotations"].append(
-                {
-                    "id": 10**10 + 10 * number + k,  # more than 32 bits
-                    "video_id": number,
-                    "category_id": 7,
-                    "iscrowd": int(k == 2),
-                    "segmentations": [_segmentation((i + k) % 3, box, size) for box in track],
-                }
-            )
+            segmentations = [_segmentation((i + k) % 3, box, size) for box in track]
+            entry = {"id": 10**10 + 10 * number + k, "video_id": number}  # more than 32 bits
+            entry |= {"category_id": 7, "iscrowd": int(k == 2), "segmentations": segmentations}
+            content["annotations"].append(entry)
         masks = [object_masks(boxes[:2], t, size) for t in range(len(pixels))]
         truth[f"{number}-{name}"] = Truth(split, np.stack(decoded), masks if split == "train" else None)
     for split, content in files.items():
@@ -238,15 +233,8 @@ def write_coco(folder, *, videos=3, frames=1, size=(48, 64), seed=0):
                 continue
             everything = compressed_rle(np.ones(size, bool))
             segmentation = _segmentation((2 * k + i) % 3, track[0], size) or everything
-            content["annotations"].append(
-                {
-                    "id": 900_000_000_000 + 10 * number + k,
-                    "image_id": number,
-                    "category_id": 90,
-                    "iscrowd": int(k == 2),
-                    "segmentation": segmentation,
-                }
-            )
+            entry = {"id": 900_000_000_000 + 10 * number + k, "image_id": number, "category_id": 90}
+            content["annotations"].append({**entry, "iscrowd": int(k == 2), "segmentation": segmentation})
         truth[f"{number:012d}"] = Truth(split, decoded[None], [object_masks(boxes[:2], 0, size)])
     for split, content in files.items():
         write_json(folder / "annotations" / f"instances_{split}.json", content)
@@ -314,13 +302,8 @@ def write_movi(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
     for split, i in splits(videos, "train", "validation"):
         pixels, boxes = scene(rng, frames + i, size, empty=1 if i == 0 else None)
         labels = [label_map(boxes, t, size) for t in range(len(pixels))]
-        record = example(
-            {
-                "video": [png_bytes(frame) for frame in pixels],
-                "segmentations": [png_bytes(label) for label in labels],
-                "metadata/video_name": [str(i).encode()],
-            }
-        )
+        images = {"video": list(map(png_bytes, pixels)), "segmentations": list(map(png_bytes, labels))}
+        record = example({**images, "metadata/video_name": [str(i).encode()]})
         files.setdefault((split, i // 2), []).append(tfrecord(record))
         masks = [masks_of_labels(label) for label in labels]
         truth[f"movi_e-{split}-{i // 2:05d}/{i % 2:04d}"] = Truth(split, pixels, masks)

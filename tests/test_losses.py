@@ -1,5 +1,6 @@
 """The losses against loops that follow their definitions word for word."""
 
+import itertools
 import math
 
 import numpy as np
@@ -232,8 +233,6 @@ def test_match_slots_per_clip_keeps_the_first_frame():
 
 def test_match_slots_is_the_best_of_all_permutations():
     """One to one and best in total, not each slot its nearest."""
-    import itertools
-
     student, teacher = random_tensor(0, 2, 2, 4, 3), random_tensor(1, 2, 2, 4, 3)
     similarity = torch.cosine_similarity(student.unsqueeze(3), teacher.unsqueeze(2), dim=-1)
     match = match_slots(student, teacher, per="frame")
@@ -253,12 +252,8 @@ def test_hungarian_slot_kd_loss(per):
     assert slot_kd_loss(student, teacher) > 0.1
     student = student + 0.1 * random_tensor(1, *student.shape)
     loss = hungarian_slot_kd_loss(student, teacher, per=per)
-    terms = [
-        1 - torch.cosine_similarity(student[b, t, n], teacher[b, t, order[b, t, n]], dim=0).item()
-        for b in range(2)
-        for t in range(4)
-        for n in range(5)
-    ]
+    places = itertools.product(range(2), range(4), range(5))
+    terms = [1 - cosine(student[b, t, n], teacher[b, t, order[b, t, n]]) for b, t, n in places]
     assert loss.item() == pytest.approx(np.mean(terms), rel=1e-9)
 
 

@@ -18,3 +18,9 @@ def tiny_design(num_slots=3, slot_size=8, *, vit=None, image_size=32, hidden=(8,
 def tiny_model(num_slots=3, slot_size=8, *, seed=0, **design):
     torch.manual_seed(seed)
     return SlotModel(tiny_design(num_slots, slot_size, **design))
+
+
+def tiny_section(width=16, image_size=16, hidden=(8,), **settings):
+    """Of a config, for such a model."""
+    vit = {"backbone": tiny_vit(width), "backbone_weights": "random"}
+    return {**vit, "image_size": image_size, "decoder_hidden_sizes": list(hidden), **settings}

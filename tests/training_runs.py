@@ -1,7 +1,7 @@
 """Small training runs without a stage: made-up clips, a config, targets written in this process."""
 
 from clip_sets import random_clips
-from tiny_models import tiny_vit
+from tiny_models import tiny_section
 
 from pipeline import storage
 from pipeline.artifacts.manifests import TargetManifest
@@ -11,12 +11,7 @@ from pipeline.distill.run import Run
 from pipeline.models.build import load_teacher
 from pipeline.targets.maker import TargetMaker
 
-MODEL = {
-    "backbone": tiny_vit(32),
-    "backbone_weights": "random",
-    "image_size": 32,
-    "decoder_hidden_sizes": [16, 16],
-}
+MODEL = tiny_section(32, 32, (16, 16))
 TRAINING = {"steps": 20, "warmup_steps": 2, "batch_size": 4, "log_every": 1, "workers": 0}
 TRAINING |= {"learning_rate": 0.002, "alpha": 0.5}
 
@@ -59,11 +54,5 @@ def make_targets(config, clips_uri, teacher_uri, uri):
 def student_run(config, uri, clips_uri, *, teacher_uri=None, targets_uri=None):
     """Of a teacher, where there is one; with its targets, or with it live."""
     teacher_config = load_teacher(config, teacher_uri).config if teacher_uri else None
-    return Run.student(
-        config,
-        uri,
-        clips_uri,
-        targets_uri=targets_uri,
-        teacher_uri=teacher_uri,
-        teacher_config=teacher_config,
-    )
+    taught = {"targets_uri": targets_uri, "teacher_uri": teacher_uri, "teacher_config": teacher_config}
+    return Run.student(config, uri, clips_uri, **taught)

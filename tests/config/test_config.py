@@ -181,13 +181,8 @@ def test_override_below_a_value():
 
 
 def test_round_trip(tmp_path):
-    overrides = [
-        "distill.steps=7",
-        "clips.short_side=96",
-        "student.mean=[0.5, 0.5, 0.5]",
-        "storage.root=/data",
-    ]
-    config = resolve_config({}, overrides)
+    overrides = ["distill.steps=7", "clips.short_side=96", "student.mean=[0.5, 0.5, 0.5]"]
+    config = resolve_config({}, [*overrides, "storage.root=/data"])
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
 

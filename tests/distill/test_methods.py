@@ -34,11 +34,8 @@ def teacher():
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(2)
-    return Batch(
-        video=torch.randn(B, T, 3, 32, 32, generator=generator),
-        target_slots=torch.randn(B, T, N, 8, generator=generator),
-        teacher_features=torch.randn(B, T, 36, 48, generator=generator),
-    )
+    shapes = {"video": (3, 32, 32), "target_slots": (N, 8), "teacher_features": (36, 48)}
+    return Batch(**{name: torch.randn(B, T, *shape, generator=generator) for name, shape in shapes.items()})
 
 
 def cosine(a, b):
@@ -46,10 +43,8 @@ def cosine(a, b):
 
 
 def mean_over_slots(student_BTND, teacher_BTND, distance):
-    values = [
-        distance(student_BTND[b, t, n], teacher_BTND[b, t, n])
-        for b, t, n in itertools.product(range(B), range(T), range(N))
-    ]
+    pairs = zip(student_BTND.flatten(0, 2), teacher_BTND.flatten(0, 2), strict=True)
+    values = [distance(student, teacher) for student, teacher in pairs]
     return sum(values) / len(values)
 
 
@@ -241,13 +236,9 @@ def test_every_method_of_the_config_has_its_terms():
 
 
 def videosaur(outputs=("features", "similarity")):
-    design = {
-        "corrector_mlp": False,
-        "decoder": "slot_mixer",
-        "decoder_blocks": 1,
-        "decoder_outputs": outputs,
-    }
-    model = tiny_model(N, seed=4, vit=tiny_vit(32), hidden=(16, 16), initializer="random", **design)
+    design = {"corrector_mlp": False, "decoder": "slot_mixer", "decoder_blocks": 1, "initializer": "random"}
+    sizes = {"vit": tiny_vit(32), "hidden": (16, 16)}
+    model = tiny_model(N, seed=4, decoder_outputs=outputs, **sizes, **design)
     return model.train()
 
 

@@ -13,12 +13,8 @@ from cluster.local import LocalCluster
 from pipeline.config import with_overrides
 
 # A killed node is noticed in seconds, not in half a minute.
-FAST_HEALTH_CHECKS = {
-    "RAY_health_check_initial_delay_ms": "2000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "3",
-}
+FAST_HEALTH_CHECKS = {"initial_delay_ms": 2000, "period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 3}
+FAST_HEALTH_CHECKS = {f"RAY_health_check_{name}": str(value) for name, value in FAST_HEALTH_CHECKS.items()}
 SMALL_STORE = ("--object-store-memory=200000000",)
 
 

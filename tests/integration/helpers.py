@@ -10,12 +10,8 @@ import pytest
 from places import GOLDEN
 
 # A teacher that needs no training, and tells its number of slots and their size itself.
-GOLDEN_TEACHER = [
-    f"teacher.checkpoint={GOLDEN / 'slotcontrast_tiny.ckpt'}",
-    "teacher.num_heads=3",
-    "teacher.num_slots=null",
-    "teacher.slot_size=null",
-]
+GOLDEN_TEACHER = [f"teacher.checkpoint={GOLDEN / 'slotcontrast_tiny.ckpt'}", "teacher.num_heads=3"]
+GOLDEN_TEACHER += ["teacher.num_slots=null", "teacher.slot_size=null"]
 
 
 def is_alive(process):

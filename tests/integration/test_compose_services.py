@@ -20,6 +20,7 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
+from botocore.exceptions import ClientError
 from mlflow.server.auth.client import AuthServiceClient
 from places import ROOT
 from services import free_port
@@ -187,13 +188,10 @@ def finished_run(config, uri):
 
 def objects(services):
     given = services.environment("mlflow")
-    client = boto3.client(
-        "s3",
-        endpoint_url=given["AWS_ENDPOINT_URL"],
-        aws_access_key_id=given["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=given["AWS_SECRET_ACCESS_KEY"],
-        region_name=given["AWS_DEFAULT_REGION"],
-    )
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    keys = {name.lower(): given[name] for name in names}
+    place = {"endpoint_url": given["AWS_ENDPOINT_URL"], "region_name": given["AWS_DEFAULT_REGION"]}
+    client = boto3.client("s3", **keys, **place)
     return {item["Key"] for item in client.list_objects_v2(Bucket="slotmatch")["Contents"]}
 
 
@@ -212,9 +210,8 @@ def test_the_pipeline_uses_the_services_as_a_user_of_its_own(services, sign_in, 
     run_id = finished_run(config, uri)
     assert register_run(config, uri, None)["champion"]
     keys = objects(services)
-    assert any(
-        key.startswith("mlflow/") and key.endswith(f"{run_id}/artifacts/files/config.yaml") for key in keys
-    )
+    file = f"{run_id}/artifacts/files/config.yaml"
+    assert any(key.startswith("mlflow/") and key.endswith(file) for key in keys)
     assert any(key.endswith("model.safetensors") for key in keys)
 
     services.stop("mlflow")
@@ -238,9 +235,7 @@ def test_no_password_is_in_a_command_line(services):
 def test_the_bucket_is_closed_to_others(services):
     services.secrets["S3_SECRET_ACCESS_KEY"], right = "wrong", services.secrets["S3_SECRET_ACCESS_KEY"]
     try:
-        with pytest.raises(
-            boto3.exceptions.botocore.exceptions.ClientError, match=r"403|AccessDenied|Signature"
-        ):
+        with pytest.raises(ClientError, match=r"403|AccessDenied|Signature"):
             objects(services)
     finally:
         services.secrets["S3_SECRET_ACCESS_KEY"] = right

@@ -58,11 +58,11 @@ def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
     folder, resize = disk
     settings = ["dataset.synthetic.videos=12", "dataset.synthetic.frames=24", "dataset.synthetic.size=96"]
     settings += ["clips.videos_per_shard=1", "clips.codec=raw", "targets.views=8", "evaluate.split=null"]
-    settings += [
+    places = [
         f"storage.root={folder / 'root'}",
         f"mlflow.tracking_uri=sqlite:///{folder.parent / 'mlflow.db'}",
     ]
-    config = tiny(*GOLDEN_TEACHER, *settings)
+    config = tiny(*GOLDEN_TEACHER, *settings, *places)
 
     def fills_up(stage, room):
         """Runs a stage with so much room, which is too little, then with enough."""

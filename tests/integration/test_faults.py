@@ -68,13 +68,8 @@ def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
 @pytest.mark.fault("SIGKILL of the driver", "distill", "run again, the same")
 def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray):
     """SIGKILL of a Ray Train worker, then of the whole driver; then the job is run once more."""
-    settings = [
-        "distill.workers=2",
-        "distill.cpus_per_worker=0.5",
-        "distill.steps=240",
-        "distill.log_every=1",
-    ]
-    settings += ["distill.checkpoint_every=30", "distill.keep_checkpoints=10", "targets.views=2"]
+    settings = ["distill.workers=2", "distill.cpus_per_worker=0.5", "distill.steps=240", "targets.views=2"]
+    settings += ["distill.checkpoint_every=30", "distill.keep_checkpoints=10", "distill.log_every=1"]
     settings += ["student.decoder_hidden_sizes=[512,512]", "student.num_slots=4"]
     unbroken = tiny(*settings, "distill.name=unbroken")
     shard_split(unbroken, "")
@@ -87,11 +82,8 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     process = job("distill", broken)
     checkpoints = run / "checkpoints"
     wait_for(lambda: (checkpoints / "step_00000030" / storage.MANIFEST).exists())
-    worker = next(
-        child
-        for child in psutil.Process(process.popen.pid).children(recursive=True)
-        if "RayTrainWorker" in command_line(child)
-    )
+    family = psutil.Process(process.popen.pid).children(recursive=True)
+    worker = next(child for child in family if "RayTrainWorker" in command_line(child))
     worker.send_signal(signal.SIGKILL)
     wait_for(lambda: len(list(checkpoints.glob(f"*/{storage.MANIFEST}"))) >= 4)
     kill_with_family(process)

@@ -20,17 +20,14 @@ from pipeline.segment.stage import segment
 from pipeline.storage import IncompleteError
 from pipeline.targets.stage import cache
 
-OVERRIDES = (
-    f"teacher.checkpoint={GOLDEN / 'slotcontrast_tiny.ckpt'}",
-    "teacher.num_heads=3",
-    "clips.short_side=64",
-)
+OVERRIDES = (f"teacher.checkpoint={GOLDEN / 'slotcontrast_tiny.ckpt'}", "teacher.num_heads=3")
 OVERRIDES += (
     "student.backbone={patch_size: 14, embed_dim: 32, depth: 1, num_heads: 2}",
-    "student.image_size=56",
+    "clips.short_side=64",
 )
-OVERRIDES += ("student.backbone_weights=random", "student.decoder_hidden_sizes=[32]", "distill.steps=20")
-OVERRIDES += ("distill.warmup_steps=5", "distill.batch_size=4", "distill.workers=2", "distill.log_every=5")
+OVERRIDES += ("student.backbone_weights=random", "student.decoder_hidden_sizes=[32]", "student.image_size=56")
+OVERRIDES += ("distill.steps=20", "distill.warmup_steps=5", "distill.batch_size=4", "distill.workers=2")
+OVERRIDES += ("distill.log_every=5",)
 
 
 @pytest.fixture(scope="module")

@@ -93,10 +93,8 @@ def test_distill(line):
 @pytest.mark.fault(FAULTS, "evaluate", "the same scores of every video")
 def test_evaluate(line):
     assert line.faulty["evaluate"]["scores"] == line.calm["evaluate"]["scores"]
-    calm, faulty = (
-        pq.read_table(storage.open_read(join(run["evaluate"]["uri"], "videos.parquet")))
-        for run in (line.calm, line.faulty)
-    )
+    files = [join(run["evaluate"]["uri"], "videos.parquet") for run in (line.calm, line.faulty)]
+    calm, faulty = (pq.read_table(storage.open_read(file)) for file in files)
     assert faulty.equals(calm)
 
 

@@ -133,12 +133,8 @@ def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
 
 
 def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
-    settings = [
-        "sweep.grid={distill.learning_rate: [3e-3, 1e-9]}",
-        "sweep.seeds=[0]",
-        "sweep.max_concurrent=1",
-    ]
-    settings += ["sweep.asha=true", "sweep.grace_steps=20", "sweep.reduction_factor=2"]
+    settings = ["sweep.grid={distill.learning_rate: [3e-3, 1e-9]}", "sweep.seeds=[0]", "sweep.asha=true"]
+    settings += ["sweep.max_concurrent=1", "sweep.grace_steps=20", "sweep.reduction_factor=2"]
     config = tiny(*BASE, *settings, "distill.steps=60", "distill.validate_every=20")
     summary = sweep(config)
     err = capfd.readouterr().err

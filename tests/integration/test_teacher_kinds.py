@@ -8,7 +8,7 @@ import pytest
 import torch
 from clip_sets import random_clips
 from places import GOLDEN
-from tiny_models import tiny_model, tiny_vit
+from tiny_models import tiny_model, tiny_section, tiny_vit
 from training_runs import TRAINING, make_targets, student_run
 
 from pipeline.clips.views import apply_view
@@ -19,12 +19,7 @@ from pipeline.models.build import load_teacher
 from pipeline.targets.maker import teacher_outputs
 from pipeline.targets.table import TargetSet
 
-STUDENT = {
-    "backbone": tiny_vit(24),
-    "backbone_weights": "random",
-    "image_size": 40,
-    "decoder_hidden_sizes": [32],
-}
+STUDENT = tiny_section(24, 40, (32,))
 DRAWN = {"initial_slots": "random"}
 # Of each teacher: what the config says of its file, and a student of its kind.
 TEACHERS = {
@@ -109,10 +104,8 @@ def test_cached_slots_are_the_live_teachers(cached, clips, checkpoints, kind, ro
 def test_the_two_roll_outs_differ(cached, clips):
     """But for the last frame, which keeps its slots."""
     video = clips.videos[0]
-    one, other = (
-        cached("videosaur", rollout)[1].read(video.shard, video.first_row, 1)[2].slots
-        for rollout in ("forward", "cyclic")
-    )
+    targets = [cached("videosaur", rollout)[1] for rollout in ("forward", "cyclic")]
+    one, other = (t.read(video.shard, video.first_row, 1)[2].slots for t in targets)
     np.testing.assert_allclose(one[-1], other[-1], rtol=1e-5, atol=1e-5)
     assert all(np.abs(one[t] - other[t]).max() > 1e-3 for t in range(3))
 

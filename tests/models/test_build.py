@@ -3,7 +3,7 @@
 import pytest
 import torch
 from clip_sets import make_clip_set
-from tiny_models import tiny_design, tiny_model, tiny_vit
+from tiny_models import tiny_design, tiny_model, tiny_section
 
 from pipeline.clips.library import artifacts_of
 from pipeline.config import ConfigError, resolve_config
@@ -11,12 +11,7 @@ from pipeline.evaluate.subjects import Subject, teacher_subject
 from pipeline.models import CheckpointHints, save_slot_model
 from pipeline.models.build import build_student, build_teacher, load_teacher, model_config
 
-SECTION = {
-    "backbone": tiny_vit(),
-    "backbone_weights": "random",
-    "image_size": 16,
-    "decoder_hidden_sizes": [8],
-}
+SECTION = tiny_section()
 HALF = "[0.5, 0.5, 0.5]"
 
 
@@ -35,11 +30,8 @@ def places(tmp_path_factory):
 def config_of(places, tmp_path):
     def make(name, *overrides):
         student = {**SECTION, "initial_slots": "random" if name == "drawn" else "learned"}
-        values = {
-            "teacher": {"checkpoint": places[name], "num_heads": 2},
-            "student": student,
-            "storage": {"root": str(tmp_path)},
-        }
+        teacher = {"checkpoint": places[name], "num_heads": 2}
+        values = {"teacher": teacher, "student": student, "storage": {"root": str(tmp_path)}}
         return resolve_config(values, overrides)
 
     return make
@@ -132,13 +124,8 @@ def test_a_subjects_tags_and_identity():
 
 def test_every_architecture_of_the_config_reaches_the_model():
     design = {"corrector_mlp": False, "predictor": False, "decoder": "slot_mixer", "decoder_blocks": 2}
-    section = {
-        **SECTION,
-        "initial_slots": "random",
-        **design,
-        "mean": [0.5, 0.5, 0.5],
-        "initialisation": "soft_kmeans",
-    }
+    more = {"initial_slots": "random", "mean": [0.5, 0.5, 0.5], "initialisation": "soft_kmeans"}
+    section = {**SECTION, **design, **more}
     teacher = {**section, "num_slots": 3, "slot_size": 8, "train": {"alpha": 0}}
     config = resolve_config({"teacher": teacher, "student": section, "distill": {"alpha": 0}})
     expected = tiny_design(image_size=16, initializer="random", mean=(0.5,) * 3, **design)

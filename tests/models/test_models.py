@@ -73,10 +73,8 @@ def test_names_that_are_no_vit(name, message):
 
 
 def test_image_size_that_the_patch_size_does_not_divide():
-    with pytest.raises(
-        ValueError,
-        match="image size 50 is not a multiple of the patch size 16 of test_vit; nearest: 48 or 64",
-    ):
+    message = "image size 50 is not a multiple of the patch size 16 of test_vit; nearest: 48 or 64"
+    with pytest.raises(ValueError, match=message):
         Backbone(BackboneConfig("test_vit", 50))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import tiny_model, tiny_vit
+from tiny_models import tiny_model, tiny_section
 
 from pipeline import storage
 from pipeline.artifacts.identity import backbone_identity, model_identity
@@ -12,7 +12,7 @@ from pipeline.models import save_slot_model
 from pipeline.models.build import build_backbone, checkpoint_hints, load_teacher
 from pipeline.storage import join
 
-STUDENT = {"backbone": tiny_vit(), "backbone_weights": "random", "image_size": 16}
+STUDENT = tiny_section()
 
 
 @pytest.fixture
@@ -46,12 +46,8 @@ def test_a_teacher(models, name):
 
 
 def test_a_students_backbone(models):
-    local, remote = (
-        resolve_config(
-            {"student": {**STUDENT, "backbone_weights": join(root, "backbone.safetensors")}}
-        ).student
-        for root in models
-    )
+    weights = [{**STUDENT, "backbone_weights": join(root, "backbone.safetensors")} for root in models]
+    local, remote = (resolve_config({"student": section}).student for section in weights)
     one, two = (build_backbone(section).state_dict() for section in (local, remote))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert backbone_identity(local) == backbone_identity(remote)

@@ -246,10 +246,8 @@ def without(*keys):
 @each_kind
 @pytest.mark.parametrize("layout", ["folder", "public"])
 def test_all_that_does_not_fit_is_in_one_error(kind, layout, tmp_path):
-    mixer, module = (
-        kind.startswith("videosaur"),
-        "" if "dinosaur" in kind or layout == "folder" else "module.",
-    )
+    mixer = kind.startswith("videosaur")
+    module = "" if kind == "dinosaur" or layout == "folder" else "module."
     weight = f"decoder.{module}" + ("output_transform.weight" if mixer else "mlp.layers.4.weight")
 
     def damage(state):

@@ -54,12 +54,9 @@ def root(config, tmp_path):
         protocol=Rules(name="slotcontrast", fingerprint="p", in_words="whole videos"),
         videos=2,
     ).publish(str(root / "evaluations" / "e"))
-    made_of = {
-        "clips_uri": str(root / "clips" / "train"),
-        "targets_uri": str(root / "targets" / "t"),
-        "created": "2026-01-02T03:04:05Z",
-    }
-    run = make_finished_run(config, str(root / "students" / "s"), clips="train", **made_of)
+    made_of = {"clips_uri": str(root / "clips" / "train"), "targets_uri": str(root / "targets" / "t")}
+    run_uri, created = str(root / "students" / "s"), "2026-01-02T03:04:05Z"
+    run = make_finished_run(config, run_uri, clips="train", created=created, **made_of)
     register_run(config, run, evaluation(0.357, uri=str(root / "evaluations" / "e")))
     return root
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from places import python
-from tiny_models import tiny_design, tiny_model, tiny_vit
+from tiny_models import tiny_design, tiny_model, tiny_section, tiny_vit
 
 from pipeline.config import resolve_config
 from pipeline.models import BackboneConfig, SlotModelConfig, save_slot_model
@@ -75,11 +75,8 @@ def test_models_take_turns_and_random_slots_are_drawn():
 
 
 def tiny_config(*overrides):
-    vit = {"backbone": tiny_vit(), "image_size": 16, "backbone_weights": "random"}
-    values = {
-        "teacher": {**vit, "num_slots": 3, "slot_size": 8, "decoder_hidden_sizes": [8]},
-        "student": {**vit, "decoder_hidden_sizes": [8]},
-    }
+    teacher = tiny_section(num_slots=3, slot_size=8)
+    values = {"teacher": teacher, "student": tiny_section()}
     return resolve_config(values, overrides)
 
 

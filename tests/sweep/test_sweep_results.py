@@ -65,14 +65,8 @@ TEACHER = {"teacher": {**dict.fromkeys(LEVELS, 0.5), "slots_in_use": 4.0}}
 
 
 def table_of(*results):
-    return sweep_table(
-        results,
-        TEACHER,
-        {"grid": dict.fromkeys(LEVELS, 0.25)},
-        score="video_mbo",
-        dataset="clay",
-        notes=["Note."],
-    )
+    grid = {"grid": dict.fromkeys(LEVELS, 0.25)}
+    return sweep_table(results, TEACHER, grid, score="video_mbo", dataset="clay", notes=["Note."])
 
 
 def test_table_4():
