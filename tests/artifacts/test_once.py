@@ -50,16 +50,17 @@ def test_an_error_in_the_block_gives_the_lease_back(place):
     assert not held(place)
 
 
-def test_a_killed_job_of_this_machine_is_not_waited_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", ["killed", "damaged"])
+def test_what_a_killed_job_of_this_machine_left_is_not_waited_for(tmp_path, monkeypatch, left):
     monkeypatch.setattr(lease_module, "ABANDONED_AFTER", 1e9)
-    code = (
-        "import os, signal; from pipeline.artifacts.once import lease\n"
-        f"with lease({str(tmp_path)!r}, 'killed'): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    python("-c", code, ends=None)
+    killed = f"with lease({str(tmp_path)!r}, 'killed'): os.kill(os.getpid(), signal.SIGKILL)"
+    python("-c", f"import os, signal; from pipeline.artifacts.once import lease\n{killed}", ends=None)
+    if left == "damaged":
+        (tmp_path / LEASE_FILE).write_bytes(b"\0half")
     assert held(str(tmp_path))
     with lease(str(tmp_path), "next"):
         pass
+    assert not held(str(tmp_path))
 
 
 def test_a_job_of_another_machine_is_waited_for_until_it_goes_silent(tmp_path, monkeypatch):
@@ -83,13 +84,6 @@ def test_a_renewed_lease_is_not_taken_over(tmp_path, monkeypatch):
         threading.Thread(target=other).start()
         assert not entered.wait(4)
     assert entered.wait(10)
-
-
-def test_a_damaged_lease_is_replaced(tmp_path):
-    (tmp_path / LEASE_FILE).write_bytes(b"\0half")
-    with lease(str(tmp_path), "job"):
-        pass
-    assert not held(str(tmp_path))
 
 
 def test_who_was_taken_over_says_so_and_leaves_the_lease_alone(tmp_path, monkeypatch, capfd):

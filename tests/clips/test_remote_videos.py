@@ -92,14 +92,6 @@ def test_nothing_there(proxy):
         list_videos("s3://no-such-bucket/videos", "masks")
 
 
-def test_two_videos_of_one_id(proxy, tmp_path):
-    uri = join("s3://bucket", tmp_path.name)
-    for name in ("a.mp4", "a.mkv"):
-        storage.write_bytes(join(uri, name), b"x")
-    with pytest.raises(ValueError, match="would both be the video 'a'"):
-        list_videos(uri, "masks")
-
-
 def test_broken_videos_are_set_aside_by_name(folders):
     _, uri = folders
     storage.write_bytes(join(uri, "cut.mp4"), storage.read_bytes(join(uri, "a.mp4"))[:-9000])

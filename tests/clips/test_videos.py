@@ -12,6 +12,7 @@ from layout_sets import write_images
 from PIL import Image
 from video_files import BLUE, RED, WHITE, picture, write_noise, write_video
 
+from pipeline import storage
 from pipeline.clips.sources import BadVideo, VideoRef, read_video
 from pipeline.clips.sources.files import natural_key
 from pipeline.clips.sources.videos import list_videos
@@ -375,11 +376,11 @@ def test_content_follows_the_bytes_and_not_the_place(tmp_path):
     assert len({*before, *with_other_masks, *contents(tmp_path / "there")}) == 3
 
 
-def test_two_videos_of_one_name(tmp_path):
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / "a.mkv").touch()
-    with pytest.raises(ValueError, match="both be the video 'a'; rename one"):
-        list_videos(str(tmp_path), "masks")
+def test_two_videos_of_one_name(place):
+    for name in ("a.mp4", "a.mkv"):
+        storage.write_bytes(storage.join(place, name), b"x")
+    with pytest.raises(ValueError, match="would both be the video 'a'; rename one"):
+        list_videos(place, "masks")
 
 
 def test_no_videos(tmp_path):

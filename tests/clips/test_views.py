@@ -49,10 +49,8 @@ def test_views_depend_on_seed_video_clip_and_number_alone():
 
 def test_views_are_the_same_in_another_process():
     """Teacher and student run in processes, often on machines, of their own."""
-    code = (
-        "from pipeline.clips.views import make_view; from pipeline.config import Targets\n"
-        f"print(make_view(Targets(**{RANDOM.model_dump()!r}), 1, 'vidéo', 2, 3, 120, 160))"
-    )
+    made = f"make_view(Targets(**{RANDOM.model_dump()!r}), 1, 'vidéo', 2, 3, 120, 160)"
+    code = f"from pipeline.clips.views import make_view; from pipeline.config import Targets; print({made})"
     out, _ = python("-c", code, PYTHONHASHSEED="7")
     assert out.strip() == str(make_view(RANDOM, 1, "vidéo", 2, 3, 120, 160))
 

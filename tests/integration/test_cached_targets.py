@@ -33,12 +33,8 @@ def losses(config, clips):
 def test_cached_and_live_teacher_give_the_same_curve(prepared, shared_tiny):
     config, clips, summary = prepared
     targets = TargetSet(summary["uri"])
-    views = [
-        targets.read(video.shard, video.first_row + c, k)[2].view
-        for video in ClipSet(clips).videos
-        for c in range(video.full_clips)
-        for k in range(3)
-    ]
+    rows = [(v.shard, v.first_row + c) for v in ClipSet(clips).videos for c in range(v.full_clips)]
+    views = [targets.read(*row, k)[2].view for row in rows for k in range(3)]
     assert any(v.flip for v in views)
     assert any((v.height, v.width) != (48, 48) for v in views)
     cached = losses(config, clips)
@@ -64,13 +60,9 @@ def test_targets_are_row_for_row_and_tails_are_skipped(prepared):
     clip_set, targets = ClipSet(clips), TargetSet(summary["uri"])
     assert summary["rows"] == 3 * clip_set.manifest.clips
     for name in clip_set.shards:
-        table = targets.reader.file(name).read(columns=["video_id", "clip_index", "view", "full"]).to_pylist()
-        expected = [
-            {"video_id": c.video_id, "clip_index": c.clip_index, "view": k, "full": c.full}
-            for c in clip_set.iter_shard(name)
-            for k in range(3)
-        ]
-        assert table == expected
+        table = targets.reader.file(name).read(columns=["video_id", "clip_index", "view", "full"])
+        rows = [(c.video_id, c.clip_index, k, c.full) for c in clip_set.iter_shard(name) for k in range(3)]
+        assert [tuple(row.values()) for row in table.to_pylist()] == rows
     assert any(video.clips > video.full_clips for video in clip_set.videos)  # 9 frames in clips of 4
 
 

@@ -128,10 +128,8 @@ def records(record, clips, model_uris, tmp_path):
         uri.mkdir(parents=True)
         rows = [{"video_id": f"video {i}", "video_mbo": value} for i, value in enumerate(values)]
         pq.write_table(pa.Table.from_pylist(rows), uri / VIDEOS_FILE)
-        mean = float(np.nanmean(values))
-        made = record(
-            method, uri=str(uri), score=mean, model_uri=model_uris[method], dataset="made", videos=8
-        )
+        of = {"uri": str(uri), "model_uri": model_uris[method], "dataset": "made", "videos": 8}
+        made = record(method, score=float(np.nanmean(values)), **of)
         found.append(replace(made, clips_uri=clips.uri))
     baseline = record("baseline", name="grid", dataset="made", score=0.2)
     return [*found, replace(baseline, clips_uri=clips.uri)]
