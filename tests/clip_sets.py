@@ -49,7 +49,7 @@ def publish_clips(uri, entries, shards, settings):
     with storage.atomic_write(storage.join(uri, INDEX_FILE)) as file:
         pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries]), file)
     ClipManifest(
-        fingerprint="made-by-hand",
+        fingerprint=storage.name(uri),
         settings=settings,
         shards=shards,
         clips=sum(entry.clips for entry in entries),

@@ -19,6 +19,7 @@ from layouts import (
 )
 from PIL import Image
 
+from pipeline import storage
 from pipeline.clips.library import find_videos
 from pipeline.clips.sources import list_videos, read_video
 from pipeline.config import ConfigError, Dataset, load_config, resolve_config
@@ -90,8 +91,7 @@ def test_slices_of_a_split(kind, split, kept, tmp_path):
 
 def test_a_slice_of_a_folder_of_videos(tmp_path):
     for name in ("a", "b", "c"):
-        (tmp_path / "train" / f"{name}.mp4").parent.mkdir(exist_ok=True)
-        (tmp_path / "train" / f"{name}.mp4").write_bytes(b"x")
+        storage.write_bytes(str(tmp_path / "train" / f"{name}.mp4"), b"x")
     assert [v.video_id for v in find("videos", tmp_path, "train[1:]")] == ["b", "c"]
     assert [v.video_id for v in find("videos", tmp_path, "[:2]")] == ["train/a", "train/b"]
 

@@ -34,8 +34,7 @@ def folders(proxy, tmp_path):
     write_images(local / "frames", [picture(shade=shade) for shade in shades], "{}.png")
     write_images(local / "masks" / "frames", labels, "{}.png")
     for name in (".hidden.mp4", "notes.txt", "held/c.mp4"):
-        (local / name).parent.mkdir(exist_ok=True)
-        (local / name).write_bytes(b"nothing to read")
+        storage.write_bytes(str(local / name), b"nothing to read")
     uri = join("s3://bucket", tmp_path.name)
     storage.upload_tree(local, uri)
     proxy.reset()

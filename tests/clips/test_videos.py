@@ -347,8 +347,7 @@ def test_masks_of_another_size_and_the_frames_shape(tmp_path, labels):
 
 def test_list_videos(tmp_path):
     for name in ("b.mp4", "a.MKV", "deep/er/c.webm", "notes.txt", ".hidden.mp4", ".git/d.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
+        storage.write_bytes(str(tmp_path / name), name.encode())
     write_images(tmp_path / "frames" / "one", [picture(4, 6)])
     write_images(tmp_path / "masks" / "b", np.zeros((1, 4, 6), np.uint8))
     videos = list_videos(str(tmp_path), "masks")
@@ -413,8 +412,7 @@ def test_ffmpeg_does_not_call_into_python(text):
 
 def test_masks_and_the_evaluation_folder_are_no_training_videos(tmp_path):
     for path in ("a.mp4", "val/x.mp4", "val/masks/x/00000.png", "deep/masks/y/00000.png", "deep/b.mp4"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(b"x")
+        storage.write_bytes(str(tmp_path / path), b"x")
     assert [v.video_id for v in list_videos(str(tmp_path), "masks")] == ["a", "deep/b", "val/x"]
     assert [v.video_id for v in list_videos(str(tmp_path), "masks", exclude="val")] == ["a", "deep/b"]
 
