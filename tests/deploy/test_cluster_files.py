@@ -152,9 +152,8 @@ def test_the_image_is_one_and_kustomize_names_its_registry():
     assert (override["name"], str(override["newTag"])) == ("slotmatch", version)
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed: what kustomize makes of it was not looked at")
-    built = subprocess.run(
-        ["kubectl", "kustomize", str(KUBERAY)], capture_output=True, text=True, timeout=120
-    )
+    command = ["kubectl", "kustomize", str(KUBERAY)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stderr
     assert built.stdout.count(f"image: {override['newName']}:{version}\n") == 3
     assert "image: slotmatch" not in built.stdout

@@ -59,9 +59,8 @@ DECODERS = ["mlp_fast", "mlp_plain", "slot_mixer"]
 def test_linear_map_has_its_largest_singular_value(iterations):
     teacher, student = random_slots(0), random_slots(1)
     decoder = LinearDecoder()
-    result = reconstruction_bound(
-        decoder, teacher, student, feature_size=FEATURES, iterations=iterations, frames=1, points=1
-    )
+    settings = {"iterations": iterations, "frames": 1, "points": 1}
+    result = reconstruction_bound(decoder, teacher, student, feature_size=FEATURES, **settings)
     assert result.lipschitz == pytest.approx(5, rel=1e-3)
     assert result.bound_any_norm >= result.measured
 
@@ -155,9 +154,8 @@ def test_jacobian_norm_is_that_of_the_whole_jacobian(kind):
 
 def test_the_fast_decoder_gives_the_plain_ones_numbers():
     teacher, student = random_slots(0), random_slots(1)
-    fast, plain = (
-        reconstruction_bound(real_decoder(kind), teacher, student) for kind in ("mlp_fast", "mlp_plain")
-    )
+    decoders = [real_decoder(kind) for kind in ("mlp_fast", "mlp_plain")]
+    fast, plain = (reconstruction_bound(decoder, teacher, student) for decoder in decoders)
     assert vars(fast) == pytest.approx(vars(plain), rel=1e-4)
 
 

@@ -83,14 +83,11 @@ def test_what_is_called_and_when(clips, tmp_path):
     outcome = Trainer(run, hooks=hooks, logger=logger, draw=draw).train()
     assert (outcome.status, outcome.step) == ("ok", 25)
     assert saved == [8, 10, 16, 24, 25]  # one more because of the notice
-    assert (
-        [step for step, _ in logger.logged] == [row["step"] for row in outcome.history] == [5, 10, 15, 20, 25]
-    )
+    assert [step for step, _ in logger.logged] == [5, 10, 15, 20, 25]
+    assert [row["step"] for row in outcome.history] == [5, 10, 15, 20, 25]
     assert {"learning_rate", "frames_per_second", "data_wait_share"} <= set(logger.logged[0][1])
-    names = {"image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"}
-    assert [(step, set(scores)) for step, scores in validated] == [
-        (step, {f"validation_{name}" for name in names}) for step in (10, 20)
-    ]
+    names = {f"validation_{level}_{score}" for level in ("image", "video") for score in ("fg_ari", "mbo")}
+    assert [(step, set(scores)) for step, scores in validated] == [(10, names), (20, names)]
     assert logger.files == [("overlays", f"overlay_{s:08d}.png", (24, 24)) for s in (12, 24, 25)]
     assert storage.read_json(f"{run.uri}/history.json") == outcome.history
     # Whoever follows the validations hears those before the checkpoint again.

@@ -41,8 +41,12 @@ def cluster(tmp_path_factory):
         cluster.stop_all()
 
 
-def run(cluster, *command):
-    options = {"env": {**os.environ, **cluster.environment}, "capture_output": True, "text": True}
+def run(cluster, *command, **environment):
+    options = {
+        "env": {**os.environ, **cluster.environment, **environment},
+        "capture_output": True,
+        "text": True,
+    }
     result = subprocess.run(command, **options)
     return result.returncode, result.stdout, result.stderr
 
@@ -97,15 +101,12 @@ def test_what_is_refused_is_said(cluster, chain, tmp_path):
     code, summary = job.end()
     assert (code, summary["status"]) == (1, "failed")
     assert "nobodys-bucket" in summary["error"]
-    path = tmp_path / "config.yaml"
-    path.write_text(config.to_yaml())
-    wrong = {**os.environ, **cluster.environment, "MLFLOW_TRACKING_PASSWORD": "not-the-password"}
-    command = [sys.executable, "-m", "jobs.pull", "models:/slotmatch@champion", str(tmp_path / "model")]
-    result = subprocess.run(command, env=wrong, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert cluster.environment["MLFLOW_TRACKING_URI"] in result.stdout
-    assert "admin" in result.stdout
-    assert "not-the-password" not in result.stdout + result.stderr
+    pull = (*PYTHON, "jobs.pull", "models:/slotmatch@champion", str(tmp_path / "model"))
+    code, out, errors = run(cluster, *pull, MLFLOW_TRACKING_PASSWORD="not-the-password")
+    assert code == 1
+    assert cluster.environment["MLFLOW_TRACKING_URI"] in out
+    assert "admin" in out
+    assert "not-the-password" not in out + errors
 
 
 @pytest.mark.fault("planted secrets", "all", "in no log, job metadata, MLflow record or stored object")

@@ -58,10 +58,7 @@ def test_any_vit_by_its_timm_name(name, image_size, grid, width):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "vit_smal_patch14_dinov2",
-            "timm has no model 'vit_smal_patch14_dinov2'; similar: vit_small_patch14_dinov2",
-        ),
+        ("vit_smal_patch14_dinov2", "no model 'vit_smal_patch14_dinov2'; similar: vit_small_patch14_dinov2"),
         ("resnet18", "backbone 'resnet18' is not a ViT"),
         ("beit_base_patch16_224", "is a Beit, not a ViT"),
         ("vit_tiny_r_s16_p8_224", "is a hybrid"),
