@@ -116,8 +116,7 @@ def write_davis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
             masks.append(masks_of_labels(labels))
             if split != "test-dev":
                 path = folder / "Annotations_unsupervised/480p" / name / f"{t:05d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(png_bytes(labels, palette=True))
+                storage.write_bytes(str(path), png_bytes(labels, palette=True))
         lists = folder / "ImageSets/2017" / f"{split}.txt"
         lists.parent.mkdir(parents=True, exist_ok=True)
         with open(lists, "a") as file:
@@ -130,8 +129,7 @@ def write_davis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
 
 
 def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    storage.write_bytes(str(path), json.dumps(content).encode())
 
 
 def compressed_rle(mask):
@@ -163,35 +161,24 @@ def _segmentation(kind, box, size):
     return (compressed_rle, uncompressed_rle)[kind](box_mask(box, size))
 
 
-def write_ytvis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
+def write_ytvis(folder, **settings):
     """`<split>/instances.json` and `<split>/JPEGImages`; split valid has no annotations.
 
     The JSON lists the videos backwards. Objects overlap; the third one of each video is a crowd.
     """
-    return _write_vis(
-        Path(folder),
-        lambda split: f"{split}/instances.json",
-        lambda split, name, t: (f"{split}/JPEGImages", f"{name}/{5 * t:05d}.jpg"),
-        ("train", "valid"),
-        (videos, frames, size, seed),
-    )
+    image = lambda split, name, t: (f"{split}/JPEGImages", f"{name}/{5 * t:05d}.jpg")  # noqa: E731
+    return _write_vis(Path(folder), "{}/instances.json", image, **settings)
 
 
-def write_ovis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
+def write_ovis(folder, **settings):
     """`annotations_<split>.json` and `<split>/<video>/img_0000001.jpg`; split valid has no annotations."""
-    return _write_vis(
-        Path(folder),
-        lambda split: f"annotations_{split}.json",
-        lambda split, name, t: (split, f"{name}/img_{t + 1:07d}.jpg"),
-        ("train", "valid"),
-        (videos, frames, size, seed),
-    )
+    image = lambda split, name, t: (split, f"{name}/img_{t + 1:07d}.jpg")  # noqa: E731
+    return _write_vis(Path(folder), "annotations_{}.json", image, **settings)
 
 
-def _write_vis(folder, json_name, image_name, names, settings):
-    videos, frames, size, seed = settings
+def _write_vis(folder, json_name, image_name, *, videos=3, frames=5, size=(48, 64), seed=0):
     rng, truth, files = np.random.default_rng(seed), {}, {}
-    for split, i in splits(videos, *names):
+    for split, i in splits(videos, "train", "valid"):
         number, name = 9 + i, f"{rng.integers(16**8):08x}"  # 10 comes behind 9
         pixels, boxes = scene(rng, frames + i, size, objects=3, empty=1 if i == 0 else None)
         decoded, file_names = [], []
@@ -212,7 +199,7 @@ def _write_vis(folder, json_name, image_name, names, settings):
     for split, content in files.items():
         if split != "train":
             del content["annotations"]
-        write_json(folder / json_name(split), content)
+        write_json(folder / json_name.format(split), content)
     return truth
 
 
