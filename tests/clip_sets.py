@@ -48,14 +48,10 @@ def publish_clips(uri, entries, shards, settings):
     """The index and the manifest of shards that are there."""
     with storage.atomic_write(storage.join(uri, INDEX_FILE)) as file:
         pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries]), file)
-    ClipManifest(
-        fingerprint=storage.name(uri),
-        settings=settings,
-        shards=shards,
-        clips=sum(entry.clips for entry in entries),
-        annotated_videos=sum(entry.annotated for entry in entries),
-        videos=len(entries),
-    ).publish(uri)
+    counts = {"videos": len(entries), "clips": sum(entry.clips for entry in entries)}
+    counts["annotated_videos"] = sum(entry.annotated for entry in entries)
+    name = storage.name(uri)
+    ClipManifest(fingerprint=name, settings=settings, shards=tuple(shards), **counts).publish(uri)
     return ClipSet(uri)
 
 

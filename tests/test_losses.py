@@ -140,9 +140,7 @@ def test_temporal_similarity_loss_errors():
         with pytest.raises(ValueError, match=r"similarity logits have shape .* need \(2, 3, 4, 4\)"):
             temporal_similarity_loss(random_tensor(1, *shape), features, temperature=0.1, threshold=0.0)
     with pytest.raises(ValueError, match="T = 1"):
-        temporal_similarity_loss(
-            random_tensor(1, 2, 1, 4, 4), features[:, :1], temperature=0.1, threshold=0.0
-        )
+        similarity_loss(random_tensor(1, 2, 1, 4, 4), features[:, :1])
 
 
 # --- slots -----------------------------------------------------------------------------------------

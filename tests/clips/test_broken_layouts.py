@@ -42,9 +42,7 @@ def annotation(change, *, number=10, key="video_id", file="train/instances.json"
     """Changes the first annotation of a video."""
 
     def damage(folder):
-        edit_json(
-            folder / file, lambda content: change(next(a for a in content["annotations"] if a[key] == number))
-        )
+        edit_json(folder / file, lambda c: change(next(a for a in c["annotations"] if a[key] == number)))
 
     return damage
 
@@ -325,9 +323,8 @@ def test_records_of_movi_without_masks_are_not_annotated(tmp_path):
 
 def test_checksums_are_those_of_the_specification():
     """The check value of CRC-32C, and TensorFlow's mask of it."""
-    assert struct.unpack("<I", masked_crc(b"123456789")) == (
-        ((0xE3069283 >> 15 | 0xE3069283 << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF,
-    )
+    (masked,) = struct.unpack("<I", masked_crc(b"123456789"))
+    assert masked == ((0xE3069283 >> 15 | 0xE3069283 << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,8 @@ def test_videos_without_a_full_clip_are_skipped():
     videos = [entry(0), entry(1, clips=1, full_clips=0), entry(2)]
     visited = {s.video.video_id for s in take(Sampler(videos, seed=0, batch_size=2, views=1), 20)}
     assert visited == {"v0", "v2"}
-    with pytest.raises(
-        ValueError, match=r"no video is long enough for one full clip: lower clips\.clip_frames"
-    ):
+    message = r"no video is long enough for one full clip: lower clips\.clip_frames"
+    with pytest.raises(ValueError, match=message):
         Sampler([videos[1]], seed=0, batch_size=2, views=1)
     with pytest.raises(ValueError, match="no video is long enough"):
         Sampler([], seed=0, batch_size=2, views=1)

@@ -288,9 +288,8 @@ def test_a_pickle_with_code_in_it_is_refused(writer, tmp_path):
         torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
     else:
         path.write_bytes(pickle.dumps(content, protocol=int(writer[-1])))
-    with pytest.raises(
-        ValueError, match=r"a\.ckpt: refused, it is a pickle that holds more than tensors"
-    ) as error:
+    message = r"a\.ckpt: refused, it is a pickle that holds more than tensors"
+    with pytest.raises(ValueError, match=message) as error:
         load_slot_model(path)
     named = {"pickle 2": "torch.storage._load_from_bytes", "pickle 5": "a plain pickle"}
     assert f"({named.get(writer, 'posix.mkdir')})" in str(error.value)

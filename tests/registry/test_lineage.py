@@ -39,21 +39,13 @@ def root(config, tmp_path):
         more = {"dataset": described, "frames": 28, "bad": bad}
         edit_json(folder / "manifest.json", lambda manifest, more=more: manifest.update(more))
     (root / "teacher.ckpt").write_bytes(b"weights")
-    TargetManifest(
-        fingerprint="t",
-        teacher_uri=str(root / "teacher.ckpt"),
-        teacher={"files": ["hash-of-weights"], "hints": None},
-        teacher_config={},
-        views={"views": 4, "flip": 0.5},
-        rows=28,
-    ).publish(str(root / "targets" / "t"))
-    EvaluationManifest(
-        fingerprint="e",
-        clips_uri=str(root / "clips" / "val"),
-        scores={"video_mbo": 0.357},
-        protocol=Rules(name="slotcontrast", fingerprint="p", in_words="whole videos"),
-        videos=2,
-    ).publish(str(root / "evaluations" / "e"))
+    weights = {"files": ["hash-of-weights"], "hints": None}
+    taught = {"teacher_uri": str(root / "teacher.ckpt"), "teacher": weights, "teacher_config": {}}
+    targets = TargetManifest(fingerprint="t", views={"views": 4, "flip": 0.5}, rows=28, **taught)
+    targets.publish(str(root / "targets" / "t"))
+    rules = Rules(name="slotcontrast", fingerprint="p", in_words="whole videos")
+    scored = {"clips_uri": str(root / "clips" / "val"), "scores": {"video_mbo": 0.357}, "videos": 2}
+    EvaluationManifest(fingerprint="e", protocol=rules, **scored).publish(str(root / "evaluations" / "e"))
     made_of = {"clips_uri": str(root / "clips" / "train"), "targets_uri": str(root / "targets" / "t")}
     run_uri, created = str(root / "students" / "s"), "2026-01-02T03:04:05Z"
     run = make_finished_run(config, run_uri, clips="train", created=created, **made_of)

@@ -15,11 +15,9 @@ from pipeline.clips.table import SHARD_FOLDER, ShardReader
 from pipeline.storage import client as s3_client
 from pipeline.storage import join, s3
 
-pytestmark = pytest.mark.fault(
-    "S3: 503, 429, 500, stalls, cut connections, no permission",
-    "storage",
-    "bounded retries, whole objects or none; at once with bucket and identity where it can't help",
-)
+FAULT = "S3: 503, 429, 500, stalls, cut connections, no permission"
+CHECKED = "bounded retries, whole objects or none; at once with bucket and identity where it can't help"
+pytestmark = pytest.mark.fault(FAULT, "storage", CHECKED)
 PART = 256 << 10
 BIG = os.urandom(2 * PART + 1000)  # three parts of an upload, three blocks of a read
 SMALL = b"some bytes"
