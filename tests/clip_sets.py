@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.artifacts.manifests import ClipManifest
 from pipeline.clips.schema import clip_schema, encode_frame, encode_masks
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet, VideoEntry
 
@@ -18,20 +19,9 @@ def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2):
         shard = f"shard-{number // videos_per_shard:05d}.parquet"
         shard_rows = rows.setdefault(shard, [])
         starts = range(0, len(frames), clip_frames)
-        height, width = frames.shape[1:3]
-        entries.append(
-            VideoEntry(
-                video_id,
-                shard,
-                len(shard_rows),
-                len(starts),
-                len(frames) // clip_frames,
-                len(frames),
-                height,
-                width,
-                masks is not None,
-            )
-        )
+        size, full = frames.shape[1:3], len(frames) // clip_frames
+        place = (shard, len(shard_rows), len(starts))
+        entries.append(VideoEntry(video_id, *place, full, len(frames), *size, masks is not None))
         for index, start in enumerate(starts):
             part = slice(start, start + clip_frames)
             count = len(frames[part])
@@ -41,8 +31,7 @@ def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2):
                     "clip_index": index,
                     "start_frame": start,
                     "full": count == clip_frames,
-                    "height": height,
-                    "width": width,
+                    **dict(zip(("height", "width"), size, strict=True)),
                     "timestamps": [float(start + i) for i in range(count)],
                     "frames": [encode_frame(f, "png", 0) for f in frames[part]],
                     "masks": None if masks is None else [encode_masks(m) for m in masks[part]],
@@ -51,21 +40,19 @@ def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2):
     for shard, shard_rows in rows.items():
         with storage.atomic_write(storage.join(str(folder), SHARD_FOLDER, shard)) as file:
             pq.write_table(pa.Table.from_pylist(shard_rows, clip_schema("png")), file, row_group_size=2)
-    with storage.atomic_write(storage.join(str(folder), INDEX_FILE)) as file:
-        pq.write_table(pa.Table.from_pylist([asdict(e) for e in entries]), file)
-    storage.publish(
-        str(folder),
-        {
-            "kind": "clips",
-            "fingerprint": "made-by-hand",
-            "settings": {"clip_frames": clip_frames},
-            "shards": [{"name": shard, "rows": len(shard_rows)} for shard, shard_rows in rows.items()],
-            "clips": sum(map(len, rows.values())),
-            "annotated_videos": sum(e.annotated for e in entries),
-            "videos": len(entries),
-        },
-    )
-    return ClipSet(str(folder))
+    shards = [{"name": shard, "rows": len(shard_rows)} for shard, shard_rows in rows.items()]
+    return publish_clips(str(folder), entries, shards, {"clip_frames": clip_frames})
+
+
+def publish_clips(uri, entries, shards, settings):
+    """The index and the manifest of shards that are there."""
+    with storage.atomic_write(storage.join(uri, INDEX_FILE)) as file:
+        pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries]), file)
+    counts = {"videos": len(entries), "clips": sum(entry.clips for entry in entries)}
+    counts["annotated_videos"] = sum(entry.annotated for entry in entries)
+    name = storage.name(uri)
+    ClipManifest(fingerprint=name, settings=settings, shards=tuple(shards), **counts).publish(uri)
+    return ClipSet(uri)
 
 
 def random_video(rng, frames=9, size=(24, 32), objects=3):
@@ -83,3 +70,10 @@ def random_video(rng, frames=9, size=(24, 32), objects=3):
                 current[object_id] = mask
         masks.append(current)
     return pixels, masks
+
+
+def random_clips(folder, lengths, *, videos_per_shard=2, **video):
+    """A clip set of random videos; `lengths` maps ids to numbers of frames."""
+    rng = np.random.default_rng(0)
+    videos = {name: random_video(rng, frames, **video) for name, frames in lengths.items()}
+    return make_clip_set(folder, videos, videos_per_shard=videos_per_shard)

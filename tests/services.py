@@ -35,14 +35,9 @@ class MLflowServer:
         if self._process is not None:
             return
         with open(self.folder / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env={**os.environ, **self._environment},
-                start_new_session=True,
-            )
+            pipes = {"stdout": log, "stderr": log, "cwd": self.folder, "start_new_session": True}
+            environment = {**os.environ, **self._environment}
+            self._process = subprocess.Popen(self._command, env=environment, **pipes)
         end = time.monotonic() + 400
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > end:

@@ -4,11 +4,10 @@ import ast
 import re
 import sys
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 OURS = {"pipeline", "jobs", "cluster", "benchmarks", "demo"}
 
 
@@ -21,16 +20,11 @@ def declared(*groups):
     }
 
 
-@pytest.mark.parametrize(
-    ("folder", "groups"),
-    [
-        ("pipeline", ["dependencies", "s3"]),
-        ("jobs", ["dependencies"]),
-        ("cluster", ["dependencies", "dev"]),
-        ("benchmarks", ["dependencies", "dev"]),
-        ("demo", ["dependencies"]),
-    ],
-)
+DEV = ["dependencies", "dev"]
+FOLDERS = {"pipeline": ["dependencies", "s3"], "jobs": ["dependencies"], "cluster": DEV, "benchmarks": DEV}
+
+
+@pytest.mark.parametrize(("folder", "groups"), [*FOLDERS.items(), ("demo", ["dependencies"])])
 def test_imports_are_declared(folder, groups):
     allowed, providers = declared(*groups), packages_distributions()
     for file in sorted((ROOT / folder).rglob("*.py")):

@@ -1,7 +1,7 @@
 """Small training runs without a stage: made-up clips, a config, targets written in this process."""
 
-import numpy as np
-from clip_sets import make_clip_set, random_video
+from clip_sets import random_clips
+from tiny_models import tiny_section
 
 from pipeline import storage
 from pipeline.artifacts.manifests import TargetManifest
@@ -11,22 +11,13 @@ from pipeline.distill.run import Run
 from pipeline.models.build import load_teacher
 from pipeline.targets.maker import TargetMaker
 
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-MODEL = {"backbone": VIT, "backbone_weights": "random", "image_size": 32, "decoder_hidden_sizes": [16, 16]}
-TRAINING = {
-    "steps": 20,
-    "warmup_steps": 2,
-    "batch_size": 4,
-    "log_every": 1,
-    "workers": 0,
-    "learning_rate": 0.002,
-    "alpha": 0.5,
-}
+MODEL = tiny_section(32, 32, (16, 16))
+TRAINING = {"steps": 20, "warmup_steps": 2, "batch_size": 4, "log_every": 1, "workers": 0}
+TRAINING |= {"learning_rate": 0.002, "alpha": 0.5}
 
 
 def make_clips(folder):
-    rng = np.random.default_rng(0)
-    return make_clip_set(folder, {f"v{i}": random_video(rng) for i in range(5)}).uri
+    return random_clips(folder, {f"v{i}": 9 for i in range(5)}).uri
 
 
 def make_config(root, *overrides):
@@ -34,13 +25,7 @@ def make_config(root, *overrides):
         "storage": {"root": str(root)},
         "teacher": {**MODEL, "num_slots": 4, "slot_size": 16, "train": dict(TRAINING)},
         "student": MODEL,
-        "targets": {
-            "views": 2,
-            "crop": "random",
-            "min_scale": 0.6,
-            "student_features": False,
-            "teacher_features": True,
-        },
+        "targets": {"views": 2, "crop": "random", "min_scale": 0.6, "teacher_features": True},
         "distill": dict(TRAINING),
     }
     return resolve_config(values, overrides)
@@ -69,11 +54,5 @@ def make_targets(config, clips_uri, teacher_uri, uri):
 def student_run(config, uri, clips_uri, *, teacher_uri=None, targets_uri=None):
     """Of a teacher, where there is one; with its targets, or with it live."""
     teacher_config = load_teacher(config, teacher_uri).config if teacher_uri else None
-    return Run.student(
-        config,
-        uri,
-        clips_uri,
-        targets_uri=targets_uri,
-        teacher_uri=teacher_uri,
-        teacher_config=teacher_config,
-    )
+    taught = {"targets_uri": targets_uri, "teacher_uri": teacher_uri, "teacher_config": teacher_config}
+    return Run.student(config, uri, clips_uri, **taught)

@@ -1,25 +1,21 @@
 """A config with all that its fingerprints are made of, without videos, teachers or students: made-up sources, and
 manifests and model files where artifacts look for them."""
 
-from dataclasses import asdict
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+import clip_sets
+from tiny_models import tiny_vit
 
 from pipeline import storage
 from pipeline.artifacts import identity
 from pipeline.artifacts.identity import Artifacts, baseline_subject, model_subject
-from pipeline.artifacts.manifests import ClipManifest, TargetManifest
+from pipeline.artifacts.manifests import TargetManifest
 from pipeline.clips.library import ClipLibrary
 from pipeline.clips.sources import VideoRef
-from pipeline.clips.table import INDEX_FILE, VideoEntry
+from pipeline.clips.table import VideoEntry
 from pipeline.config import load_config, with_overrides
 from pipeline.models import BackboneConfig, SlotModelConfig
 from pipeline.models.build import checkpoint_hints
 from pipeline.sweep.settings import plan_trials
 from pipeline.sweep.stage import _locate
-
-VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
 class MadeUpVideos(ClipLibrary):
@@ -48,23 +44,13 @@ def at(config):
 
 
 def publish_clips(uri):
-    shard = "shard-00000.parquet"
-    rows = [asdict(VideoEntry(f"video_{i}", shard, i, 1, 1, 4, 8, 8, True)) for i in range(3)]
-    with storage.atomic_write(storage.join(uri, INDEX_FILE)) as file:
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    ClipManifest(
-        fingerprint=storage.name(uri),
-        settings={"clip_frames": 4},
-        clips=3,
-        videos=3,
-        annotated_videos=3,
-        shards=(),
-    ).publish(uri)
+    entries = [VideoEntry(f"video_{i}", "shard-00000.parquet", i, 1, 1, 4, 8, 8, True) for i in range(3)]
+    clip_sets.publish_clips(uri, entries, (), {"clip_frames": 4})
 
 
 def write_model(uri, number):
     """Files of a model that nobody loads."""
-    config = SlotModelConfig(BackboneConfig(None, 16, VIT), 15, 128)
+    config = SlotModelConfig(BackboneConfig(None, 16, tiny_vit()), 15, 128)
     storage.write_json(f"{uri}/config.json", config.to_dict())
     storage.write_bytes(f"{uri}/model.safetensors", bytes([number]) * 8)
 

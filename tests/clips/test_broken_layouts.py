@@ -42,9 +42,7 @@ def annotation(change, *, number=10, key="video_id", file="train/instances.json"
     """Changes the first annotation of a video."""
 
     def damage(folder):
-        edit_json(
-            folder / file, lambda content: change(next(a for a in content["annotations"] if a[key] == number))
-        )
+        edit_json(folder / file, lambda c: change(next(a for a in c["annotations"] if a[key] == number)))
 
     return damage
 
@@ -117,199 +115,106 @@ def tar_members(path):
 VIDEO = np.zeros((3, 48, 64, 3), np.uint8)
 SEGMENTATIONS = np.zeros((3, 48, 64, 1), np.uint8)
 
+# The video that is broken, of each kind; how it is, and the reason that is given.
+BROKEN = {
+    "davis": "train-video10",
+    "ytvis": "10-",
+    "coco": "000000000146",
+    "movi": "movi_e-train-00000/0001",
+    "webdataset": "movi_e-train-000000/1",
+}
 DAMAGES = {
-    "davis: a cut JPEG": (
-        "davis", truncate_jpeg("JPEGImages/480p/train-video10/*.jpg"), "train-video10",
-        "frame 00000.jpg can't be decoded",
-    ),
-    "davis: a mask that is no PNG": (
-        "davis", davis_mask("00002.png", b"broken"), "train-video10", "mask 00002.png can't be decoded",
-    ),
-    "davis: a cut mask": (
-        "davis", davis_mask("00002.png", LABELS[:60]), "train-video10", "mask 00002.png can't be decoded",
-    ),
-    "davis: an empty mask of another size": (
-        "davis", davis_mask("00002.png", SMALL), "train-video10",
-        "mask 00002.png is 64x40, its frame 00002.jpg 64x48 pixels",
-    ),
-    "davis: a colour picture for a mask": (
-        "davis", davis_mask("00002.png", PNG), "train-video10", "mask 00002.png is a RGB image, not one of labels",
-    ),
-    "davis: a mask is missing": (
-        "davis", lambda f: (f / "Annotations_unsupervised/480p/train-video10/00003.png").unlink(),
-        "train-video10", "mask 00003.png is missing",
-    ),
-    "davis: a frame is missing": (
-        "davis", lambda f: (f / "JPEGImages/480p/train-video10/00003.jpg").unlink(),
-        "train-video10", "mask 00003.png has no frame",
-    ),
+    "davis: a cut JPEG": (truncate_jpeg("JPEGImages/480p/train-video10/*.jpg"), "frame 00000.jpg can't be decoded"),
+    "davis: a mask that is no PNG": (davis_mask("00002.png", b"broken"), "mask 00002.png can't be decoded"),
+    "davis: a cut mask": (davis_mask("00002.png", LABELS[:60]), "mask 00002.png can't be decoded"),
+    "davis: an empty mask of another size": (davis_mask("00002.png", SMALL),
+     "mask 00002.png is 64x40, its frame 00002.jpg 64x48 pixels"),
+    "davis: a colour picture for a mask": (davis_mask("00002.png", PNG),
+     "mask 00002.png is a RGB image, not one of labels"),
+    "davis: a mask is missing": (lambda f: (f / "Annotations_unsupervised/480p/train-video10/00003.png").unlink(),
+     "mask 00003.png is missing"),
+    "davis: a frame is missing": (lambda f: (f / "JPEGImages/480p/train-video10/00003.jpg").unlink(),
+     "mask 00003.png has no frame"),
     "davis: frames of another size": (
-        "davis",
         lambda f: Image.new("RGB", (128, 96)).save(f / "JPEGImages/480p/train-video10/00001.jpg"),
-        "train-video10", "mask 00001.png is 64x48, its frame 00001.jpg 128x96 pixels",
-    ),
-    "davis: no folder": (
-        "davis", lambda f: shutil.rmtree(f / "JPEGImages/480p/train-video10"), "train-video10",
-        "is in the list of the split, but has no frames in",
-    ),
-    "ytvis: a frame is missing": (
-        "ytvis", lambda f: (ytvis_folder(f) / "00005.jpg").unlink(), "10-", "1 of 6 frames are missing, the first is",
-    ),
-    "ytvis: a list of another length": (
-        "ytvis", annotation(lambda a: a["segmentations"].pop()), "10-", "object 1 has 5 segmentations for 6 frames",
-    ),
-    "ytvis: no list": (
-        "ytvis", annotation(lambda a: a.pop("segmentations")), "10-", "object 1 has no segmentations for 6 frames",
-    ),
-    "ytvis: run lengths of another size": (
-        "ytvis", first_segmentation({"size": [64, 48], "counts": [3072]}), "10-",
-        "mask of object 1 is 48x64, its frame 00005.jpg 64x48 pixels",
-    ),
-    "ytvis: run lengths that are too long": (
-        "ytvis", first_segmentation({"size": [48, 64], "counts": [3072, 1]}), "10-",
-        "mask of object 1 in frame 00005.jpg is damaged: its runs don't add up to 64x48 pixels",
-    ),
-    "ytvis: run lengths that are cut": (
-        "ytvis", first_segmentation({"size": [48, 64], "counts": "0Pm0"}), "10-", "mask of object 1 in frame 00005",
-    ),
-    "ytvis: run lengths that are no text": (
-        "ytvis", first_segmentation({"size": [48, 64], "counts": "é~"}), "10-", "its counts are no run lengths",
-    ),
-    "ytvis: a polygon of two corners": (
-        "ytvis", first_segmentation([[1, 1, 5, 5]]), "10-", "a polygon is no list of three or more corners",
-    ),
-    "ytvis: a polygon far away": (
-        "ytvis", first_segmentation([[0, 0, 1e9, 0, 1e9, 1e9]]), "10-", "a polygon has corners far outside",
-    ),
-    "ytvis: a segmentation of nothing known": (
-        "ytvis", first_segmentation("mask"), "10-", "it is neither run lengths nor polygons",
-    ),
-    "ytvis: another length declared": (
-        "ytvis", video_entry(lambda v: v.update(length=9)), "10-", "declares 9 frames and names 6",
-    ),
-    "ytvis: another size declared": (
-        "ytvis", video_entry(lambda v: v.update(height=50)), "10-",
-        "mask list is 64x50, its frame 00000.jpg 64x48 pixels",
-    ),
-    "ytvis: a size that is none": (
-        "ytvis", video_entry(lambda v: v.update(height="abc")), "10-",
-        "its JSON entry declares the height 'abc' and the width 64",
-    ),
-    "ytvis: a size of lists": (
-        "ytvis", video_entry(lambda v: v.update(width=[64])), "10-", "declares the height 48 and the width [64]",
-    ),
-    "ytvis: run lengths beyond 64 bits": (
-        "ytvis", first_segmentation({"size": [48, 64], "counts": [10**30]}), "10-",
-        "mask of object 1 in frame 00005.jpg is damaged",
-    ),
-    "ytvis: a name that leads out": (
-        "ytvis", video_entry(lambda v: v.update(file_names=["../../x.jpg"], length=1)), "10-",
-        "1 of 1 frames are missing",
-    ),
-    "coco: a cut JPEG": (
-        "coco", truncate_jpeg("train2017/*146.jpg"), "000000000146", "frame 000000000146.jpg can't be decoded",
-    ),
-    "coco: an image is missing": (
-        "coco", lambda f: (f / "train2017/000000000146.jpg").unlink(), "000000000146", "146.jpg is missing in",
-    ),
+        "mask 00001.png is 64x48, its frame 00001.jpg 128x96 pixels"),
+    "davis: no folder": (lambda f: shutil.rmtree(f / "JPEGImages/480p/train-video10"),
+     "is in the list of the split, but has no frames in"),
+    "ytvis: a frame is missing": (lambda f: (ytvis_folder(f) / "00005.jpg").unlink(),
+     "1 of 6 frames are missing, the first is"),
+    "ytvis: a list of another length": (annotation(lambda a: a["segmentations"].pop()),
+     "object 1 has 5 segmentations for 6 frames"),
+    "ytvis: no list": (annotation(lambda a: a.pop("segmentations")), "object 1 has no segmentations for 6 frames"),
+    "ytvis: run lengths of another size": (first_segmentation({"size": [64, 48], "counts": [3072]}),
+     "mask of object 1 is 48x64, its frame 00005.jpg 64x48 pixels"),
+    "ytvis: run lengths that are too long": (first_segmentation({"size": [48, 64], "counts": [3072, 1]}),
+     "mask of object 1 in frame 00005.jpg is damaged: its runs don't add up to 64x48 pixels"),
+    "ytvis: run lengths that are cut": (first_segmentation({"size": [48, 64], "counts": "0Pm0"}),
+     "mask of object 1 in frame 00005"),
+    "ytvis: run lengths that are no text": (first_segmentation({"size": [48, 64], "counts": "é~"}),
+     "its counts are no run lengths"),
+    "ytvis: a polygon of two corners": (first_segmentation([[1, 1, 5, 5]]),
+     "a polygon is no list of three or more corners"),
+    "ytvis: a polygon far away": (first_segmentation([[0, 0, 1e9, 0, 1e9, 1e9]]),
+     "a polygon has corners far outside"),
+    "ytvis: a segmentation of nothing known": (first_segmentation("mask"), "it is neither run lengths nor polygons"),
+    "ytvis: another length declared": (video_entry(lambda v: v.update(length=9)), "declares 9 frames and names 6"),
+    "ytvis: another size declared": (video_entry(lambda v: v.update(height=50)),
+     "mask list is 64x50, its frame 00000.jpg 64x48 pixels"),
+    "ytvis: a size that is none": (video_entry(lambda v: v.update(height="abc")),
+     "its JSON entry declares the height 'abc' and the width 64"),
+    "ytvis: a size of lists": (video_entry(lambda v: v.update(width=[64])),
+     "declares the height 48 and the width [64]"),
+    "ytvis: run lengths beyond 64 bits": (first_segmentation({"size": [48, 64], "counts": [10**30]}),
+     "mask of object 1 in frame 00005.jpg is damaged"),
+    "ytvis: a name that leads out": (video_entry(lambda v: v.update(file_names=["../../x.jpg"], length=1)),
+     "1 of 1 frames are missing"),
+    "coco: a cut JPEG": (truncate_jpeg("train2017/*146.jpg"), "frame 000000000146.jpg can't be decoded"),
+    "coco: an image is missing": (lambda f: (f / "train2017/000000000146.jpg").unlink(), "146.jpg is missing in"),
     "coco: run lengths that are too short": (
-        "coco",
-        annotation(
-            lambda a: a.update(segmentation={"size": [48, 64], "counts": [7]}),
-            number=146, key="image_id", file="annotations/instances_train2017.json",
-        ),
-        "000000000146", "mask of object 1 in frame 000000000146.jpg is damaged",
-    ),
-    "movi: a flipped bit": (
-        "movi", movi_record(lambda r: flip(tfrecord(r), 500)), "movi_e-train-00000/0001", "wrong checksum",
-    ),
-    "movi: no Example": (
-        "movi", movi_record(lambda r: tfrecord(b"\xff" * 50)), "movi_e-train-00000/0001", "no tf.train.Example",
-    ),
-    "movi: no video": (
-        "movi", movi_record(other_example(image=[PNG])), "movi_e-train-00000/0001",
-        "it has no feature 'video', only camera/focal_length, image, metadata/num_frames",
-    ),
-    "movi: an empty video": (
-        "movi", movi_record(other_example(video=[])), "movi_e-train-00000/0001", "has no frames",
-    ),
-    "movi: fewer masks than frames": (
-        "movi", movi_record(other_example(video=[PNG, PNG], segmentations=[LABELS])),
-        "movi_e-train-00000/0001", "has 2 frames but 1 masks",
-    ),
-    "movi: a mask of another size": (
-        "movi", movi_record(other_example(video=[PNG, PNG], segmentations=[LABELS, SMALL])),
-        "movi_e-train-00000/0001", "mask 1 is 64x40, its frame 1 64x48 pixels",
-    ),
-    "movi: a cut PNG": (
-        "movi", movi_record(other_example(video=[PNG, NOISE[: len(NOISE) // 2]])), "movi_e-train-00000/0001",
-        "frame 1 can't be decoded",
-    ),
-    "movi: a damaged length": (
-        "movi", movi_record(lambda r: flip(tfrecord(r), 1)), "movi_e-train-00000/0001",
-        "movi_e-train.tfrecord-00000-of-00002: the length at byte",
-    ),
-    "movi: a cut record": (
-        "movi", movi_record(lambda r: tfrecord(r)[:-9]), "movi_e-train-00000/0001", "the file ends within the record",
-    ),
-    "movi: a cut header": (
-        "movi", movi_record(lambda r: tfrecord(r)[:7]), "movi_e-train-00000/0001", "the file ends within the header",
-    ),
-    "webdataset: floats": (
-        "webdataset", sample(video=VIDEO.astype(np.float32)), "movi_e-train-000000/1",
-        "video.npy is float32 (3, 48, 64, 3), not uint8 (T, H, W, 3)",
-    ),
-    "webdataset: no channels": (
-        "webdataset", sample(video=VIDEO[..., 0]), "movi_e-train-000000/1", "not uint8 (T, H, W, 3)",
-    ),
-    "webdataset: an empty video": (
-        "webdataset", sample(video=VIDEO[:0]), "movi_e-train-000000/1", "video.npy is empty: (0, 48, 64, 3)",
-    ),
-    "webdataset: segmentations of floats": (
-        "webdataset", sample(video=VIDEO, segmentations=SEGMENTATIONS.astype(float)), "movi_e-train-000000/1",
-        "segmentations.npy is float64, not integers or bool",
-    ),
-    "webdataset: Python objects": (
-        "webdataset", sample(video=VIDEO, segmentations=np.array([{}, None])), "movi_e-train-000000/1",
-        "segmentations.npy holds Python objects, which are never unpickled",
-    ),
-    "webdataset: Fortran's order": (
-        "webdataset", sample(video=np.asfortranarray(VIDEO + np.arange(3, dtype=np.uint8))),
-        "movi_e-train-000000/1", "video.npy is in Fortran's order",
-    ),
-    "webdataset: fewer segmentations": (
-        "webdataset", sample(video=VIDEO, segmentations=SEGMENTATIONS[:2]), "movi_e-train-000000/1",
-        "has 3 frames but segmentations of 2",
-    ),
-    "webdataset: segmentations of another size": (
-        "webdataset", sample(video=VIDEO, segmentations=SEGMENTATIONS[:, :40]), "movi_e-train-000000/1",
-        "mask segmentations.npy is 64x40, its frame 0 64x48 pixels",
-    ),
-    "webdataset: segmentations of two axes": (
-        "webdataset", sample(video=VIDEO, segmentations=SEGMENTATIONS[0, ..., 0]), "movi_e-train-000000/1",
-        "segmentations.npy has the shape (48, 64)",
-    ),
-    "webdataset: a negative label": (
-        "webdataset", sample(video=VIDEO, segmentations=SEGMENTATIONS.astype(np.int16) - 1),
-        "movi_e-train-000000/1", "segmentations.npy has labels from -1 to -1",
-    ),
-    "webdataset: a cut array": (
-        "webdataset", sample(video=npy_bytes(VIDEO)[:-5]), "movi_e-train-000000/1", "video.npy has 27771 bytes",
-    ),
-    "webdataset: no array": (
-        "webdataset", sample(video=b"no array at all"), "movi_e-train-000000/1", "video.npy is no array",
-    ),
-    "webdataset: an empty member": (
-        "webdataset", sample(video=b""), "movi_e-train-000000/1", "video.npy is no array",
-    ),
-    "webdataset: no video": (
-        "webdataset", sample(segmentations=SEGMENTATIONS), "movi_e-train-000000/1",
-        "has no video.npy or image.npy, only segmentations.npy",
-    ),
-    "webdataset: a cut tar": (
-        "webdataset", lambda f: cut(f / "movi_e-train-000000.tar", 0.9), "movi_e-train-000000/1",
-        "movi_e-train-000000.tar: the tar ends within 1.video.npy",
-    ),
+        annotation(lambda a: a.update(segmentation={"size": [48, 64], "counts": [7]}),
+                   number=146, key="image_id", file="annotations/instances_train2017.json"),
+        "mask of object 1 in frame 000000000146.jpg is damaged"),
+    "movi: a flipped bit": (movi_record(lambda r: flip(tfrecord(r), 500)), "wrong checksum"),
+    "movi: no Example": (movi_record(lambda r: tfrecord(b"\xff" * 50)), "no tf.train.Example"),
+    "movi: no video": (movi_record(other_example(image=[PNG])),
+     "it has no feature 'video', only camera/focal_length, image, metadata/num_frames"),
+    "movi: an empty video": (movi_record(other_example(video=[])), "has no frames"),
+    "movi: fewer masks than frames": (movi_record(other_example(video=[PNG, PNG], segmentations=[LABELS])),
+     "has 2 frames but 1 masks"),
+    "movi: a mask of another size": (movi_record(other_example(video=[PNG, PNG], segmentations=[LABELS, SMALL])),
+     "mask 1 is 64x40, its frame 1 64x48 pixels"),
+    "movi: a cut PNG": (movi_record(other_example(video=[PNG, NOISE[: len(NOISE) // 2]])),
+     "frame 1 can't be decoded"),
+    "movi: a damaged length": (movi_record(lambda r: flip(tfrecord(r), 1)),
+     "movi_e-train.tfrecord-00000-of-00002: the length at byte"),
+    "movi: a cut record": (movi_record(lambda r: tfrecord(r)[:-9]), "the file ends within the record"),
+    "movi: a cut header": (movi_record(lambda r: tfrecord(r)[:7]), "the file ends within the header"),
+    "webdataset: floats": (sample(video=VIDEO.astype(np.float32)),
+     "video.npy is float32 (3, 48, 64, 3), not uint8 (T, H, W, 3)"),
+    "webdataset: no channels": (sample(video=VIDEO[..., 0]), "not uint8 (T, H, W, 3)"),
+    "webdataset: an empty video": (sample(video=VIDEO[:0]), "video.npy is empty: (0, 48, 64, 3)"),
+    "webdataset: segmentations of floats": (sample(video=VIDEO, segmentations=SEGMENTATIONS.astype(float)),
+     "segmentations.npy is float64, not integers or bool"),
+    "webdataset: Python objects": (sample(video=VIDEO, segmentations=np.array([{}, None])),
+     "segmentations.npy holds Python objects, which are never unpickled"),
+    "webdataset: Fortran's order": (sample(video=np.asfortranarray(VIDEO + np.arange(3, dtype=np.uint8))),
+     "video.npy is in Fortran's order"),
+    "webdataset: fewer segmentations": (sample(video=VIDEO, segmentations=SEGMENTATIONS[:2]),
+     "has 3 frames but segmentations of 2"),
+    "webdataset: segmentations of another size": (sample(video=VIDEO, segmentations=SEGMENTATIONS[:, :40]),
+     "mask segmentations.npy is 64x40, its frame 0 64x48 pixels"),
+    "webdataset: segmentations of two axes": (sample(video=VIDEO, segmentations=SEGMENTATIONS[0, ..., 0]),
+     "segmentations.npy has the shape (48, 64)"),
+    "webdataset: a negative label": (sample(video=VIDEO, segmentations=SEGMENTATIONS.astype(np.int16) - 1),
+     "segmentations.npy has labels from -1 to -1"),
+    "webdataset: a cut array": (sample(video=npy_bytes(VIDEO)[:-5]), "video.npy has 27771 bytes"),
+    "webdataset: no array": (sample(video=b"no array at all"), "video.npy is no array"),
+    "webdataset: an empty member": (sample(video=b""), "video.npy is no array"),
+    "webdataset: no video": (sample(segmentations=SEGMENTATIONS),
+     "has no video.npy or image.npy, only segmentations.npy"),
+    "webdataset: a cut tar": (lambda f: cut(f / "movi_e-train-000000.tar", 0.9),
+     "movi_e-train-000000.tar: the tar ends within 1.video.npy"),
 }  # fmt: skip
 
 
@@ -321,14 +226,14 @@ def ytvis_folder(folder):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_is_broken_is_set_aside_by_name(name, tmp_path):
-    kind, damage, broken, reason = DAMAGES[name]
+    kind, (damage, reason) = name.split(":")[0], DAMAGES[name]
     truth = of_split(WRITERS[kind](tmp_path / "data"), training_split(kind))
     whole = find(kind, tmp_path / "data")
     damage(tmp_path / "data")
     videos = find(kind, tmp_path / "data")
     clips, report = clip_set(videos, tmp_path)
     (bad,) = report.bad
-    assert bad.video.startswith(broken)
+    assert bad.video.startswith(BROKEN[kind])
     assert reason in bad.reason
     assert "\n" not in bad.reason
     assert "<_io" not in bad.reason
@@ -374,22 +279,17 @@ def test_annotations_that_are_no_list(content, tmp_path):
         find("ytvis", tmp_path)
 
 
-def test_a_damaged_first_length_hides_that_file_alone(tmp_path):
+@pytest.mark.parametrize(("position", "bad"), [(9, "0000"), (-1, "0001")])
+def test_a_damaged_checksum_hides_no_other_file(position, bad, tmp_path):
+    """That of the first length hides the rest of its file, that of the last record's data only itself."""
     truth = of_split(WRITERS["movi"](tmp_path / "data"), "train")
     path = tmp_path / "data/movi_e-train.tfrecord-00000-of-00002"
-    path.write_bytes(flip(path.read_bytes(), 9))
+    content = path.read_bytes()
+    path.write_bytes(flip(content, position % len(content)))
     clips, report = clip_set(find("movi", tmp_path / "data"), tmp_path)
-    assert [b.video for b in report.bad] == ["movi_e-train-00000/0000"]
-    assert_holds(clips, {k: t for k, t in truth.items() if k.startswith("movi_e-train-00001")})
-
-
-def test_a_damaged_checksum_of_the_data(tmp_path):
-    truth = of_split(WRITERS["movi"](tmp_path / "data"), "train")
-    path = tmp_path / "data/movi_e-train.tfrecord-00000-of-00002"
-    path.write_bytes(flip(path.read_bytes(), path.stat().st_size - 1))
-    clips, report = clip_set(find("movi", tmp_path / "data"), tmp_path)
-    assert [b.video for b in report.bad] == ["movi_e-train-00000/0001"]
-    assert len(clips.videos) == len(truth) - 1
+    assert [b.video for b in report.bad] == [f"movi_e-train-00000/{bad}"]
+    lost = [k for k in truth if f"movi_e-train-00000/{bad}" <= k < "movi_e-train-00001"]
+    assert_holds(clips, {k: t for k, t in truth.items() if k not in lost})
 
 
 @pytest.mark.parametrize(
@@ -423,9 +323,8 @@ def test_records_of_movi_without_masks_are_not_annotated(tmp_path):
 
 def test_checksums_are_those_of_the_specification():
     """The check value of CRC-32C, and TensorFlow's mask of it."""
-    assert struct.unpack("<I", masked_crc(b"123456789")) == (
-        ((0xE3069283 >> 15 | 0xE3069283 << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF,
-    )
+    (masked,) = struct.unpack("<I", masked_crc(b"123456789"))
+    assert masked == ((0xE3069283 >> 15 | 0xE3069283 << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 @pytest.mark.parametrize(
@@ -463,15 +362,8 @@ def test_a_sample_that_is_there_twice(tmp_path):
 
 
 def test_images_without_a_video_axis(tmp_path):
-    write_tar(
-        tmp_path / "coco-train-000000.tar",
-        [
-            ("5.image.npy", npy_bytes(VIDEO[0])),
-            ("6.image.npy", npy_bytes(VIDEO)),
-            ("7.image.npy", npy_bytes(VIDEO[0])),
-            ("7.segmentations.npy", npy_bytes(SEGMENTATIONS[0])),
-        ],
-    )
+    images = {"5.image": VIDEO[0], "6.image": VIDEO, "7.image": VIDEO[0], "7.segmentations": SEGMENTATIONS[0]}
+    write_tar(tmp_path / "coco-train-000000.tar", [(f"{n}.npy", npy_bytes(a)) for n, a in images.items()])
     clips, report = clip_set(find("webdataset", tmp_path), tmp_path, clip_frames=1)
     assert [(v.video_id, v.frames, v.annotated) for v in clips.videos] == [("coco-train-000000/5", 1, False)]
     assert [b.reason for b in report.bad] == [

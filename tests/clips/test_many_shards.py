@@ -3,10 +3,9 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from clip_sets import make_clip_set, random_video
+from clip_sets import random_clips
 
 from pipeline.clips import table
 from pipeline.clips.table import ClipSet, ShardReader, VideoEntry
@@ -14,9 +13,8 @@ from pipeline.clips.table import ClipSet, ShardReader, VideoEntry
 
 @pytest.fixture
 def clips(tmp_path):
-    rng = np.random.default_rng(0)
-    videos = {f"video-{i}": random_video(rng, frames=24, size=(48, 64)) for i in range(6)}
-    return make_clip_set(tmp_path / "clips", videos, videos_per_shard=6)
+    lengths = {f"video-{i}": 24 for i in range(6)}
+    return random_clips(tmp_path / "clips", lengths, videos_per_shard=6, size=(48, 64))
 
 
 def test_no_file_stays_open(clips, tmp_path, monkeypatch):

@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
-from PIL import Image
-from test_videos import picture, write_noise
+from layout_sets import write_images
+from video_files import picture, write_noise
 
 from pipeline import storage
 from pipeline.clips.library import artifacts_of, find_videos
 from pipeline.clips.sources import BadVideo, read_video
+from pipeline.clips.sources import videos as video_folders
 from pipeline.clips.sources.videos import list_videos
 from pipeline.clips.write import write_shard
-from pipeline.config import resolve_config
-from pipeline.storage import join
+from pipeline.config import Clips, resolve_config
+from pipeline.storage import client, join
 
 
 @pytest.fixture
@@ -28,15 +29,12 @@ def folders(proxy, tmp_path):
     (local / "deep").mkdir(parents=True)
     write_noise(local / "a.mp4", 30)
     write_noise(local / "deep" / "b.mkv", 60)
-    for number in (0, 2, 10):
-        (local / "frames").mkdir(exist_ok=True)
-        Image.fromarray(picture(shade=number)).save(local / "frames" / f"{number}.png")
-        (local / "masks" / "frames").mkdir(parents=True, exist_ok=True)
-        labels = np.full((64, 96), number % 3, np.uint8)
-        Image.fromarray(labels).save(local / "masks" / "frames" / f"{number}.png")
+    shades = (0, 2, 10)
+    labels = [np.full((64, 96), shade % 3, np.uint8) for shade in shades]
+    write_images(local / "frames", [picture(shade=shade) for shade in shades], "{}.png")
+    write_images(local / "masks" / "frames", labels, "{}.png")
     for name in (".hidden.mp4", "notes.txt", "held/c.mp4"):
-        (local / name).parent.mkdir(exist_ok=True)
-        (local / name).write_bytes(b"nothing to read")
+        storage.write_bytes(str(local / name), b"nothing to read")
     uri = join("s3://bucket", tmp_path.name)
     storage.upload_tree(local, uri)
     proxy.reset()
@@ -56,12 +54,17 @@ def test_a_remote_folder_has_the_videos_of_its_local_copy(folders, proxy):
 def test_remote_frames_and_masks_equal_local_ones(folders, proxy):
     expected, found = (list_videos(root, "masks", exclude="held") for root in folders)
     for one, two in zip(expected, found, strict=True):
-        for a, b in zip(read_video(one, short_side=32), read_video(two, short_side=32), strict=True):
-            np.testing.assert_array_equal(a.pixels, b.pixels)
-            assert a.seconds == b.seconds
-            assert (a.masks is None) == (b.masks is None)
-            for number in a.masks or {}:
-                np.testing.assert_array_equal(a.masks[number], b.masks[number])
+        assert_equal(read_video(one, short_side=32), read_video(two, short_side=32))
+
+
+def assert_equal(one, two):
+    """All frames, times and masks."""
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a.pixels, b.pixels)
+        assert (a.seconds, a.masks is None) == (b.seconds, b.masks is None)
+        assert (a.masks or {}).keys() == (b.masks or {}).keys()
+        for number in a.masks or {}:
+            np.testing.assert_array_equal(a.masks[number], b.masks[number])
 
 
 def test_a_video_is_read_in_few_requests(folders, proxy):
@@ -76,7 +79,7 @@ def test_the_content_follows_what_is_stored(folders):
     before = {v.video_id: v.content for v in list_videos(folders[1], "masks")}
     assert {v.video_id: v.content for v in list_videos(folders[1], "masks")} == before
     storage.write_bytes(join(folders[1], "a.mp4"), b"another")
-    storage.write_bytes(join(folders[1], "masks/frames/2.png"), b"another")
+    storage.write_bytes(join(folders[1], "masks/frames/1.png"), b"another")
     after = {v.video_id: v.content for v in list_videos(folders[1], "masks")}
     assert {v for v in after if after[v] != before[v]} == {"a", "frames"}
 
@@ -88,14 +91,6 @@ def test_nothing_there(proxy):
         list_videos("s3://no-such-bucket/videos", "masks")
 
 
-def test_two_videos_of_one_id(proxy, tmp_path):
-    uri = join("s3://bucket", tmp_path.name)
-    for name in ("a.mp4", "a.mkv"):
-        storage.write_bytes(join(uri, name), b"x")
-    with pytest.raises(ValueError, match="would both be the video 'a'"):
-        list_videos(uri, "masks")
-
-
 def test_broken_videos_are_set_aside_by_name(folders):
     _, uri = folders
     storage.write_bytes(join(uri, "cut.mp4"), storage.read_bytes(join(uri, "a.mp4"))[:-9000])
@@ -103,8 +98,7 @@ def test_broken_videos_are_set_aside_by_name(folders):
     storage.write_bytes(join(uri, "text.mp4"), b"no video" * 1000)
     storage.write_bytes(join(uri, "frames/3.png"), b"no picture")
     videos = list_videos(uri, "masks", exclude="held")
-    clips = resolve_config({"clips": {"clip_frames": 4}}).clips
-    report = write_shard(videos, join(uri, "shard.parquet"), clips)
+    report = write_shard(videos, join(uri, "shard.parquet"), Clips())
     assert [v.video_id for v in report.videos] == ["a", "deep/b"]
     bad = {entry.video: entry.reason for entry in report.bad}
     assert bad["empty.mp4"] == "the file is empty"
@@ -117,9 +111,7 @@ def test_broken_videos_are_set_aside_by_name(folders):
 @pytest.mark.parametrize("after", [0, 1])
 def test_storage_that_fails_is_no_bad_video(folders, proxy, monkeypatch, video_id, after):
     """FFmpeg would take a failed read for the end of the file, so that the video looked truncated."""
-    from pipeline.clips.sources import videos
-
-    monkeypatch.setattr(videos, "AHEAD", 4096)
+    monkeypatch.setattr(video_folders, "AHEAD", 4096)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     video = next(v for v in list_videos(folders[1], "masks") if v.video_id == video_id)
     frames = read_video(video)
@@ -138,12 +130,10 @@ def test_a_video_that_is_gone_is_set_aside(folders):
 
 
 def test_a_shard_of_remote_videos_survives_faults(folders, proxy, monkeypatch):
-    from pipeline.storage import client
-
     monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
     _, uri = folders
     videos = list_videos(uri, "masks", exclude="held")
-    clips = resolve_config({"clips": {"clip_frames": 4, "codec": "png"}}).clips
+    clips = Clips(codec="png")
     write_shard(videos, join(uri, "calm", "shard.parquet"), clips)
     proxy.rates = {"503": 0.2, "cut": 0.1, "cut in answer": 0.1, "answer lost": 0.1}
     report = write_shard(videos, join(uri, "faulty", "shard.parquet"), clips)
@@ -154,12 +144,15 @@ def test_a_shard_of_remote_videos_survives_faults(folders, proxy, monkeypatch):
     assert faulty == calm
 
 
-def test_generated_videos_are_published_where_every_node_sees_them(proxy, tmp_path):
-    def build(root):
-        values = {"dataset": {"kind": "synthetic", "synthetic": {"videos": 3, "frames": 5, "size": 32}}}
-        return resolve_config(values, [f"storage.root={root}"])
+def generated(root, videos=3):
+    made = {"videos": videos, "frames": 5, "size": 32}
+    return resolve_config(
+        {"dataset": {"kind": "synthetic", "synthetic": made}, "storage": {"root": str(root)}}
+    )
 
-    remote, local = build(join("s3://bucket", tmp_path.name)), build(tmp_path / "local")
+
+def test_generated_videos_are_published_where_every_node_sees_them(proxy, tmp_path):
+    remote, local = (generated(root) for root in (join("s3://bucket", tmp_path.name), tmp_path / "local"))
     videos = find_videos(remote, "")
     assert all(v.path.startswith("s3://bucket/") for v in videos)
     folder = videos[0].path.rsplit("/", 1)[0]
@@ -168,17 +161,14 @@ def test_generated_videos_are_published_where_every_node_sees_them(proxy, tmp_pa
     assert [(v.video_id, v.content) for v in videos] == [(v.video_id, v.content) for v in expected]
     assert artifacts_of(remote).clips.fingerprint == artifacts_of(local).clips.fingerprint
     for one, two in zip(expected, videos, strict=True):
-        for a, b in zip(read_video(one), read_video(two), strict=True):
-            np.testing.assert_array_equal(a.pixels, b.pixels)
-            assert a.masks.keys() == b.masks.keys()
+        assert_equal(read_video(one), read_video(two))
     proxy.reset()
     assert find_videos(remote, "[:2]") == videos[:2]
     assert proxy.count("PUT") == 0, "they are found, not made again"
 
 
 def test_generated_videos_are_not_complete_before_all_are_there(proxy, tmp_path):
-    values = {"dataset": {"kind": "synthetic", "synthetic": {"videos": 2, "frames": 3, "size": 32}}}
-    config = resolve_config(values, [f"storage.root={join('s3://bucket', tmp_path.name)}"])
+    config = generated(join("s3://bucket", tmp_path.name), videos=2)
     proxy.denied = ["video_00001/00002.png"]
     with pytest.raises(storage.AccessError, match=r"video_00001/00002\.png: write refused"):
         find_videos(config, "")

@@ -1,11 +1,12 @@
 """What is written into a shard comes back out of it: no Ray here, only files."""
 
-from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from layout_sets import clip_set, write_folders, write_images
 from PIL import Image
 
 from pipeline import storage
@@ -16,47 +17,14 @@ from pipeline.clips.write import write_shard
 from pipeline.config import Clips
 
 
-def write_folder(folder, lengths, size=(12, 16), masks=(), smooth=False):
-    """Videos as folders of frames; returns their pixels by name."""
-    rng = np.random.default_rng(0)
-    pixels = {}
-    for name, length in lengths.items():
-        (folder / name).mkdir(parents=True)
-        if smooth:
-            ramp = (
-                np.linspace(0, 200, size[1])[None, None, :, None] + 5 * np.arange(length)[:, None, None, None]
-            )
-            frames = np.broadcast_to(ramp, (length, *size, 3)).astype(np.uint8)
-        else:
-            frames = rng.integers(0, 256, (length, *size, 3), np.uint8)
-        for index, frame in enumerate(frames):
-            Image.fromarray(frame).save(folder / name / f"{index}.png")
-        if name in masks:
-            (folder / "masks" / name).mkdir(parents=True)
-            for index in range(length):
-                labels = rng.integers(0, 4, size).astype(np.uint8) * (index != 1)  # frame 1 has no object
-                Image.fromarray(labels).save(folder / "masks" / name / f"{index}.png")
-        pixels[name] = frames
-    return pixels
-
-
-def make_clip_set(folder, tmp_path, **settings):
-    """A published clip set of one shard, the way the stage lays it out; returns it and the report."""
-    settings = Clips(codec="png", **settings) if "codec" not in settings else Clips(**settings)
-    uri = str(tmp_path / "set")
-    report = write_shard(list_videos(str(folder), "masks"), f"{uri}/data/shard-00000.parquet", settings)
-    pq.write_table(pa.Table.from_pylist([asdict(v) for v in report.videos]), f"{uri}/index.parquet")
-    shards = [{key: getattr(report, key) for key in ("name", "rows", "bytes")}]
-    storage.publish(
-        uri, {"kind": "clips", "fingerprint": "x", "settings": settings.model_dump(), "shards": shards}
-    )
-    return ClipSet(uri), report
+def shard(folder, tmp_path, **settings):
+    return clip_set(list_videos(str(folder), "masks"), tmp_path, **settings)
 
 
 @pytest.mark.parametrize("codec", ["png", "raw"])
 def test_frames_come_back_exactly(tmp_path, codec):
-    pixels = write_folder(tmp_path / "videos", {"a": 10, "b": 4, "c": 3})
-    clips, report = make_clip_set(tmp_path / "videos", tmp_path, codec=codec, clip_frames=4)
+    pixels = write_folders(tmp_path / "videos", {"a": 10, "b": 4, "c": 3})
+    clips, report = shard(tmp_path / "videos", tmp_path, codec=codec, clip_frames=4)
     assert [v.video_id for v in clips.videos] == ["a", "b", "c"]
     assert [(v.clips, v.full_clips, v.frames) for v in clips.videos] == [(3, 2, 10), (1, 1, 4), (1, 0, 3)]
     assert report.rows == 5
@@ -67,37 +35,43 @@ def test_frames_come_back_exactly(tmp_path, codec):
 
 
 def test_tails_are_kept_and_marked(tmp_path):
-    write_folder(tmp_path / "videos", {"a": 10, "b": 2})
-    clips, _ = make_clip_set(tmp_path / "videos", tmp_path, clip_frames=4)
+    write_folders(tmp_path / "videos", {"a": 10, "b": 2})
+    clips, _ = shard(tmp_path / "videos", tmp_path, clip_frames=4)
     read = list(clips.iter_shard(clips.shards[0]))
-    assert [(c.video_id, len(c.frames), c.full) for c in read] == [
-        ("a", 4, True),
-        ("a", 4, True),
-        ("a", 2, False),
-        ("b", 2, False),
-    ]
+    cut = [("a", 4, True), ("a", 4, True), ("a", 2, False), ("b", 2, False)]
+    assert [(c.video_id, len(c.frames), c.full) for c in read] == cut
     table = pq.read_table(f"{clips.uri}/data/shard-00000.parquet")
     assert table["start_frame"].to_pylist() == [0, 4, 8, 0]
     assert table["timestamps"].to_pylist()[1] == [4, 5, 6, 7]
 
 
 def test_jpeg_frames_are_close(tmp_path):
-    pixels = write_folder(tmp_path / "videos", {"a": 4}, size=(48, 64), smooth=True)
-    clips, _ = make_clip_set(tmp_path / "videos", tmp_path, codec="jpeg", quality=95)
+    ramp = np.linspace(0, 200, 64)[:, None] + 5 * np.arange(4)[:, None, None, None]
+    pixels = np.broadcast_to(ramp, (4, 48, 64, 3)).astype(np.uint8)
+    write_images(tmp_path / "videos" / "a", pixels)
+    clips, _ = shard(tmp_path / "videos", tmp_path, codec="jpeg", quality=95)
     frames = clips.read_clip(clips.shards[0], 0).frames
-    assert np.abs(frames.astype(int) - pixels["a"]).max() <= 6
+    assert np.abs(frames.astype(int) - pixels).max() <= 6
+
+
+def write_labels(folder, length):
+    """Three objects, but none in frame 1."""
+    labels = np.random.default_rng(1).integers(0, 4, (length, 12, 16)).astype(np.uint8)
+    labels[1] = 0
+    write_images(folder, labels, "{}.png")
+    return labels
 
 
 def test_masks_come_back_exactly(tmp_path):
-    write_folder(tmp_path / "videos", {"a": 6, "b": 4}, masks=("a",))
-    clips, _ = make_clip_set(tmp_path / "videos", tmp_path, clip_frames=4)
+    write_folders(tmp_path / "videos", {"a": 6, "b": 4})
+    truth = write_labels(tmp_path / "videos" / "masks" / "a", 6)
+    clips, _ = shard(tmp_path / "videos", tmp_path, clip_frames=4)
     annotated, plain = clips.videos
     assert (annotated.annotated, plain.annotated) == (True, False)
     masks = [m for clip in clips.iter_video(annotated, masks=True) for m in clip.masks]
     assert len(masks) == 6
     assert masks[1] == {}
-    for index, objects in enumerate(masks):
-        labels = np.asarray(Image.open(tmp_path / "videos" / "masks" / "a" / f"{index}.png"))
+    for labels, objects in zip(truth, masks, strict=True):
         assert sorted(objects) == sorted(set(np.unique(labels)) - {0})
         for object_id, mask in objects.items():
             np.testing.assert_array_equal(mask, labels == object_id)
@@ -113,12 +87,7 @@ def test_overlapping_objects_survive():
     first[2:6, 1:5], second[4:9, 3:7] = True, True
     masks = [{5: first, 300: second}, {}, {300: second, 5: np.zeros((9, 7), bool)}]
     row = {
-        "video_id": "v",
-        "clip_index": 2,
-        "start_frame": 8,
-        "full": False,
-        "height": 9,
-        "width": 7,
+        **{"video_id": "v", "clip_index": 2, "start_frame": 8, "full": False, "height": 9, "width": 7},
         "timestamps": [0.0, 1.0, 2.0],
         "frames": [encode_frame(f, "raw", 95) for f in frames],
         "masks": [encode_masks(m) for m in masks],
@@ -137,8 +106,8 @@ def test_overlapping_objects_survive():
 
 
 def test_row_groups_are_bounded_and_a_row_is_read_without_the_rest(tmp_path):
-    pixels = write_folder(tmp_path / "videos", {"a": 40, "b": 21}, size=(32, 32))  # 12 kB a clip
-    clips, _ = make_clip_set(tmp_path / "videos", tmp_path, codec="raw", row_group_mb=0.05)
+    pixels = write_folders(tmp_path / "videos", {"a": 40, "b": 21}, size=(32, 32))  # 12 kB a clip
+    clips, _ = shard(tmp_path / "videos", tmp_path, codec="raw", row_group_mb=0.05)
     metadata = pq.read_metadata(f"{clips.uri}/data/shard-00000.parquet")
     assert metadata.num_rows == 16
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
@@ -152,9 +121,9 @@ def test_row_groups_are_bounded_and_a_row_is_read_without_the_rest(tmp_path):
 
 
 def test_a_bad_video_leaves_nothing_of_itself_in_the_shard(tmp_path):
-    pixels = write_folder(tmp_path / "videos", {"a": 5, "b": 9, "c": 6})
+    pixels = write_folders(tmp_path / "videos", {"a": 5, "b": 9, "c": 6})
     (tmp_path / "videos" / "b" / "8.png").write_bytes(b"broken")  # after two clips have been read
-    clips, report = make_clip_set(tmp_path / "videos", tmp_path, clip_frames=4, row_group_mb=0.0001)
+    clips, report = shard(tmp_path / "videos", tmp_path, clip_frames=4, row_group_mb=0.0001)
     (bad,) = report.bad
     assert bad.video == "b"
     assert "8.png" in bad.reason
@@ -167,7 +136,7 @@ def test_a_bad_video_leaves_nothing_of_itself_in_the_shard(tmp_path):
 def test_a_shard_of_bad_videos_alone_is_empty(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").touch()
-    clips, report = make_clip_set(tmp_path / "videos", tmp_path)
+    clips, report = shard(tmp_path / "videos", tmp_path)
     assert report.rows == 0
     assert [(b.video, b.path, b.reason) for b in report.bad] == [
         ("a.mp4", str(tmp_path / "videos" / "a.mp4"), "the file is empty")
@@ -176,7 +145,8 @@ def test_a_shard_of_bad_videos_alone_is_empty(tmp_path):
 
 
 def test_a_shard_is_the_same_bytes_every_time(tmp_path):
-    write_folder(tmp_path / "videos", {"a": 10, "b": 4}, masks=("b",))
+    write_folders(tmp_path / "videos", {"a": 10, "b": 4})
+    write_labels(tmp_path / "videos" / "masks" / "b", 4)
     videos = list_videos(str(tmp_path / "videos"), "masks")
     for name in ("one", "two"):
         write_shard(videos, str(tmp_path / name / "shard-00000.parquet"), Clips())
@@ -186,23 +156,29 @@ def test_a_shard_is_the_same_bytes_every_time(tmp_path):
 
 def test_shards_are_readable_without_our_code(tmp_path):
     """Plain Arrow types: whoever has pyarrow and Pillow can look at the frames."""
-    pixels = write_folder(tmp_path / "videos", {"a": 4})
-    clips, _ = make_clip_set(tmp_path / "videos", tmp_path)
+    pixels = write_folders(tmp_path / "videos", {"a": 4})
+    clips, _ = shard(tmp_path / "videos", tmp_path)
     row = pq.read_table(f"{clips.uri}/data/shard-00000.parquet").to_pylist()[0]
     image = Image.open(pa.BufferReader(row["frames"][2]))
     np.testing.assert_array_equal(np.asarray(image), pixels["a"][2])
 
 
+def assert_damaged(clips, message):
+    for read in (
+        lambda: clips.read_clip("shard-00000.parquet", 0),
+        lambda: list(clips.iter_shard(clips.shards[0])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
 @pytest.mark.parametrize("share", [0, 0.3, 0.9])
 def test_a_truncated_shard_is_named(tmp_path, share):
-    write_folder(tmp_path / "videos", {"a": 8})
-    clips, _ = make_clip_set(tmp_path / "videos", tmp_path)
-    path = tmp_path / "set" / "data" / "shard-00000.parquet"
+    write_folders(tmp_path / "videos", {"a": 8})
+    clips, _ = shard(tmp_path / "videos", tmp_path)
+    path = Path(clips.uri) / "data" / "shard-00000.parquet"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"data/shard-00000\.parquet: the shard is damaged"):
-        clips.read_clip("shard-00000.parquet", 0)
-    with pytest.raises(ValueError, match=r"data/shard-00000\.parquet: the shard is damaged"):
-        list(clips.iter_shard("shard-00000.parquet"))
+    assert_damaged(clips, r"data/shard-00000\.parquet: the shard is damaged")
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -212,30 +188,15 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_damage_inside_a_shard_is_an_error_that_names_it(tmp_path):
     """Even a single wrong byte of raw pixels, which nothing but a checksum could tell."""
-    write_folder(tmp_path / "videos", {"a": 8}, size=(64, 64))
-    clips, _ = make_clip_set(tmp_path / "videos", tmp_path, codec="raw")
-    path = tmp_path / "set" / "data" / "shard-00000.parquet"
+    write_folders(tmp_path / "videos", {"a": 8}, size=(64, 64))
+    clips, _ = shard(tmp_path / "videos", tmp_path, codec="raw")
+    path = Path(clips.uri) / "data" / "shard-00000.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"shard-00000\.parquet: row group 0 is damaged"):
-        list(clips.iter_shard("shard-00000.parquet"))
-    with pytest.raises(ValueError, match=r"shard-00000\.parquet: row group 0 is damaged"):
-        clips.read_clip("shard-00000.parquet", 0)
+    assert_damaged(clips, r"shard-00000\.parquet: row group 0 is damaged")
 
 
 def test_an_unpublished_folder_is_refused(tmp_path):
     with pytest.raises(storage.IncompleteError, match="run the job again"):
         ClipSet(str(tmp_path))
-
-
-def test_shards_on_s3(tmp_path, s3):
-    pixels = write_folder(tmp_path / "videos", {"a": 9})
-    uri = storage.join(s3, tmp_path.name, "data")
-    write_shard(
-        list_videos(str(tmp_path / "videos"), "masks"), f"{uri}/shard-00000.parquet", Clips(codec="png")
-    )
-    rows = ShardReader(uri).rows("shard-00000.parquet")
-    read = np.concatenate([to_clip(row, masks=False).frames for row in rows])
-    np.testing.assert_array_equal(read, pixels["a"])
-    storage.delete(storage.join(s3, tmp_path.name))

@@ -1,7 +1,6 @@
 """Reading folders of video files and of frames: what is decoded, and what is set aside and why."""
 
 import itertools
-import os
 import re
 import struct
 from pathlib import Path
@@ -9,52 +8,19 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from layout_sets import write_images
 from PIL import Image
+from video_files import BLUE, RED, WHITE, picture, write_noise, write_video
 
+from pipeline import storage
 from pipeline.clips.sources import BadVideo, VideoRef, read_video
 from pipeline.clips.sources.files import natural_key
 from pipeline.clips.sources.videos import list_videos
 
-RED, BLUE, WHITE = (200, 20, 20), (20, 20, 200), (250, 250, 250)
-
-
-def picture(height=64, width=96, shade=0):
-    """Red on the left, blue on the right, a white square in the top left corner."""
-    image = np.empty((height, width, 3), np.uint8)
-    image[:, : width // 2], image[:, width // 2 :] = RED, BLUE
-    image[: height // 4, : height // 4] = WHITE
-    return np.clip(image.astype(int) + shade, 0, 255).astype(np.uint8)
-
-
-def write_video(
-    path, frames, codec="libx264", pix_fmt="yuv420p", rate=10, pts=None, rotation=None, **options
-):
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for index, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts = pts[index] if pts else index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    # SVT-AV1 makes a process of root's a real-time one, which starves all others from then on.
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    return path
-
-
-def write_noise(path, count, **options):
-    """A video with enough bytes in it to be cut."""
-    rng = np.random.default_rng(0)
-    return write_video(path, list(rng.integers(0, 256, (count, 48, 64, 3), np.uint8)), **options)
-
 
 def read(path, masks=None, **settings):
-    return list(
-        read_video(VideoRef("video", str(path), details={"masks": str(masks)} if masks else {}), **settings)
-    )
+    details = {"masks": str(masks)} if masks else {}
+    return list(read_video(VideoRef("video", str(path), details=details), **settings))
 
 
 def reason_against(path, masks=None, **settings):
@@ -82,9 +48,8 @@ def test_real_videos_have_the_frames_that_pyav_counts(real_videos, name):
         times = [frame.time for frame in container.decode(video=0)]
     scale = 36 / min(size)
     count = 0
-    for frame, seconds in zip(
-        read_video(VideoRef(name, str(real_videos[name])), short_side=36), times, strict=True
-    ):
+    frames = read_video(VideoRef(name, str(real_videos[name])), short_side=36)
+    for frame, seconds in zip(frames, times, strict=True):
         assert frame.pixels.shape == (round(size[0] * scale), round(size[1] * scale), 3)
         assert frame.seconds == pytest.approx(seconds)
         count += 1
@@ -98,20 +63,12 @@ def test_real_video_pixels_equal_pyavs(real_videos):
     assert np.abs(frame.pixels.astype(int) - expected).mean() < 1  # another rounding in the conversion
 
 
+CONTAINERS = {"libx264": "mp4 mkv mov m4v", "libx265": "mp4", "libvpx-vp9": "webm", "libsvtav1": "mp4"}
+CONTAINERS |= {"libaom-av1": "mkv", "mpeg4": "avi", "mjpeg": "avi"}
+
+
 @pytest.mark.parametrize(
-    ("codec", "suffix"),
-    [
-        ("libx264", "mp4"),
-        ("libx264", "mkv"),
-        ("libx264", "mov"),
-        ("libx264", "m4v"),
-        ("libx265", "mp4"),
-        ("libvpx-vp9", "webm"),
-        ("libsvtav1", "mp4"),
-        ("libaom-av1", "mkv"),
-        ("mpeg4", "avi"),
-        ("mjpeg", "avi"),
-    ],
+    ("codec", "suffix"), [(c, s) for c, names in CONTAINERS.items() for s in names.split()]
 )
 def test_codecs_and_containers(tmp_path, codec, suffix):
     try:
@@ -158,14 +115,12 @@ def test_short_side(tmp_path, size, short_side, expected):
 
 def test_rotation_metadata(tmp_path):
     """A display matrix that says "turn by n degrees counter-clockwise" is obeyed."""
-    for degrees in (90, 180, 270):
-        path = write_video(tmp_path / f"{degrees}.mp4", [picture()] * 2, rotation=degrees)
-        pixels = read(path)[0].pixels
-        np.testing.assert_allclose(pixels, np.rot90(read_plain(tmp_path), degrees // 90), atol=1)
-
-
-def read_plain(tmp_path):
-    return read(write_video(tmp_path / "plain.mp4", [picture()] * 2))[0].pixels
+    plain, *turned = (
+        read(write_video(tmp_path / f"{degrees}.mp4", [picture()] * 2, rotation=degrees))[0].pixels
+        for degrees in (None, 90, 180, 270)
+    )
+    for quarters, pixels in enumerate(turned, 1):
+        np.testing.assert_allclose(pixels, np.rot90(plain, quarters), atol=1)
 
 
 def test_rotation_of_a_phone_video(tmp_path):
@@ -224,9 +179,7 @@ def test_frames_are_read_one_at_a_time(tmp_path):
 
 
 def test_a_frame_size_that_changes_is_named(tmp_path):
-    parts = [
-        write_video(tmp_path / f"{n}.ts", [picture(n, 2 * n)] * 3, rate=10).read_bytes() for n in (32, 64)
-    ]
+    parts = [write_video(tmp_path / f"{n}.ts", [picture(n, 2 * n)] * 3).read_bytes() for n in (32, 64)]
     (tmp_path / "joined.ts").write_bytes(b"".join(parts))
     reason = reason_against(tmp_path / "joined.ts")
     assert reason == "its frame size changes from (64, 32) to (128, 64) (width, height) at frame 3"
@@ -235,18 +188,22 @@ def test_a_frame_size_that_changes_is_named(tmp_path):
 # --- bad files ----------------------------------------------------------------------------------------
 
 
-def test_text_file(tmp_path):
+@pytest.fixture
+def text(tmp_path):
     (tmp_path / "a.mp4").write_text("I am no video\n" * 100)
-    reason = reason_against(tmp_path / "a.mp4")
-    assert reason == "can't be decoded (Invalid data found when processing input)"
+    return tmp_path / "a.mp4"
 
 
-def test_empty_file(tmp_path):
+def test_text_file(text, capfd):
+    """FFmpeg's own complaints would fill a job's log; the reason is all there is."""
+    capfd.readouterr()
+    assert reason_against(text) == "can't be decoded (Invalid data found when processing input)"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_empty_and_missing_files(tmp_path):
     (tmp_path / "a.mp4").touch()
     assert reason_against(tmp_path / "a.mp4") == "the file is empty"
-
-
-def test_missing_file(tmp_path):
     assert "No such file" in reason_against(tmp_path / "gone.mp4")
 
 
@@ -287,27 +244,12 @@ def test_audio_only_file(tmp_path, suffix, codec):
     assert reason_against(path) == "the file has no video stream"
 
 
-def test_bad_files_print_nothing(tmp_path, capfd):
-    """FFmpeg's own complaints would fill a job's log; the reason is all there is."""
-    (tmp_path / "a.mp4").write_text("I am no video\n" * 100)
-    capfd.readouterr()
-    reason_against(tmp_path / "a.mp4")
-    assert capfd.readouterr() == ("", "")
-
-
 # --- folders of frames ----------------------------------------------------------------------------------
-
-
-def write_images(folder, images, names=None):
-    folder.mkdir(parents=True)
-    for index, image in enumerate(images):
-        Image.fromarray(image).save(folder / (names[index] if names else f"{index:05d}.png"))
-    return folder
 
 
 def test_frame_folder_is_read_in_natural_order(tmp_path):
     shades = [np.full((8, 12, 3), 10 * i, np.uint8) for i in range(12)]
-    folder = write_images(tmp_path / "v", shades, [f"frame{i}.png" for i in range(12)])
+    folder = write_images(tmp_path / "v", shades, "frame{}.png")
     (folder / "notes.txt").write_text("not a frame")
     frames = read(folder)
     assert [int(f.pixels[0, 0, 0]) for f in frames] == [10 * i for i in range(12)]
@@ -351,8 +293,12 @@ def labels():
     return labels
 
 
-def test_masks(tmp_path, labels):
-    video = write_video(tmp_path / "a.mp4", [picture()] * 3)
+@pytest.fixture
+def video(tmp_path):
+    return write_video(tmp_path / "a.mp4", [picture()] * 3)
+
+
+def test_masks(video, tmp_path, labels):
     frames = read(video, write_images(tmp_path / "masks" / "a", labels))
     assert [sorted(f.masks) for f in frames] == [[3, 7], [3], []]
     for frame, label in zip(frames, labels, strict=True):
@@ -361,15 +307,13 @@ def test_masks(tmp_path, labels):
             np.testing.assert_array_equal(mask, label == object_id)
 
 
-def test_masks_follow_the_resized_frames(tmp_path, labels):
-    video = write_video(tmp_path / "a.mp4", [picture()] * 3)
+def test_masks_follow_the_resized_frames(video, tmp_path, labels):
     frames = read(video, write_images(tmp_path / "masks", labels), short_side=32)
     assert frames[0].masks[3].shape == (32, 48)
     np.testing.assert_array_equal(frames[0].masks[7], labels[0, ::2, ::2] == 7)
 
 
-def test_masks_stay_with_their_frames_when_frames_are_dropped(tmp_path, labels):
-    video = write_video(tmp_path / "a.mp4", [picture()] * 3)
+def test_masks_stay_with_their_frames_when_frames_are_dropped(video, tmp_path, labels):
     frames = read(video, write_images(tmp_path / "masks", labels), fps=5)
     assert [sorted(f.masks) for f in frames] == [[3, 7], []]
 
@@ -377,21 +321,18 @@ def test_masks_stay_with_their_frames_when_frames_are_dropped(tmp_path, labels):
 @pytest.mark.parametrize(
     ("masks", "expected"), [(2, "has more frames than masks (2)"), (4, "has 3 frames but 4 masks")]
 )
-def test_too_few_or_many_masks(tmp_path, masks, expected):
-    video = write_video(tmp_path / "a.mp4", [picture()] * 3)
+def test_too_few_or_many_masks(video, tmp_path, masks, expected):
     folder = write_images(tmp_path / "masks", np.zeros((masks, 64, 96), np.uint8))
     assert reason_against(video, folder) == expected
 
 
-def test_mask_of_another_shape(tmp_path):
-    video = write_video(tmp_path / "a.mp4", [picture()])
+def test_mask_of_another_shape(video, tmp_path):
     folder = write_images(tmp_path / "masks", np.zeros((1, 64, 64), np.uint8))
     assert reason_against(video, folder) == "mask 00000.png is 64x64, its frame 96x64 pixels"
 
 
-def test_mask_that_a_lossy_format_has_changed(tmp_path, labels):
-    video = write_video(tmp_path / "a.mp4", [picture()])
-    folder = write_images(tmp_path / "masks", labels[:1], ["0.jpg"])
+def test_mask_that_a_lossy_format_has_changed(video, tmp_path, labels):
+    folder = write_images(tmp_path / "masks", labels[:1], "{}.jpg")
     assert reason_against(video, folder) == "mask 0.jpg is a JPEG, which does not keep labels; save it as PNG"
 
 
@@ -410,7 +351,7 @@ def test_masks_are_resized_as_in_the_first_release(tmp_path):
 
 def test_masks_of_another_size_and_the_frames_shape(tmp_path, labels):
     video = write_video(tmp_path / "a.mp4", [picture(32, 48)] * 3)
-    frames = read(video, write_images(tmp_path / "masks", labels, [f"{i}.bmp" for i in range(3)]))
+    frames = read(video, write_images(tmp_path / "masks", labels, "{}.bmp"))
     np.testing.assert_array_equal(frames[0].masks[7], labels[0, 1::2, 1::2] == 7)
 
 
@@ -419,8 +360,7 @@ def test_masks_of_another_size_and_the_frames_shape(tmp_path, labels):
 
 def test_list_videos(tmp_path):
     for name in ("b.mp4", "a.MKV", "deep/er/c.webm", "notes.txt", ".hidden.mp4", ".git/d.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
+        storage.write_bytes(str(tmp_path / name), name.encode())
     write_images(tmp_path / "frames" / "one", [picture(4, 6)])
     write_images(tmp_path / "masks" / "b", np.zeros((1, 4, 6), np.uint8))
     videos = list_videos(str(tmp_path), "masks")
@@ -448,11 +388,11 @@ def test_content_follows_the_bytes_and_not_the_place(tmp_path):
     assert len({*before, *with_other_masks, *contents(tmp_path / "there")}) == 3
 
 
-def test_two_videos_of_one_name(tmp_path):
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / "a.mkv").touch()
-    with pytest.raises(ValueError, match="both be the video 'a'; rename one"):
-        list_videos(str(tmp_path), "masks")
+def test_two_videos_of_one_name(place):
+    for name in ("a.mp4", "a.mkv"):
+        storage.write_bytes(storage.join(place, name), b"x")
+    with pytest.raises(ValueError, match="would both be the video 'a'; rename one"):
+        list_videos(place, "masks")
 
 
 def test_no_videos(tmp_path):
@@ -476,18 +416,16 @@ def test_natural_key():
     assert sorted(names, key=natural_key) == ["2", "10", "a2b9", "a2b10", "frame1", "frame9", "frame10", "x²"]
 
 
-def test_ffmpeg_does_not_call_into_python(tmp_path):
+def test_ffmpeg_does_not_call_into_python(text):
     """PyAV's own log callback waits for the GIL and has stopped Ray workers for good."""
-    (tmp_path / "a.mp4").write_text("I am no video\n" * 100)
     with pytest.raises(BadVideo) as error:
-        read(tmp_path / "a.mp4")
+        read(text)
     assert error.value.__cause__.log is None  # PyAV knows no line of FFmpeg's log
 
 
 def test_masks_and_the_evaluation_folder_are_no_training_videos(tmp_path):
     for path in ("a.mp4", "val/x.mp4", "val/masks/x/00000.png", "deep/masks/y/00000.png", "deep/b.mp4"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(b"x")
+        storage.write_bytes(str(tmp_path / path), b"x")
     assert [v.video_id for v in list_videos(str(tmp_path), "masks")] == ["a", "deep/b", "val/x"]
     assert [v.video_id for v in list_videos(str(tmp_path), "masks", exclude="val")] == ["a", "deep/b"]
 

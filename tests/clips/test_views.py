@@ -1,11 +1,8 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import python
 
 from pipeline.clips.views import View, apply_view, make_view
 from pipeline.config import Targets
@@ -15,10 +12,7 @@ sizes = st.integers(1, 400)
 seeds = st.integers(0, 2**31)
 names = st.text(max_size=20)
 recipes = st.builds(
-    Targets,
-    crop=st.sampled_from(["center", "random"]),
-    min_scale=st.floats(0.01, 1),
-    flip=st.floats(0, 1),
+    Targets, crop=st.sampled_from(["center", "random"]), min_scale=st.floats(0.01, 1), flip=st.floats(0, 1)
 )
 
 
@@ -55,15 +49,10 @@ def test_views_depend_on_seed_video_clip_and_number_alone():
 
 def test_views_are_the_same_in_another_process():
     """Teacher and student run in processes, often on machines, of their own."""
-    code = (
-        "from pipeline.clips.views import make_view; from pipeline.config import Targets\n"
-        f"print(make_view(Targets(**{RANDOM.model_dump()!r}), 1, 'vidéo', 2, 3, 120, 160))"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == str(make_view(RANDOM, 1, "vidéo", 2, 3, 120, 160))
+    made = f"make_view(Targets(**{RANDOM.model_dump()!r}), 1, 'vidéo', 2, 3, 120, 160)"
+    code = f"from pipeline.clips.views import make_view; from pipeline.config import Targets; print({made})"
+    out, _ = python("-c", code, PYTHONHASHSEED="7")
+    assert out.strip() == str(make_view(RANDOM, 1, "vidéo", 2, 3, 120, 160))
 
 
 def test_views_vary():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.distill.bound import reconstruction_bound
+from pipeline.losses import reconstruction_kd_loss
 from pipeline.models.decoders import MLPDecoder, SlotMixerDecoder
 
 N, D, P, FEATURES = 3, 8, 9, 6
@@ -58,9 +59,8 @@ DECODERS = ["mlp_fast", "mlp_plain", "slot_mixer"]
 def test_linear_map_has_its_largest_singular_value(iterations):
     teacher, student = random_slots(0), random_slots(1)
     decoder = LinearDecoder()
-    result = reconstruction_bound(
-        decoder, teacher, student, feature_size=FEATURES, iterations=iterations, frames=1, points=1
-    )
+    settings = {"iterations": iterations, "frames": 1, "points": 1}
+    result = reconstruction_bound(decoder, teacher, student, feature_size=FEATURES, **settings)
     assert result.lipschitz == pytest.approx(5, rel=1e-3)
     assert result.bound_any_norm >= result.measured
 
@@ -102,16 +102,10 @@ def test_both_sides_are_those_of_the_theorem():
 
 
 def test_mse_is_what_reconstruction_kd_trains():
-    from pipeline.losses import reconstruction_kd_loss
-
     decoder, teacher, student = real_decoder("mlp_fast"), random_slots(0, B=5), random_slots(1, B=5)
-    trained = reconstruction_kd_loss(
-        decoder(student.flatten(0, 1))[0].unflatten(0, (5, 3)),
-        decoder(teacher.flatten(0, 1))[0].unflatten(0, (5, 3)),
-    )
-    assert reconstruction_bound(decoder, teacher, student).measured_mse == pytest.approx(
-        trained.item(), rel=1e-5
-    )
+    decoded = (decoder(slots.flatten(0, 1))[0].unflatten(0, (5, 3)) for slots in (student, teacher))
+    measured = reconstruction_bound(decoder, teacher, student).measured_mse
+    assert measured == pytest.approx(reconstruction_kd_loss(*decoded).item(), rel=1e-5)
 
 
 def test_only_features_count():
@@ -160,9 +154,8 @@ def test_jacobian_norm_is_that_of_the_whole_jacobian(kind):
 
 def test_the_fast_decoder_gives_the_plain_ones_numbers():
     teacher, student = random_slots(0), random_slots(1)
-    fast, plain = (
-        reconstruction_bound(real_decoder(kind), teacher, student) for kind in ("mlp_fast", "mlp_plain")
-    )
+    decoders = [real_decoder(kind) for kind in ("mlp_fast", "mlp_plain")]
+    fast, plain = (reconstruction_bound(decoder, teacher, student) for decoder in decoders)
     assert vars(fast) == pytest.approx(vars(plain), rel=1e-4)
 
 

@@ -4,23 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from pipeline import storage
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.step import Batch, Objective, Terms, training_step
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model
-
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+from pipeline.models import load_slot_model
 
 
 def make(seed=0, num_slots=3):
-    torch.manual_seed(seed)
-    model = SlotModel(
-        SlotModelConfig(BackboneConfig(None, 32, VIT), num_slots, 8, decoder_hidden_sizes=(16,))
-    )
-    teacher = SlotModel(
-        SlotModelConfig(BackboneConfig(None, 32, VIT), num_slots, 16, decoder_hidden_sizes=(8,))
-    )
+    model = tiny_model(num_slots, seed=seed)
+    teacher = tiny_model(num_slots, 16)
     objective = Objective(model, Terms(slot_kd=0.2, slot_map=True), teacher=teacher)
     return objective, torch.optim.Adam(objective.trainable_parameters())
 
@@ -36,23 +30,13 @@ def train(objective, optimizer, start, stop):
     return losses
 
 
-@pytest.fixture(params=["local", "s3"])
-def run_uri(request, tmp_path):
-    if request.param == "local":
-        yield str(tmp_path / "run")
-        return
-    uri = storage.join(request.getfixturevalue("s3"), tmp_path.name)
-    yield uri
-    storage.delete(uri)
-
-
-def test_a_resumed_run_has_the_identical_curve(run_uri):
+def test_a_resumed_run_has_the_identical_curve(place):
     objective, optimizer = make()
     unbroken = train(objective, optimizer, 0, 4)
-    uri = save_checkpoint(run_uri, objective, optimizer, TrainingState(4, [{"total": 1.5}]), keep=2)
+    uri = save_checkpoint(place, objective, optimizer, TrainingState(4, [{"total": 1.5}]), keep=2)
     unbroken += train(objective, optimizer, 4, 8)
     objective, optimizer = make(seed=1)
-    assert latest_checkpoint(run_uri) == uri
+    assert latest_checkpoint(place) == uri
     state = load_checkpoint(uri, objective, optimizer)
     assert state == TrainingState(4, [{"total": 1.5}])
     assert train(objective, optimizer, 4, 8) == unbroken[4:]
@@ -70,22 +54,22 @@ def test_a_run_that_began_on_a_gpu_goes_on_without_one(tmp_path, monkeypatch):
     assert train(objective, optimizer, 2, 4) == unbroken
 
 
-def test_only_the_newest_are_kept(run_uri):
+def test_only_the_newest_are_kept(place):
     objective, optimizer = make()
-    assert latest_checkpoint(run_uri) is None
+    assert latest_checkpoint(place) is None
     for step in (5, 10, 100, 20):
-        save_checkpoint(run_uri, objective, optimizer, TrainingState(step, []), keep=2)
-    names = storage.list_names(storage.join(run_uri, "checkpoints"))
+        save_checkpoint(place, objective, optimizer, TrainingState(step, []), keep=2)
+    names = storage.list_names(storage.join(place, "checkpoints"))
     assert names == ["step_00000020", "step_00000100"]
-    assert latest_checkpoint(run_uri).endswith("step_00000100")
+    assert latest_checkpoint(place).endswith("step_00000100")
 
 
-def test_a_half_written_checkpoint_is_not_there(run_uri):
+def test_a_half_written_checkpoint_is_not_there(place):
     objective, optimizer = make()
-    good = save_checkpoint(run_uri, objective, optimizer, TrainingState(5, []), keep=2)
-    newer = save_checkpoint(run_uri, objective, optimizer, TrainingState(10, []), keep=2)
+    good = save_checkpoint(place, objective, optimizer, TrainingState(5, []), keep=2)
+    newer = save_checkpoint(place, objective, optimizer, TrainingState(10, []), keep=2)
     storage.delete(storage.join(newer, storage.MANIFEST))
-    assert latest_checkpoint(run_uri) == good
+    assert latest_checkpoint(place) == good
 
 
 def test_a_checkpoint_is_a_model_folder(tmp_path):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import GOLDEN
 from training_runs import make_clips, make_config, make_targets, student_run
 
 from pipeline.distill.run import Run
 from pipeline.distill.trainer import Trainer
 
-RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
+RECORDED = json.loads((GOLDEN / "losses.json").read_text())
 METHODS = ("slotmatch", "no_kd", "slotmatch_hungarian", "slotmatch_reconstruction_kd", "feature_kd")
 
 

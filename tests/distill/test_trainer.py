@@ -1,23 +1,20 @@
 """The trainer: what it needs, what it calls when, and that a run goes on to the identical curve."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from training_runs import VIT, make_clips, make_config, student_run
+from places import python
+from tiny_models import tiny_model
+from training_runs import make_clips, make_config, student_run
 
 from pipeline import storage
 from pipeline.config import ConfigError
 from pipeline.distill.run import Run, build
 from pipeline.distill.trainer import Hooks, NoLogger, Trainer
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
-
-ROOT = Path(__file__).parents[2]
+from pipeline.models import save_slot_model
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +25,8 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """What `train_bare.py` says."""
-    paths = [str(path) for path in (ROOT, ROOT / "tests")]
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("train_bare.py"), tmp_path_factory.mktemp("bare")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    out, _ = python(Path(__file__).with_name("train_bare.py"), tmp_path_factory.mktemp("bare"))
+    return json.loads(out)
 
 
 def test_training_needs_no_ray_mlflow_matplotlib_or_av(bare):
@@ -93,14 +83,11 @@ def test_what_is_called_and_when(clips, tmp_path):
     outcome = Trainer(run, hooks=hooks, logger=logger, draw=draw).train()
     assert (outcome.status, outcome.step) == ("ok", 25)
     assert saved == [8, 10, 16, 24, 25]  # one more because of the notice
-    assert (
-        [step for step, _ in logger.logged] == [row["step"] for row in outcome.history] == [5, 10, 15, 20, 25]
-    )
+    assert [step for step, _ in logger.logged] == [5, 10, 15, 20, 25]
+    assert [row["step"] for row in outcome.history] == [5, 10, 15, 20, 25]
     assert {"learning_rate", "frames_per_second", "data_wait_share"} <= set(logger.logged[0][1])
-    names = {"image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"}
-    assert [(step, set(scores)) for step, scores in validated] == [
-        (step, {f"validation_{name}" for name in names}) for step in (10, 20)
-    ]
+    names = {f"validation_{level}_{score}" for level in ("image", "video") for score in ("fg_ari", "mbo")}
+    assert [(step, set(scores)) for step, scores in validated] == [(10, names), (20, names)]
     assert logger.files == [("overlays", f"overlay_{s:08d}.png", (24, 24)) for s in (12, 24, 25)]
     assert storage.read_json(f"{run.uri}/history.json") == outcome.history
     # Whoever follows the validations hears those before the checkpoint again.
@@ -144,10 +131,7 @@ def test_runs_have_names(clips, tmp_path):
 )
 def test_a_teacher_that_lacks_what_a_setting_needs(clips, tmp_path, setting, message):
     design = {"decoder": "slot_mixer", "decoder_blocks": 1, "decoder_outputs": ("similarity",)}
-    backbone = BackboneConfig(None, 32, VIT)
-    save_slot_model(
-        SlotModel(SlotModelConfig(backbone, 4, 16, decoder_hidden_sizes=(16,), **design)), tmp_path
-    )
+    save_slot_model(tiny_model(4, 16, **design), tmp_path)
     config = make_config(tmp_path, f"teacher.checkpoint={tmp_path}", "teacher.slot_size=null", setting)
     with pytest.raises(ConfigError, match=message):
         build(student_run(config, str(tmp_path / "run"), clips, teacher_uri=str(tmp_path)))

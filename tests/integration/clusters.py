@@ -13,12 +13,8 @@ from cluster.local import LocalCluster
 from pipeline.config import with_overrides
 
 # A killed node is noticed in seconds, not in half a minute.
-FAST_HEALTH_CHECKS = {
-    "RAY_health_check_initial_delay_ms": "2000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "3",
-}
+FAST_HEALTH_CHECKS = {"initial_delay_ms": 2000, "period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 3}
+FAST_HEALTH_CHECKS = {f"RAY_health_check_{name}": str(value) for name, value in FAST_HEALTH_CHECKS.items()}
 SMALL_STORE = ("--object-store-memory=200000000",)
 
 
@@ -64,13 +60,8 @@ class Cluster(LocalCluster):
             "import json, logging, ray; ray.init(address='auto', logging_level=logging.ERROR)\n"
             "print(json.dumps([n['NodeID'] for n in ray.nodes() if n['Alive']]))"
         )
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            env=self.job_environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        command, options = [sys.executable, "-c", code], {"capture_output": True, "text": True, "check": True}
+        result = subprocess.run(command, env=self.job_environment(), **options)
         return json.loads(result.stdout.splitlines()[-1])
 
     def job_environment(self):

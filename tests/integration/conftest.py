@@ -8,10 +8,12 @@ import time
 import pytest
 import yaml
 from services import MLflowServer
+from tiny_models import tiny_section
 
 from pipeline.compute import ray_session
 from pipeline.config import resolve_config
 
+TRAINING = {"batch_size": 4, "warmup_steps": 2, "learning_rate": 0.002, "workers": 0, "log_every": 1}
 TINY = {
     "dataset": {
         "kind": "synthetic",
@@ -19,37 +21,13 @@ TINY = {
     },
     "clips": {"clip_frames": 4, "videos_per_shard": 3, "codec": "png"},
     "teacher": {
+        **tiny_section(48, 48, (32, 32)),
         "backbone": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
-        "backbone_weights": "random",
-        "image_size": 48,
-        "num_slots": 4,
-        "slot_size": 16,
-        "decoder_hidden_sizes": [32, 32],
-        "train": {
-            "steps": 6,
-            "batch_size": 4,
-            "warmup_steps": 2,
-            "learning_rate": 0.002,
-            "workers": 0,
-            "log_every": 1,
-            "checkpoint_every": 3,
-        },
+        **{"num_slots": 4, "slot_size": 16},
+        "train": {**TRAINING, "steps": 6, "checkpoint_every": 3},
     },
-    "student": {
-        "backbone": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
-        "backbone_weights": "random",
-        "image_size": 40,
-        "decoder_hidden_sizes": [32, 32],
-    },
-    "distill": {
-        "steps": 8,
-        "batch_size": 4,
-        "warmup_steps": 2,
-        "learning_rate": 0.002,
-        "workers": 0,
-        "log_every": 1,
-        "checkpoint_every": 4,
-    },
+    "student": tiny_section(24, 40, (32, 32)),
+    "distill": {**TRAINING, "steps": 8, "checkpoint_every": 4},
     "evaluate": {"split": "validation"},
     # One actor a stage on `local_ray`: each imports torch and timm, 5 s of a core, which is most of what a test costs.
     # Clusters (clusters.py), whose nodes have one CPU, and the demo have one for each core.

@@ -7,14 +7,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from places import GOLDEN
 
 # A teacher that needs no training, and tells its number of slots and their size itself.
-GOLDEN_TEACHER = [
-    "teacher.checkpoint=" + str(Path(__file__).parents[1] / "golden" / "slotcontrast_tiny.ckpt"),
-    "teacher.num_heads=3",
-    "teacher.num_slots=null",
-    "teacher.slot_size=null",
-]
+GOLDEN_TEACHER = [f"teacher.checkpoint={GOLDEN / 'slotcontrast_tiny.ckpt'}", "teacher.num_heads=3"]
+GOLDEN_TEACHER += ["teacher.num_slots=null", "teacher.slot_size=null"]
 
 
 def is_alive(process):
@@ -61,3 +58,9 @@ def resumed_from(text):
 def published_shards(uri):
     folder = Path(uri) / "data"
     return {p: p.stat().st_mtime_ns for p in folder.glob("shard-*.parquet")} if folder.is_dir() else {}
+
+
+def assert_kept(before, uri):
+    """What was published then was not made again."""
+    after = published_shards(uri)
+    assert {path: after[path] for path in before} == before

@@ -13,14 +13,8 @@ from pipeline.evaluate.stage import evaluate
 from pipeline.registry.stage import register
 from pipeline.targets.stage import cache
 
-STAGES = {
-    "shard": shard,
-    "teacher": train_teacher,
-    "cache": cache,
-    "distill": distill,
-    "evaluate": evaluate,
-    "register": register,
-}
+STAGES = {"shard": shard, "teacher": train_teacher, "cache": cache}
+STAGES |= {"distill": distill, "evaluate": evaluate, "register": register}
 
 
 def run_stages(config):

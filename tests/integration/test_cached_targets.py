@@ -33,12 +33,8 @@ def losses(config, clips):
 def test_cached_and_live_teacher_give_the_same_curve(prepared, shared_tiny):
     config, clips, summary = prepared
     targets = TargetSet(summary["uri"])
-    views = [
-        targets.read(video.shard, video.first_row + c, k)[2].view
-        for video in ClipSet(clips).videos
-        for c in range(video.full_clips)
-        for k in range(3)
-    ]
+    rows = [(v.shard, v.first_row + c) for v in ClipSet(clips).videos for c in range(v.full_clips)]
+    views = [targets.read(*row, k)[2].view for row in rows for k in range(3)]
     assert any(v.flip for v in views)
     assert any((v.height, v.width) != (48, 48) for v in views)
     cached = losses(config, clips)
@@ -64,26 +60,19 @@ def test_targets_are_row_for_row_and_tails_are_skipped(prepared):
     clip_set, targets = ClipSet(clips), TargetSet(summary["uri"])
     assert summary["rows"] == 3 * clip_set.manifest.clips
     for name in clip_set.shards:
-        table = targets.reader.file(name).read(columns=["video_id", "clip_index", "view", "full"]).to_pylist()
-        expected = [
-            {"video_id": c.video_id, "clip_index": c.clip_index, "view": k, "full": c.full}
-            for c in clip_set.iter_shard(name)
-            for k in range(3)
-        ]
-        assert table == expected
+        table = targets.reader.file(name).read(columns=["video_id", "clip_index", "view", "full"])
+        rows = [(c.video_id, c.clip_index, k, c.full) for c in clip_set.iter_shard(name) for k in range(3)]
+        assert [tuple(row.values()) for row in table.to_pylist()] == rows
     assert any(video.clips > video.full_clips for video in clip_set.videos)  # 9 frames in clips of 4
 
 
-def test_second_cache_run_reuses_and_changes_get_a_new_folder(prepared, shared_tiny):
-    config, _clips, first = prepared
+def test_a_second_run_finds_the_targets_also_by_the_teachers_place(prepared, shared_tiny):
+    config, _, first = prepared
     again = cache(config)
     assert again["uri"] == first["uri"]
     assert again["computed_shards"] == 0
     teacher = f"teacher.checkpoint={TargetSet(first['uri']).manifest.teacher_uri}"
     assert cache(shared_tiny(*VIEWS, *STEPS, teacher))["uri"] == first["uri"]
-    other_flips = cache(shared_tiny(*VIEWS, *STEPS, teacher, "targets.flip=0.1"))
-    other_rollout = cache(shared_tiny(*VIEWS, *STEPS, teacher, "targets.rollout=cyclic"))
-    assert len({first["uri"], other_flips["uri"], other_rollout["uri"]}) == 3
 
 
 def test_verify_finds_changed_slots_and_features(tiny, local_ray):
@@ -112,35 +101,9 @@ def _replace(path, table, name, values):
     pq.write_table(table.set_column(index, table.schema.field(name), values), path)
 
 
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [
-        (["distill.log_every=5"], True),
-        (["distill.max_failures=9"], True),
-        (["distill.seed=5"], False),
-        (["distill.beta=0.3"], False),
-        (["student.image_size=48"], False),
-        (["distill.name=another"], False),
-        (["distill.live_teacher=true"], False),
-    ],
-)
-def test_what_makes_another_student(prepared, shared_tiny, change, same):
-    config, _clips, _ = prepared
-    changed = shared_tiny(*VIEWS, *STEPS, *change)
-    assert (artifacts_of(changed).student.uri == artifacts_of(config).student.uri) is same
-
-
-def test_a_live_teachers_roll_out_makes_another_student(prepared, shared_tiny):
-    _, _clips, summary = prepared
-    teacher = f"teacher.checkpoint={TargetSet(summary['uri']).manifest.teacher_uri}"
-    live = (*VIEWS, *STEPS, teacher, "distill.live_teacher=true")
-    forward, cyclic = (shared_tiny(*live, f"targets.rollout={r}") for r in ("forward", "cyclic"))
-    assert artifacts_of(forward).student.uri != artifacts_of(cyclic).student.uri
-
-
 def test_a_student_without_kd_is_the_same_before_and_after_caching(shared_tiny, local_ray):
     config = shared_tiny("distill.method=no_kd", "targets.student_features=true", "dataset.seed=9")
-    shard(config)["uri"]
+    shard(config)
     before = artifacts_of(config).student.uri
     train_teacher(config)
     cache(config)

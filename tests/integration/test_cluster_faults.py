@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from clusters import SMALL_STORE, processes, running_cluster
-from helpers import GOLDEN_TEACHER, is_alive, published_shards, resumed_from, wait_for
+from helpers import GOLDEN_TEACHER, assert_kept, is_alive, published_shards, resumed_from, wait_for
 
 from pipeline import storage
 from pipeline.clips.library import artifacts_of
@@ -20,24 +20,11 @@ from pipeline.targets.table import TargetSet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-TEACHER = [
-    *GOLDEN_TEACHER,
-    "evaluate.split=null",
-]
-LONG_SHARD = [
-    "dataset.synthetic.videos=60",
-    "dataset.synthetic.frames=60",
-    "dataset.synthetic.size=96",
-    "clips.videos_per_shard=2",
-]
-LONG_DISTILL = [
-    *TEACHER,
-    "distill.workers=2",
-    "distill.cpus_per_worker=0.9",
-    "distill.steps=300",
-    "distill.keep_checkpoints=20",
-    "student.decoder_hidden_sizes=[512,512]",
-]
+TEACHER = [*GOLDEN_TEACHER, "evaluate.split=null"]
+LONG_SHARD = ["dataset.synthetic.videos=60", "dataset.synthetic.frames=60", "dataset.synthetic.size=96"]
+LONG_SHARD += ["clips.videos_per_shard=2", "evaluate.split=null"]
+LONG_DISTILL = [*TEACHER, "distill.workers=2", "distill.cpus_per_worker=0.9", "distill.steps=300"]
+LONG_DISTILL += ["distill.keep_checkpoints=20", "student.decoder_hidden_sizes=[512,512]"]
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +67,10 @@ def worker_of(cluster, title):
     return wait_for(find)
 
 
-@pytest.mark.fault(
-    fault="SIGKILL of a Data worker", stage="shard", checked="every video and frame is there once"
-)
-@pytest.mark.fault(fault="SIGKILL of a node's raylet", stage="shard", checked="the same, in the same job")
+@pytest.mark.fault("SIGKILL of a Data worker", "shard", "every video and frame is there once")
+@pytest.mark.fault("SIGKILL of a node's raylet", "shard", "the same, in the same job")
 def test_shard_loses_a_worker_and_a_node(tiny, cluster):
-    config = tiny(*LONG_SHARD, "evaluate.split=null")
+    config = tiny(*LONG_SHARD)
     uri = artifacts_of(config).clips.uri
     job = cluster.job("shard", config)
     new_shards(uri, 0, job)
@@ -99,21 +84,14 @@ def test_shard_loses_a_worker_and_a_node(tiny, cluster):
     assert clips.manifest.frames == 60 * 60
     assert len({v.video_id for v in clips.videos}) == len(clips.videos) == 60
     assert clips.manifest.bad == ()
-    after = published_shards(uri)
-    assert {p: after[p] for p in before} == before
+    assert_kept(before, uri)
 
 
-@pytest.mark.fault(fault="SIGKILL of a Data actor", stage="cache", checked="every row is there once")
-@pytest.mark.fault(fault="SIGKILL of a node's raylet", stage="cache", checked="the same, in the same job")
+@pytest.mark.fault("SIGKILL of a Data actor", "cache", "every row is there once")
+@pytest.mark.fault("SIGKILL of a node's raylet", "cache", "the same, in the same job")
 def test_cache_loses_an_actor_and_a_node(tiny, cluster):
-    config = tiny(
-        *TEACHER,
-        "dataset.synthetic.videos=60",
-        "dataset.synthetic.frames=24",
-        "clips.videos_per_shard=1",
-        "targets.views=6",
-        "targets.batch_size=2",
-    )
+    size = ["dataset.synthetic.videos=60", "dataset.synthetic.frames=24", "clips.videos_per_shard=1"]
+    config = tiny(*TEACHER, *size, "targets.views=6", "targets.batch_size=2")
     cluster.job("shard", config).finish()
     clips = ClipSet(artifacts_of(config).clips.uri)
     uri = artifacts_of(config).targets.uri
@@ -130,8 +108,7 @@ def test_cache_loses_an_actor_and_a_node(tiny, cluster):
         for row in range(6):
             video, index, _ = targets.read(name, 0, row)
             assert (video, index) == (clips.read_clip(name, 0).video_id, 0)
-    after = published_shards(uri)
-    assert {p: after[p] for p in before} == before
+    assert_kept(before, uri)
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +126,7 @@ def checkpoints(run):
     return sorted(int(p.parent.name.removeprefix("step_")) for p in folder.glob(f"*/{storage.MANIFEST}"))
 
 
-@pytest.mark.fault(
-    fault="SIGKILL of a node's raylet",
-    stage="distill",
-    checked="goes on from a checkpoint to the unbroken curve",
-)
+@pytest.mark.fault("SIGKILL of a node's raylet", "distill", "goes on from a checkpoint to the unbroken curve")
 def test_distillation_loses_a_node(shared_tiny, cluster, unbroken):
     config = shared_tiny(*LONG_DISTILL, "distill.name=loses a node", "distill.checkpoint_every=30")
     run = artifacts_of(config).student.uri
@@ -168,9 +141,7 @@ def test_distillation_loses_a_node(shared_tiny, cluster, unbroken):
 
 
 @pytest.mark.fault(
-    fault="preemption notice",
-    stage="distill",
-    checked="a checkpoint at once, from which it goes on to the unbroken curve",
+    "preemption notice", "distill", "a checkpoint at once, from which it goes on to the unbroken curve"
 )
 def test_a_preemption_notice_makes_a_checkpoint_at_once(shared_tiny, cluster, unbroken):
     config = shared_tiny(*LONG_DISTILL, "distill.name=preempted", "distill.checkpoint_every=300")
@@ -203,21 +174,15 @@ def node_id(raylet):
     return next(word.split("=")[1] for word in raylet.cmdline() if word.startswith("--node_id="))
 
 
-@pytest.mark.fault(
-    fault="two jobs on the same targets",
-    stage="cache",
-    checked="one works, both end well with the same targets",
-)
+@pytest.mark.fault("two jobs on the same targets", "cache", "one works, both end well with the same targets")
 def test_two_cache_jobs_at_once(shared_tiny, cluster, unbroken):
     config = shared_tiny(*LONG_DISTILL, "targets.views=3")
     uri = artifacts_of(config).targets.uri
     jobs = [cluster.job("cache", config), cluster.job("cache", config)]
     summaries = [job.finish() for job in jobs]
     assert {s["uri"] for s in summaries} == {uri}
-    assert sorted(s["computed_shards"] for s in summaries) == [
-        0,
-        len(ClipSet(artifacts_of(config).clips.uri).shards),
-    ]
+    shards = ClipSet(artifacts_of(config).clips.uri).shards
+    assert sorted(s["computed_shards"] for s in summaries) == [0, len(shards)]
     assert any("another job is at this already" in job.output() for job in jobs)
 
 
@@ -240,16 +205,12 @@ def driver_of(cluster, title):
 
 
 @pytest.mark.fault(
-    fault="SIGKILL of a submitted job's driver",
-    stage="shard",
-    checked="submitted again, it makes what is missing",
+    "SIGKILL of a submitted job's driver", "shard", "submitted again, it makes what is missing"
 )
-@pytest.mark.fault(fault="ray job stop", stage="shard", checked="the same")
-@pytest.mark.fault(
-    fault="SIGKILL of the head and all nodes", stage="shard", checked="the same, on a new head"
-)
+@pytest.mark.fault("ray job stop", "shard", "the same")
+@pytest.mark.fault("SIGKILL of the head and all nodes", "shard", "the same, on a new head")
 def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
-    config = tiny(*LONG_SHARD, "dataset.synthetic.videos=90", "evaluate.split=null")
+    config = tiny(*LONG_SHARD, "dataset.synthetic.videos=90")
     uri = artifacts_of(config).clips.uri
     ray = str(Path(sys.executable).with_name("ray"))
 
@@ -280,7 +241,6 @@ def test_a_submitted_job_is_killed_stopped_and_loses_its_cluster(tiny, cluster):
     summary = fourth.finish()
     assert summary["computed_shards"] + summary["reused_shards"] == 45
     assert summary["reused_shards"] >= len(made) - 3
-    after = published_shards(uri)
-    assert {p: after[p] for p in made} == made
+    assert_kept(made, uri)
     assert shard_split(config, "")["computed_shards"] == 0
     assert ClipSet(uri).manifest.frames == 90 * 60

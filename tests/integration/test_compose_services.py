@@ -19,17 +19,19 @@ from pathlib import Path
 
 import boto3
 import pytest
-import torch
 import yaml
+from botocore.exceptions import ClientError
 from mlflow.server.auth.client import AuthServiceClient
+from places import ROOT
+from services import free_port
+from students import make_finished_run
 
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
 from pipeline.registry.stage import register_run
 from pipeline.tracking.client import AccessDenied
 
-CLUSTER = Path(__file__).parents[2] / "cluster"
+CLUSTER = ROOT / "cluster"
 SECONDS = 250  # that a server may take to start; on a free machine it needs 15
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # two such starts
 
@@ -43,19 +45,13 @@ def _program(name):
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
-def _free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 class Services:
     """`compose up` and `compose restart`, for processes."""
 
     def __init__(self, folder):
         self.folder = folder
         self.services = yaml.safe_load((CLUSTER / "compose.yaml").read_text())["services"]
-        self.ports = {"5432": _free_port(), "5000": _free_port(), "9000": _free_port()}
+        self.ports = {port: free_port() for port in ("5432", "5000", "9000")}
         self.secrets = {}  # what cluster/.env would hold
         self.processes = {}
         self.url = f"http://127.0.0.1:{self.ports['5000']}"
@@ -176,31 +172,22 @@ def sign_in(monkeypatch):
 
 
 def finished_run(config, uri):
-    """What a training job leaves behind, with a tiny model."""
-    torch.manual_seed(0)
-    backbone = BackboneConfig(None, 16, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2})
-    model = SlotModel(SlotModelConfig(backbone, 3, 8, decoder_hidden_sizes=(8,)))
-    save_slot_model(model, f"{uri}/model")
-    storage.write_bytes(f"{uri}/config.yaml", config.to_yaml().encode())
-    run_id = tracking.start_run(config, uri, "tiny", {"role": "student"})
+    """What a training job leaves behind, with a tiny model, losses and a file."""
+    run_id = storage.read_manifest(make_finished_run(config, uri))["mlflow_run"]
     logger = tracking.RunLogger(config, run_id)
     logger.metrics({"loss": 0.5}, step=1)
     logger.metrics({"loss": 0.25}, step=2)
     logger.file(f"{uri}/config.yaml", "files")
     logger.end("FINISHED")
-    storage.publish(uri, {"fingerprint": "tiny", "mlflow_run": run_id, "tags": {"seed": "1", "clips": "c"}})
     return run_id
 
 
 def objects(services):
     given = services.environment("mlflow")
-    client = boto3.client(
-        "s3",
-        endpoint_url=given["AWS_ENDPOINT_URL"],
-        aws_access_key_id=given["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=given["AWS_SECRET_ACCESS_KEY"],
-        region_name=given["AWS_DEFAULT_REGION"],
-    )
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    keys = {name.lower(): given[name] for name in names}
+    place = {"endpoint_url": given["AWS_ENDPOINT_URL"], "region_name": given["AWS_DEFAULT_REGION"]}
+    client = boto3.client("s3", **keys, **place)
     return {item["Key"] for item in client.list_objects_v2(Bucket="slotmatch")["Contents"]}
 
 
@@ -219,9 +206,8 @@ def test_the_pipeline_uses_the_services_as_a_user_of_its_own(services, sign_in, 
     run_id = finished_run(config, uri)
     assert register_run(config, uri, None)["champion"]
     keys = objects(services)
-    assert any(
-        key.startswith("mlflow/") and key.endswith(f"{run_id}/artifacts/files/config.yaml") for key in keys
-    )
+    file = f"{run_id}/artifacts/files/config.yaml"
+    assert any(key.startswith("mlflow/") and key.endswith(file) for key in keys)
     assert any(key.endswith("model.safetensors") for key in keys)
 
     services.stop("mlflow")
@@ -245,9 +231,7 @@ def test_no_password_is_in_a_command_line(services):
 def test_the_bucket_is_closed_to_others(services):
     services.secrets["S3_SECRET_ACCESS_KEY"], right = "wrong", services.secrets["S3_SECRET_ACCESS_KEY"]
     try:
-        with pytest.raises(
-            boto3.exceptions.botocore.exceptions.ClientError, match=r"403|AccessDenied|Signature"
-        ):
+        with pytest.raises(ClientError, match=r"403|AccessDenied|Signature"):
             objects(services)
     finally:
         services.secrets["S3_SECRET_ACCESS_KEY"] = right

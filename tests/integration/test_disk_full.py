@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from clusters import running_cluster
-from helpers import GOLDEN_TEACHER, published_shards, wait_for
+from helpers import GOLDEN_TEACHER, assert_kept, published_shards, wait_for
 
 from pipeline import storage
 from pipeline.clips.library import artifacts_of
 from pipeline.clips.stage import shard_split
-from pipeline.clips.table import ClipSet
 from pipeline.distill.stage import distill
 from pipeline.targets.stage import cache
 
@@ -54,21 +53,16 @@ def used(folder):
 CHECKED = "names the disk, publishes nothing by half; with room again it makes what is missing"
 
 
-@pytest.mark.fault(fault="full disk under local storage", stage="shard, cache, distill", checked=CHECKED)
+@pytest.mark.fault("full disk under local storage", "shard, cache, distill", CHECKED)
 def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
     folder, resize = disk
-    config = tiny(
+    settings = ["dataset.synthetic.videos=12", "dataset.synthetic.frames=24", "dataset.synthetic.size=96"]
+    settings += ["clips.videos_per_shard=1", "clips.codec=raw", "targets.views=8", "evaluate.split=null"]
+    places = [
         f"storage.root={folder / 'root'}",
         f"mlflow.tracking_uri=sqlite:///{folder.parent / 'mlflow.db'}",
-        "dataset.synthetic.videos=12",
-        "dataset.synthetic.frames=24",
-        "dataset.synthetic.size=96",
-        "clips.videos_per_shard=1",
-        "clips.codec=raw",
-        "targets.views=8",
-        *GOLDEN_TEACHER,
-        "evaluate.split=null",
-    )
+    ]
+    config = tiny(*GOLDEN_TEACHER, *settings, *places)
 
     def fills_up(stage, room):
         """Runs a stage with so much room, which is too little, then with enough."""
@@ -83,10 +77,8 @@ def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
     assert not storage.is_complete(uri)
     before = published_shards(uri)
     assert shard_split(config, "")["reused_shards"] == len(before)
-    after = published_shards(uri)
-    assert {p: after[p] for p in before} == before
+    assert_kept(before, uri)
 
-    ClipSet(uri)
     targets = artifacts_of(config).targets.uri
     fills_up(lambda: cache(config), 300_000)  # a shard is 0.1 MB
     assert not storage.is_complete(targets)
@@ -115,15 +107,12 @@ FILLER = textwrap.dedent("""
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.fault(
-    fault="full disk under the object store's spill",
-    stage="shard, cache",
-    checked="both end well: only names and counts cross the store",
+    "full disk under the object store's spill",
+    "shard, cache",
+    "both end well: only names and counts cross the store",
 )
 def test_a_full_disk_under_the_spill(tiny, tmp_path):
-    config = tiny(
-        *GOLDEN_TEACHER,
-        "evaluate.split=null",
-    )
+    config = tiny(*GOLDEN_TEACHER, "evaluate.split=null")
     spill = (f"--object-spilling-directory={tmp_path / 'spill'}", "--object-store-memory=80000000")
     with (
         small_disk(tmp_path / "spill", "30m"),

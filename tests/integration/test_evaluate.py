@@ -1,14 +1,14 @@
 """Evaluation over shards on Ray, its records in MLflow, and validation while training."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from clip_sets import make_clip_set, random_video
 from layouts import write_davis
+from places import GOLDEN
+from tiny_models import tiny_model
 
 from pipeline import line, storage
 from pipeline.artifacts.identity import Artifact, Artifacts
@@ -23,21 +23,12 @@ from pipeline.evaluate.records import VIDEOS_FILE, find_records
 from pipeline.evaluate.scoring import SCORES, mean_scores, model_predictor, score_video
 from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate, score_subjects
 from pipeline.evaluate.subjects import Subject
-from pipeline.models import (
-    BackboneConfig,
-    CheckpointHints,
-    SlotModel,
-    SlotModelConfig,
-    load_slot_model,
-    save_slot_model,
-)
+from pipeline.models import CheckpointHints, load_slot_model, save_slot_model
 from pipeline.registry.stage import pull, register
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import model_speeds
 from pipeline.report.select import select_runs
 from pipeline.tracking import client as mlflow_client
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -50,25 +41,26 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model_uri(tmp_path_factory):
-    torch.manual_seed(0)
-    vit = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    config = SlotModelConfig(BackboneConfig(None, 32, vit), 4, 16, decoder_hidden_sizes=(16,))
     folder = tmp_path_factory.mktemp("model")
-    save_slot_model(SlotModel(config), folder)
+    save_slot_model(tiny_model(4, 16), folder)
     return str(folder)
+
+
+def without_masks(folder):
+    return make_clip_set(folder, {"v": (random_video(np.random.default_rng(0))[0], None)})
 
 
 def score(config, clips, subjects):
     return score_subjects(artifacts_of(config), clips, subjects)
 
 
+def score_one(clips, video, model, protocol):
+    return score_video(clips, video, model_predictor(model, video.video_id, protocol), protocol)
+
+
 def scores_of(clips, model_uri, protocol):
     model = load_slot_model(model_uri)
-    return [
-        score_video(clips, video, model_predictor(model, video.video_id, protocol), protocol)
-        for video in clips.videos
-        if video.annotated
-    ]
+    return [score_one(clips, video, model, protocol) for video in clips.videos if video.annotated]
 
 
 def test_every_video_is_scored_once_and_recorded_once(tiny, local_ray, clips, model_uri):
@@ -87,13 +79,8 @@ def test_every_video_is_scored_once_and_recorded_once(tiny, local_ray, clips, mo
     records = {record.name: record for record in find_records(config)}
     assert len(find_records(config)) == len(records) == 2
     mine = records["mine"]
-    assert (mine.method, mine.beta, mine.seed, mine.dataset, mine.trained_on) == (
-        "slotmatch",
-        0.2,
-        3,
-        "made",
-        "made",
-    )
+    assert (mine.method, mine.beta, mine.seed) == ("slotmatch", 0.2, 3)
+    assert (mine.dataset, mine.trained_on) == ("made", "made")
     assert mine.protocol == results["mine"].protocol
     assert mine.scores == pytest.approx(results["mine"].scores)
     assert mine.clips_uri == clips.uri
@@ -129,9 +116,7 @@ def test_another_protocol_is_another_evaluation(tiny, local_ray, clips, model_ur
     assert {r.protocol.name for r in find_records(config)} == {"slotcontrast", "paper, masks=attention"}
 
 
-def test_a_tracking_server_that_is_down_loses_no_scores(
-    tiny, local_ray, clips, model_uri, monkeypatch, capfd
-):
+def test_a_lost_server_loses_no_scores(tiny, local_ray, clips, model_uri, monkeypatch, capfd):
     monkeypatch.setattr(mlflow_client, "SECONDS_TO_WAIT", 0.5)
     subject = {"mine": Subject(model_uri)}
     down = tiny("mlflow.tracking_uri=http://127.0.0.1:9")
@@ -178,10 +163,7 @@ def test_a_record_holds_what_a_public_file_does_not_tell(tiny, local_ray, clips)
     panel = Gallery(selection).panel("video 1", [name, GROUND_TRUTH])
     model = load_slot_model(record.model_uri, **record.hints.to_dict())
     assert model.config.num_slots == 4
-    video = next(v for v in clips.videos if v.video_id == "video 1")
-    score = score_video(
-        clips, video, model_predictor(model, "video 1", PRESETS["slotcontrast"]), PRESETS["slotcontrast"]
-    )
+    score = score_one(clips, clips.videos[1], model, PRESETS["slotcontrast"])
     (row,) = [r for r in record.per_video() if r["video_id"] == "video 1"]
     assert row["video_mbo"] == pytest.approx(score.video_mbo)
     assert panel.rows[name].max() < 4
@@ -195,7 +177,7 @@ def _evaluate_named(config, clips):
 
 
 def test_videos_without_masks_are_refused(tiny, local_ray, tmp_path, model_uri):
-    clips = make_clip_set(tmp_path, {"v": (random_video(np.random.default_rng(0))[0], None)})
+    clips = without_masks(tmp_path)
     with pytest.raises(ValueError, match="no masks to score against"):
         score(tiny(), clips, {"mine": Subject(model_uri)})
 
@@ -219,12 +201,7 @@ def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, ca
     (record,) = [r for r in find_records(config) if r.method == "no_kd"]
     assert (record.seed, record.trained_on, record.steps) == (5, "tiny videos", 8)
 
-    def settings(*overrides):
-        changed = shared_tiny("distill.method=no_kd", *overrides)
-        return artifacts_of(changed).student_settings
-
-    assert record.settings == settings() == settings("distill.seed=7", "distill.name=other")
-    assert record.settings != settings("distill.learning_rate=0.1")
+    assert record.settings == artifacts_of(config).student_settings
 
 
 def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):
@@ -258,7 +235,7 @@ def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):
 
 
 def test_validation_on_videos_without_masks_is_refused_before_training(shared_tiny, local_ray, tmp_path):
-    clips = make_clip_set(tmp_path, {"v": (random_video(np.random.default_rng(0))[0], None)})
+    clips = without_masks(tmp_path)
     with pytest.raises(ConfigError, match="no video with masks"):
         Validation(clips.uri, shared_tiny().evaluate)
     settings = ["distill.method=no_kd", "distill.validate_every=2", "distill.seed=9", "evaluate.split=null"]
@@ -269,15 +246,7 @@ def test_validation_on_videos_without_masks_is_refused_before_training(shared_ti
 @pytest.mark.parametrize("run", [shard, distill, line.run])
 def test_slices_that_share_videos_are_refused(tmp_path, run):
     write_davis(tmp_path / "davis", videos=4)
-    config = resolve_config(
-        {},
-        [
-            "dataset.kind=davis",
-            f"dataset.path={tmp_path / 'davis'}",
-            "dataset.split=train[:-1]",
-            "evaluate.split=train[-2:]",
-            f"storage.root={tmp_path / 'root'}",
-        ],
-    )
+    places = [f"dataset.path={tmp_path / 'davis'}", f"storage.root={tmp_path / 'root'}", "dataset.kind=davis"]
+    config = resolve_config({}, [*places, "dataset.split=train[:-1]", "evaluate.split=train[-2:]"])
     with pytest.raises(ConfigError, match=r"'train\[-2:\]' and dataset.split 'train\[:-1\]' share 1 videos"):
         run(config)

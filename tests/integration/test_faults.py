@@ -6,12 +6,22 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import GOLDEN_TEACHER, command_line, kill_with_family, published_shards, resumed_from, wait_for
+from helpers import (
+    GOLDEN_TEACHER,
+    assert_kept,
+    command_line,
+    kill_with_family,
+    published_shards,
+    resumed_from,
+    wait_for,
+)
 
 from pipeline import storage
 from pipeline.clips.library import artifacts_of
 from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
+from pipeline.distill.stage import NonFiniteLoss, distill, train_teacher
+from pipeline.models import load_slot_model
 from pipeline.targets.stage import cache
 
 
@@ -24,80 +34,45 @@ def kill_at_two_shards(process, uri):
     return published_shards(uri)
 
 
-@pytest.mark.fault(
-    fault="SIGKILL of the driver",
-    stage="shard",
-    checked="run again, it makes what is missing and nothing else",
-)
+@pytest.mark.fault("SIGKILL of the driver", "shard", "run again, it makes what is missing and nothing else")
 def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
-    config = tiny(
-        "dataset.synthetic.videos=60",
-        "dataset.synthetic.frames=60",
-        "dataset.synthetic.size=96",
-        "clips.videos_per_shard=2",
-        "evaluate.split=null",
-    )
+    size = ["dataset.synthetic.videos=60", "dataset.synthetic.frames=60", "dataset.synthetic.size=96"]
+    config = tiny(*size, "clips.videos_per_shard=2", "evaluate.split=null")
     uri = artifacts_of(config).clips.uri
     before = kill_at_two_shards(job("shard", config), uri)
     assert 2 <= len(before) < 30
     summary = job("shard", config).finish()
     assert summary["reused_shards"] == len(before)
     assert summary["computed_shards"] == 30 - len(before)
-    after = published_shards(uri)
-    assert {p: after[p] for p in before} == before
+    assert_kept(before, uri)
     assert ClipSet(uri).manifest.frames == 60 * 60
 
 
-@pytest.mark.fault(
-    fault="SIGKILL of the driver",
-    stage="cache",
-    checked="run again, it makes what is missing and nothing else",
-)
+@pytest.mark.fault("SIGKILL of the driver", "cache", "run again, it makes what is missing and nothing else")
 def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
-    config = tiny(
-        "dataset.synthetic.videos=40",
-        "dataset.synthetic.frames=24",
-        "clips.videos_per_shard=1",
-        "targets.views=4",
-        *GOLDEN_TEACHER,
-        "targets.batch_size=2",
-    )
-    ClipSet(shard_split(config, "")["uri"])
+    size = ["dataset.synthetic.videos=40", "dataset.synthetic.frames=24", "clips.videos_per_shard=1"]
+    config = tiny(*GOLDEN_TEACHER, *size, "targets.views=4", "targets.batch_size=2")
+    shard_split(config, "")
     uri = artifacts_of(config).targets.uri
     before = kill_at_two_shards(job("cache", config), uri)
     assert 2 <= len(before) < 40
     summary = cache(config)
     assert summary["reused_shards"] == len(before)
     assert summary["computed_shards"] == 40 - len(before)
-    after = published_shards(uri)
-    assert {p: after[p] for p in before} == before
+    assert_kept(before, uri)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # three starts of Ray, on machines that may be busy
-@pytest.mark.fault(
-    fault="SIGKILL of a Train worker",
-    stage="distill",
-    checked="goes on from a checkpoint to the unbroken curve",
-)
-@pytest.mark.fault(fault="SIGKILL of the driver", stage="distill", checked="run again, the same")
+@pytest.mark.fault("SIGKILL of a Train worker", "distill", "goes on from a checkpoint to the unbroken curve")
+@pytest.mark.fault("SIGKILL of the driver", "distill", "run again, the same")
 def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray):
     """SIGKILL of a Ray Train worker, then of the whole driver; then the job is run once more."""
-    settings = [
-        "distill.workers=2",
-        "distill.steps=240",
-        "distill.checkpoint_every=30",
-        "distill.keep_checkpoints=10",
-        "distill.log_every=1",
-        "distill.cpus_per_worker=0.5",
-        "targets.views=2",
-        "student.decoder_hidden_sizes=[512,512]",
-        "student.num_slots=4",
-    ]
+    settings = ["distill.workers=2", "distill.cpus_per_worker=0.5", "distill.steps=240", "targets.views=2"]
+    settings += ["distill.checkpoint_every=30", "distill.keep_checkpoints=10", "distill.log_every=1"]
+    settings += ["student.decoder_hidden_sizes=[512,512]", "student.num_slots=4"]
     unbroken = tiny(*settings, "distill.name=unbroken")
-    shard_split(unbroken, "")["uri"]
-    from pipeline.distill.stage import distill, train_teacher
-
+    shard_split(unbroken, "")
     train_teacher(unbroken)
     cache(unbroken)
     expected = storage.read_json(distill(unbroken)["history"])
@@ -107,11 +82,8 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     process = job("distill", broken)
     checkpoints = run / "checkpoints"
     wait_for(lambda: (checkpoints / "step_00000030" / storage.MANIFEST).exists())
-    worker = next(
-        child
-        for child in psutil.Process(process.popen.pid).children(recursive=True)
-        if "RayTrainWorker" in command_line(child)
-    )
+    family = psutil.Process(process.popen.pid).children(recursive=True)
+    worker = next(child for child in family if "RayTrainWorker" in command_line(child))
     worker.send_signal(signal.SIGKILL)
     wait_for(lambda: len(list(checkpoints.glob(f"*/{storage.MANIFEST}"))) >= 4)
     kill_with_family(process)
@@ -127,20 +99,11 @@ def test_distillation_killed_twice_gives_the_unbroken_curve(tiny, job, local_ray
     assert resumed == expected
 
 
-@pytest.mark.fault(
-    fault="NaN loss", stage="distill", checked="stops, says why, keeps the last good checkpoint"
-)
+@pytest.mark.fault("NaN loss", "distill", "stops, says why, keeps the last good checkpoint")
 def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, local_ray):
-    from pipeline.distill.stage import NonFiniteLoss, distill, train_teacher
-    from pipeline.models import load_slot_model
-
-    config = tiny(
-        "distill.learning_rate=1e30",
-        "distill.warmup_steps=3",
-        "distill.gradient_clip=1e30",
-        "distill.checkpoint_every=1",
-    )
-    shard_split(config, "")["uri"]
+    settings = ["distill.learning_rate=1e30", "distill.gradient_clip=1e30", "distill.warmup_steps=3"]
+    config = tiny(*settings, "distill.checkpoint_every=1")
+    shard_split(config, "")
     train_teacher(config)
     cache(config)
     with pytest.raises(NonFiniteLoss, match="learning rate"):

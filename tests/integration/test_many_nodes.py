@@ -14,18 +14,9 @@ from pipeline.sweep.settings import plan_trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SWEEP = [
-    *GOLDEN_TEACHER,
-    "dataset.synthetic.videos=24",
-    "dataset.synthetic.frames=40",
-    "clips.videos_per_shard=2",
-    "sweep.grid={distill.beta: [0.1, 0.5]}",
-    "sweep.seeds=[0]",
-    "distill.workers=2",
-    "distill.cpus_per_worker=0.9",
-    "evaluate.baselines=false",
-    "ray.num_cpus=2",
-]
+SWEEP = [*GOLDEN_TEACHER, "dataset.synthetic.videos=24", "dataset.synthetic.frames=40", "ray.num_cpus=2"]
+SWEEP += ["clips.videos_per_shard=2", "sweep.grid={distill.beta: [0.1, 0.5]}", "sweep.seeds=[0]"]
+SWEEP += ["distill.workers=2", "distill.cpus_per_worker=0.9", "evaluate.baselines=false"]
 KINDS = {"Data": "ray::Map", "Train": "ray::RayTrainWorker"}
 
 

@@ -43,20 +43,13 @@ def write_many(folder):
 
 
 @pytest.mark.fault(
-    fault="one cut video among 10,000",
-    stage="shard",
-    checked="set aside by name; every other video once, with all its frames",
+    "one cut video among 10,000", "shard", "set aside by name; every other video once, with all its frames"
 )
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # about a minute where nothing else runs
 def test_one_bad_video_among_ten_thousand(tmp_path, local_ray):
-    config = resolve_config(
-        {
-            "dataset": {"path": str(write_many(tmp_path))},
-            "clips": {"clip_frames": CLIP_FRAMES},
-            "storage": {"root": str(tmp_path / "root")},
-        }
-    )
+    places = [f"dataset.path={write_many(tmp_path)}", f"storage.root={tmp_path / 'root'}"]
+    config = resolve_config({"clips": {"clip_frames": CLIP_FRAMES}}, places)
     summary = shard_split(config, "")
 
     (bad,) = summary["bad"]

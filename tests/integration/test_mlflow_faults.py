@@ -7,9 +7,8 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from clip_sets import make_clip_set, random_video
+from clip_sets import random_clips
 from services import MLflowServer
 from students import make_finished_run
 
@@ -19,18 +18,15 @@ from pipeline.registry.stage import register_run
 from pipeline.tracking import client as mlflow_client
 from pipeline.tracking.client import AccessDenied, ServerUnavailable
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-]  # servers start many times, on machines that may be busy
+# Servers start many times, on machines that may be busy.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RACER = Path(__file__).with_name("register_at_once.py")
 
 
 @pytest.fixture
 def no_kd(tiny, tmp_path, mlflow_server):
     """A config whose student needs neither Ray nor a teacher, and its clips."""
-    rng = np.random.default_rng(0)
-    clips = make_clip_set(tmp_path / "root" / "clips" / "c", {f"v{i}": random_video(rng) for i in range(4)})
+    clips = random_clips(tmp_path / "root" / "clips" / "c", {f"v{i}": 9 for i in range(4)})
     settings = ["distill.method=no_kd", "distill.steps=24", "distill.checkpoint_every=12"]
     return tiny(*settings, f"mlflow.tracking_uri={mlflow_server.uri}"), clips.uri
 
@@ -61,9 +57,7 @@ def assert_all_metrics_arrived(config, summary):
     assert client.get_run(summary["mlflow_run"]).info.status == "FINISHED"
 
 
-@pytest.mark.fault(
-    fault="MLflow killed, back later", stage="distill", checked="training goes on, no metric is lost"
-)
+@pytest.mark.fault("MLflow killed, back later", "distill", "training goes on, no metric is lost")
 def test_a_server_that_comes_back_gets_what_it_missed(no_kd, mlflow_server, at_step, monkeypatch, capfd):
     config, clips = no_kd
     monkeypatch.setattr("pipeline.tracking.runs.SECONDS_BETWEEN_TRIES", 0.1)
@@ -76,9 +70,7 @@ def test_a_server_that_comes_back_gets_what_it_missed(no_kd, mlflow_server, at_s
     assert_all_metrics_arrived(config, summary)
 
 
-@pytest.mark.fault(
-    fault="MLflow killed for good", stage="distill", checked="the run is published; run again, it is logged"
-)
+@pytest.mark.fault("MLflow killed for good", "distill", "the run is published; run again, it is logged")
 def test_a_server_that_stays_away_gets_it_from_the_same_command(
     no_kd, mlflow_server, at_step, monkeypatch, capfd
 ):
@@ -96,7 +88,7 @@ def test_a_server_that_stays_away_gets_it_from_the_same_command(
     assert_all_metrics_arrived(config, summary)
 
 
-@pytest.mark.fault(fault="MLflow is down", stage="a job's start", checked="waits, then names the server")
+@pytest.mark.fault("MLflow is down", "a job's start", "waits, then names the server")
 def test_a_job_waits_for_the_server_and_then_names_it(no_kd, mlflow_server, monkeypatch, capfd):
     config, _ = no_kd
     mlflow_server.kill()
@@ -116,7 +108,7 @@ def test_a_job_waits_for_the_server_and_then_names_it(no_kd, mlflow_server, monk
     assert f"{mlflow_server.uri} is back" in said
 
 
-@pytest.mark.fault(fault="MLflow is down", stage="register", checked="the student is kept, registered later")
+@pytest.mark.fault("MLflow is down", "register", "the student is kept, registered later")
 def test_a_student_is_registered_once_the_server_is_there(no_kd, mlflow_server, monkeypatch, tmp_path):
     config, _ = no_kd
     uri = make_finished_run(config, str(tmp_path / "root" / "students" / "late"))
@@ -132,9 +124,7 @@ def test_a_student_is_registered_once_the_server_is_there(no_kd, mlflow_server, 
     assert len(tracking.connect(config).search_model_versions(f"name = '{name}'")) == 1
 
 
-@pytest.mark.fault(
-    fault="wrong MLflow password", stage="a job's start", checked="fails at once, without saying it"
-)
+@pytest.mark.fault("wrong MLflow password", "a job's start", "fails at once, without saying it")
 def test_a_wrong_password_fails_at_once(tiny, tmp_path, monkeypatch):
     pytest.importorskip("flask_wtf", reason="MLflow's logins are not installed (pip install 'mlflow[auth]')")
     settings = tmp_path / "auth.ini"
@@ -170,9 +160,9 @@ def test_a_wrong_password_fails_at_once(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.fault(
-    fault="four jobs register at once, a fifth was killed while it did",
-    stage="register",
-    checked="a version a run, the best is champion",
+    "four jobs register at once, a fifth was killed while it did",
+    "register",
+    "a version a run, the best is champion",
 )
 @pytest.mark.parametrize("kind", ["server", "sqlite"])
 def test_registering_at_once_loses_nothing(tiny, tmp_path, mlflow_server, kind):
@@ -186,17 +176,10 @@ def test_registering_at_once_loses_nothing(tiny, tmp_path, mlflow_server, kind):
     (tmp_path / "config.yaml").write_text(config.to_yaml())
 
     def start(*arguments):
-        command = [
-            sys.executable,
-            str(RACER),
-            str(tmp_path / "config.yaml"),
-            str(tmp_path / "go"),
-            *arguments,
-        ]
+        command = [sys.executable, RACER, tmp_path / "config.yaml", tmp_path / "go", *arguments]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=environment, **pipes)
 
     dead = start("hold") if kind == "server" else None
     racers = [start("race", shared, runs[i], lucky[i], f"0.{i + 1}") for i in range(4)]

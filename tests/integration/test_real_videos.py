@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from places import CONFIGS, GOLDEN
 
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
@@ -19,22 +20,14 @@ from pipeline.segment.stage import segment
 from pipeline.storage import IncompleteError
 from pipeline.targets.stage import cache
 
-ROOT = Path(__file__).parents[2]
-TEACHER = ROOT / "tests" / "golden" / "slotcontrast_tiny.ckpt"
-OVERRIDES = (
-    f"teacher.checkpoint={TEACHER}",
-    "teacher.num_heads=3",
+OVERRIDES = (f"teacher.checkpoint={GOLDEN / 'slotcontrast_tiny.ckpt'}", "teacher.num_heads=3")
+OVERRIDES += (
     "student.backbone={patch_size: 14, embed_dim: 32, depth: 1, num_heads: 2}",
-    "student.backbone_weights=random",
-    "student.image_size=56",
-    "student.decoder_hidden_sizes=[32]",
-    "distill.steps=20",
-    "distill.warmup_steps=5",
-    "distill.batch_size=4",
-    "distill.workers=2",
-    "distill.log_every=5",
     "clips.short_side=64",
 )
+OVERRIDES += ("student.backbone_weights=random", "student.decoder_hidden_sizes=[32]", "student.image_size=56")
+OVERRIDES += ("distill.steps=20", "distill.warmup_steps=5", "distill.batch_size=4", "distill.workers=2")
+OVERRIDES += ("distill.log_every=5",)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +43,8 @@ def videos(tmp_path_factory, real_videos):
 
 
 def test_from_a_folder_of_real_videos_to_a_segmented_one(videos, tmp_path, local_ray):
-    root = tmp_path / "out"
-    config = load_config(
-        ROOT / "configs" / "videos.yaml", [f"dataset.path={videos}", f"storage.root={root}", *OVERRIDES]
-    )
+    places = [f"dataset.path={videos}", f"storage.root={tmp_path / 'out'}"]
+    config = load_config(CONFIGS / "videos.yaml", [*places, *OVERRIDES])
     with pytest.raises(ConfigError, match=r"jobs\.shard"):
         cache(config)
     sharded = shard(config)

@@ -16,17 +16,8 @@ from pipeline.models import load_slot_model
 from pipeline.registry.stage import pull
 from pipeline.storage import join
 
-RATES = {
-    "503": 0.05,
-    "500": 0.01,
-    "429": 0.01,
-    "cut": 0.02,
-    "cut in answer": 0.02,
-    "cut in upload": 0.02,
-    "answer lost": 0.02,
-    "stall": 0.005,
-    "stall in answer": 0.005,
-}
+RATES = {"503": 0.05, "500": 0.01, "429": 0.01, "stall": 0.005, "stall in answer": 0.005}
+RATES |= {"cut": 0.02, "cut in answer": 0.02, "cut in upload": 0.02, "answer lost": 0.02}
 STALLED_AFTER = 3  # seconds
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test runs the line twice
 FAULTS = "503, 500, 429, cut connections, stalls"
@@ -53,12 +44,8 @@ class Line:
         environment = {**os.environ, **threads, "SLOTMATCH_S3_TIMEOUT": str(STALLED_AFTER)}
         script = Path(__file__).with_name("stages_in_turn.py")
         with open(log, "wb") as errors:
-            code = subprocess.run(
-                [sys.executable, str(script), str(config), str(out)],
-                env=environment,
-                stderr=errors,
-                cwd=folder,
-            ).returncode
+            command = [sys.executable, str(script), str(config), str(out)]
+            code = subprocess.run(command, env=environment, stderr=errors, cwd=folder).returncode
         self.injected = dict(proxy.injected)
         proxy.calm()
         self.log = log.read_text()
@@ -76,7 +63,7 @@ def line(shared_tiny, tmp_path_factory, faulty_s3, local_ray):
     return Line(shared_tiny, tmp_path_factory.mktemp("faulty"), faulty_s3)
 
 
-@pytest.mark.fault(fault=FAULTS, stage="shard", checked="the same fingerprint and bytes as on a local disk")
+@pytest.mark.fault(FAULTS, "shard", "the same fingerprint and bytes as on a local disk")
 def test_shard(line):
     assert line.faulty["shard"]["fingerprint"] == line.calm["shard"]["fingerprint"]
     assert line.faulty["shard"]["bad"] == []
@@ -85,7 +72,7 @@ def test_shard(line):
     assert faulty == calm
 
 
-@pytest.mark.fault(fault=FAULTS, stage="cache", checked="the same slots of every clip and view")
+@pytest.mark.fault(FAULTS, "cache", "the same slots of every clip and view")
 def test_cache(line):
     assert line.faulty["cache"]["fingerprint"] == line.calm["cache"]["fingerprint"]
     calm, faulty = line.files("cache")
@@ -93,7 +80,7 @@ def test_cache(line):
     assert faulty == calm
 
 
-@pytest.mark.fault(fault=FAULTS, stage="distill", checked="the same losses in every step, the same weights")
+@pytest.mark.fault(FAULTS, "distill", "the same losses in every step, the same weights")
 def test_distill(line):
     names = ("history.json", "model/model.safetensors")
     for name in names:
@@ -103,17 +90,15 @@ def test_distill(line):
         assert faulty == calm, name
 
 
-@pytest.mark.fault(fault=FAULTS, stage="evaluate", checked="the same scores of every video")
+@pytest.mark.fault(FAULTS, "evaluate", "the same scores of every video")
 def test_evaluate(line):
     assert line.faulty["evaluate"]["scores"] == line.calm["evaluate"]["scores"]
-    calm, faulty = (
-        pq.read_table(storage.open_read(join(run["evaluate"]["uri"], "videos.parquet")))
-        for run in (line.calm, line.faulty)
-    )
+    files = [join(run["evaluate"]["uri"], "videos.parquet") for run in (line.calm, line.faulty)]
+    calm, faulty = (pq.read_table(storage.open_read(file)) for file in files)
     assert faulty.equals(calm)
 
 
-@pytest.mark.fault(fault=FAULTS, stage="register", checked="the champion is pulled and loads")
+@pytest.mark.fault(FAULTS, "register", "the champion is pulled and loads")
 def test_register(line, tmp_path):
     client = tracking.connect(line.config)
     champion = client.get_model_version_by_alias("slotmatch", "champion")
@@ -122,9 +107,7 @@ def test_register(line, tmp_path):
     load_slot_model(tmp_path / "champion")
 
 
-@pytest.mark.fault(
-    fault=FAULTS, stage="all", checked="faults came, retries were logged, all is published whole"
-)
+@pytest.mark.fault(FAULTS, "all", "faults came, retries were logged, all is published whole")
 def test_nothing_is_left_unfinished(line):
     assert sum(line.injected.values()) >= 20, line.injected
     assert len(line.injected) >= 5, line.injected

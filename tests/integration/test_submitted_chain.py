@@ -1,5 +1,6 @@
 """The usual chain, submitted to a cluster with an S3 bucket and an MLflow server; and no secret is left anywhere."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,14 +22,10 @@ PLANTED = {
     "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password-0003",
     "RAY_AUTH_TOKEN": "a0b0c0d0" * 4,
 }
+PYTHON = (sys.executable, "-m")
 KEPT_HERE = ("env", "state.json")  # where they are kept, for their owner alone
-SETTINGS = [
-    *GOLDEN_TEACHER,
-    "distill.workers=2",
-    "distill.cpus_per_worker=0.8",
-    "sweep.grid={distill.beta: [0.1, 0.5]}",
-    "sweep.seeds=[0]",
-]
+SETTINGS = [*GOLDEN_TEACHER, "distill.workers=2", "distill.cpus_per_worker=0.8"]
+SETTINGS += ["sweep.grid={distill.beta: [0.1, 0.5]}", "sweep.seeds=[0]"]
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +41,24 @@ def cluster(tmp_path_factory):
         cluster.stop_all()
 
 
-def run(cluster, *command):
-    result = subprocess.run(
-        [sys.executable, "-m", *command],
-        env={**os.environ, **cluster.environment},
-        capture_output=True,
-        text=True,
-    )
+def run(cluster, *command, **environment):
+    options = {
+        "env": {**os.environ, **cluster.environment, **environment},
+        "capture_output": True,
+        "text": True,
+    }
+    result = subprocess.run(command, **options)
     return result.returncode, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")
 def chain(cluster, shared_tiny):
     """The summaries of all stages by their names, and all that the submissions printed."""
-    config = shared_tiny(
-        *SETTINGS,
+    places = [
         "storage.root=s3://slotmatch/test",
         f"mlflow.tracking_uri={cluster.environment['MLFLOW_TRACKING_URI']}",
-    )
+    ]
+    config = shared_tiny(*SETTINGS, *places)
     job = cluster.submit("shard,cache,distill,sweep,evaluate,register", config)
     out, _ = job.popen.communicate(timeout=900)
     assert job.popen.returncode == 0, job.output()[-5000:]
@@ -78,7 +75,7 @@ def test_every_stage_ends_well_and_says_so(chain):
 
 def test_the_champion_tells_where_it_comes_from(cluster, chain, tmp_path):
     _, summaries, _ = chain
-    code, out, errors = run(cluster, "jobs.lineage", "models:/slotmatch@champion")
+    code, out, errors = run(cluster, *PYTHON, "jobs.lineage", "models:/slotmatch@champion")
     assert code == 0, errors
     lineage = json.loads(out.splitlines()[-1])
     assert lineage["clips"]["uri"] == summaries["shard"]["uri"]
@@ -86,15 +83,17 @@ def test_the_champion_tells_where_it_comes_from(cluster, chain, tmp_path):
     assert lineage["run"]["uri"].startswith("s3://slotmatch/test/students/")
     assert len(lineage["run"]["git_revision"]) == 40
     assert lineage["clips"]["video_ids"]
-    code, _, errors = run(cluster, "jobs.pull", "models:/slotmatch@champion", str(tmp_path / "champion"))
+    code, _, errors = run(
+        cluster, *PYTHON, "jobs.pull", "models:/slotmatch@champion", str(tmp_path / "champion")
+    )
     assert code == 0, errors
     load_slot_model(tmp_path / "champion")
 
 
 @pytest.mark.fault(
-    fault="missing bucket, wrong password",
-    stage="shard, register",
-    checked="exit code 1 at once, with the bucket, the server and who asked",
+    "missing bucket, wrong password",
+    "shard, register",
+    "exit code 1 at once, with the bucket, the server and who asked",
 )
 def test_what_is_refused_is_said(cluster, chain, tmp_path):
     config, _, _ = chain
@@ -102,32 +101,19 @@ def test_what_is_refused_is_said(cluster, chain, tmp_path):
     code, summary = job.end()
     assert (code, summary["status"]) == (1, "failed")
     assert "nobodys-bucket" in summary["error"]
-    path = tmp_path / "config.yaml"
-    path.write_text(config.to_yaml())
-    wrong = {**os.environ, **cluster.environment, "MLFLOW_TRACKING_PASSWORD": "not-the-password"}
-    command = [sys.executable, "-m", "jobs.pull", "models:/slotmatch@champion", str(tmp_path / "model")]
-    result = subprocess.run(command, env=wrong, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert cluster.environment["MLFLOW_TRACKING_URI"] in result.stdout
-    assert "admin" in result.stdout
-    assert "not-the-password" not in result.stdout + result.stderr
+    pull = (*PYTHON, "jobs.pull", "models:/slotmatch@champion", str(tmp_path / "model"))
+    code, out, errors = run(cluster, *pull, MLFLOW_TRACKING_PASSWORD="not-the-password")
+    assert code == 1
+    assert cluster.environment["MLFLOW_TRACKING_URI"] in out
+    assert "admin" in out
+    assert "not-the-password" not in out + errors
 
 
-@pytest.mark.fault(
-    fault="planted secrets",
-    stage="all",
-    checked="in no log, job metadata, MLflow record or stored object",
-)
+@pytest.mark.fault("planted secrets", "all", "in no log, job metadata, MLflow record or stored object")
 def test_planted_secrets_are_nowhere(cluster, chain):
     *_, printed = chain
-    ray = str(Path(sys.executable).with_name("ray"))
-    listed = subprocess.run(
-        [ray, "job", "list"],
-        env={**os.environ, **cluster.environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    code, listed, errors = run(cluster, str(Path(sys.executable).with_name("ray")), "job", "list")
+    assert code == 0, errors
     assert listed.count("SLOTMATCH_REVISION") >= 6  # the jobs' environments are in it
     places = {"what the submissions printed": printed.encode(), "ray job list": listed.encode()}
     for folder in (cluster.folder, cluster.ray_folder):
@@ -137,10 +123,6 @@ def test_planted_secrets_are_nowhere(cluster, chain):
     assert any("/logs/" in place for place in places)
     assert any(place.endswith("mlflow.db") for place in places)
     assert any(place.endswith("manifest.json") for place in places)
-    found = [
-        (name, place)
-        for name, secret in PLANTED.items()
-        for place, data in places.items()
-        if secret.encode() in data
-    ]
+    pairs = itertools.product(PLANTED.items(), places.items())
+    found = [(name, place) for (name, secret), (place, data) in pairs if secret.encode() in data]
     assert found == []

@@ -14,21 +14,16 @@ from pipeline.sweep.runs import PARENT_TAG
 from pipeline.sweep.settings import plan_trials
 from pipeline.sweep.stage import SweepFailed, sweep
 
-BASE = [
-    *GOLDEN_TEACHER,
-    "evaluate.baselines=false",
-]
+BASE = [*GOLDEN_TEACHER, "evaluate.baselines=false"]
 
 
 def file_times(runs):
     """When each published model was written, by its run."""
-    return {
-        r: Path(r, "model", "model.safetensors").stat().st_mtime_ns for r in runs if storage.is_complete(r)
-    }
+    return {r: Path(r, "model/model.safetensors").stat().st_mtime_ns for r in runs if storage.is_complete(r)}
 
 
 def runs_of(config):
-    shard_split(config, config.dataset.split)["uri"]
+    shard_split(config, config.dataset.split)
     return {t.title: artifacts_of(t.config).student.uri for t in plan_trials(config)}
 
 
@@ -61,16 +56,14 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "| beta = 0.5 | 2 of 2 |" in (folder / "table.md").read_text()
     assert "| teacher |" in (folder / "table.md").read_text()
-    assert (
-        storage.read_manifest(summary["uri"], kind="sweep")["best"]["setting"] == summary["best"]["setting"]
-    )
+    manifest = storage.read_manifest(summary["uri"], kind="sweep")
+    assert manifest["best"]["setting"] == summary["best"]["setting"]
 
     (parent,) = mlflow_runs(config, "tags.role = 'sweep'")
     assert parent.info.status == "FINISHED"
     assert parent.data.params["best.setting"] == summary["best"]["setting"]
-    assert parent.data.metrics["video_mbo"] == pytest.approx(
-        summary["means"][summary["best"]["setting"]]["video_mbo"]
-    )
+    mean = summary["means"][summary["best"]["setting"]]["video_mbo"]
+    assert parent.data.metrics["video_mbo"] == pytest.approx(mean)
     files = {f.path for f in tracking.connect(config).list_artifacts(parent.info.run_id)}
     assert {"table.md", "table.csv", "scores.json", "plot.png"} <= files
     children = mlflow_runs(config, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")
@@ -82,9 +75,7 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
     best = f"{summary['best']['setting']}, seed {summary['best']['seed']}"
     assert int(alias.version) == summary["versions"][best]
     assert alias.tags["sweep.setting"] == summary["best"]["setting"]
-    assert float(alias.tags["sweep.mean"]) == pytest.approx(
-        summary["means"][summary["best"]["setting"]]["video_mbo"], abs=1e-5
-    )
+    assert float(alias.tags["sweep.mean"]) == pytest.approx(mean, abs=1e-5)
 
     # Once more: nothing is made again.
     times = file_times(runs_of(config).values())
@@ -105,9 +96,7 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
 
 
 @pytest.mark.timeout(900)  # two starts of Ray, on machines that may be busy
-@pytest.mark.fault(
-    fault="SIGKILL of the Tune driver", stage="sweep", checked="run again, it trains only what had not ended"
-)
+@pytest.mark.fault("SIGKILL of the Tune driver", "sweep", "run again, it trains only what had not ended")
 def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
     variants = {"short": {"distill.steps": 10}, "long": {"distill.steps": 400}, "last": {"distill.steps": 9}}
     settings = [*BASE, "sweep.seeds=[0]", "distill.checkpoint_every=20", "ray.num_cpus=2"]
@@ -144,17 +133,9 @@ def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
 
 
 def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
-    config = tiny(
-        *BASE,
-        "sweep.grid={distill.learning_rate: [3e-3, 1e-9]}",
-        "sweep.seeds=[0]",
-        "sweep.asha=true",
-        "sweep.max_concurrent=1",
-        "distill.steps=60",
-        "distill.validate_every=20",
-        "sweep.grace_steps=20",
-        "sweep.reduction_factor=2",
-    )
+    settings = ["sweep.grid={distill.learning_rate: [3e-3, 1e-9]}", "sweep.seeds=[0]", "sweep.asha=true"]
+    settings += ["sweep.max_concurrent=1", "sweep.grace_steps=20", "sweep.reduction_factor=2"]
+    config = tiny(*BASE, *settings, "distill.steps=60", "distill.validate_every=20")
     summary = sweep(config)
     err = capfd.readouterr().err
     assert summary["trials"]["stopped"] == 1, err
@@ -162,9 +143,8 @@ def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
     run = runs_of(config)["learning_rate = 1e-09, seed 0"]
     assert not storage.is_complete(run)
     # By these ASHA judges the others when the sweep is started again.
-    records = {
-        r["status"]: r for r in map(storage.read_json, map(str, Path(summary["uri"], "trials").iterdir()))
-    }
+    records = [storage.read_json(str(path)) for path in Path(summary["uri"], "trials").iterdir()]
+    records = {record["status"]: record for record in records}
     assert [row["step"] for row in records["finished"]["validations"]] == [20, 40]
     assert 20 in [row["step"] for row in records["stopped"]["validations"]]
     (stopped,) = mlflow_runs(config, "attributes.status = 'KILLED'")
@@ -177,16 +157,10 @@ def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
 def test_train_workers_inside_of_tune_and_a_trial_that_fails(tiny, local_ray, capfd):
     variants = {
         "good": {"distill.beta": 0.1},
-        "hopeless": {
-            "distill.learning_rate": 1e30,
-            "distill.gradient_clip": 1e30,
-            "distill.warmup_steps": 3,
-        },
+        "hopeless": {"distill.learning_rate": 1e30, "distill.gradient_clip": 1e30, "distill.warmup_steps": 3},
     }
-    config = with_overrides(
-        tiny(*BASE, "sweep.seeds=[0]", "distill.workers=1", "distill.validate_every=4"),
-        {"sweep.variants": variants},
-    )
+    config = tiny(*BASE, "sweep.seeds=[0]", "distill.workers=1", "distill.validate_every=4")
+    config = with_overrides(config, {"sweep.variants": variants})
     summary = sweep(config)
     assert summary["trials"] == {"finished": 1, "failed": 1, "stopped": 0, "reused": 0}
     out, err = capfd.readouterr()
@@ -194,7 +168,7 @@ def test_train_workers_inside_of_tune_and_a_trial_that_fails(tiny, local_ray, ca
     assert "hopeless, seed 0 failed: NonFiniteLoss" in out
     assert "NonFiniteLoss" in summary["failed"]["hopeless, seed 0"]
     assert summary["best"]["setting"] == "good"
-    shard_split(config, "")["uri"]
+    shard_split(config, "")
     good = plan_trials(config)[0]
     assert distill(good.config)["reused"], "the same run as that of jobs.distill"
     again = sweep(config)

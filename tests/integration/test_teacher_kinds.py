@@ -3,36 +3,23 @@
 All in this process; that Ray's actors write the same is for test_cached_targets.py.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from clip_sets import make_clip_set, random_video
-from training_runs import make_targets, student_run
+from clip_sets import random_clips
+from places import GOLDEN
+from tiny_models import tiny_model, tiny_section, tiny_vit
+from training_runs import TRAINING, make_targets, student_run
 
 from pipeline.clips.views import apply_view
 from pipeline.config import resolve_config
 from pipeline.distill.trainer import Trainer
-from pipeline.models import (
-    BackboneConfig,
-    SlotModel,
-    SlotModelConfig,
-    load_slot_model,
-    save_public_checkpoint,
-)
+from pipeline.models import load_slot_model, save_public_checkpoint
 from pipeline.models.build import load_teacher
 from pipeline.targets.maker import teacher_outputs
 from pipeline.targets.table import TargetSet
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-STUDENT = {
-    "backbone": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
-    "backbone_weights": "random",
-    "image_size": 40,
-    "decoder_hidden_sizes": [32],
-}
+STUDENT = tiny_section(24, 40, (32,))
 DRAWN = {"initial_slots": "random"}
 # Of each teacher: what the config says of its file, and a student of its kind.
 TEACHERS = {
@@ -47,25 +34,15 @@ TEACHERS = {
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    videos = {f"video {i}": random_video(rng, frames=9, size=(40, 48)) for i in range(4)}
-    return make_clip_set(tmp_path_factory.mktemp("clips"), videos)
+    return random_clips(tmp_path_factory.mktemp("clips"), {f"video {i}": 9 for i in range(4)}, size=(40, 48))
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Public files; DINOSAUR's is made here: no predictor, and no `.module` in its names."""
-    torch.manual_seed(0)
-    config = SlotModelConfig(
-        BackboneConfig(None, 32, VIT),
-        3,
-        8,
-        initializer="random",
-        predictor=False,
-        decoder_hidden_sizes=(16,),
-    )
+    model = tiny_model(vit=tiny_vit(32, depth=2), hidden=(16,), initializer="random", predictor=False)
     path = tmp_path_factory.mktemp("dinosaur") / "dinosaur.ckpt"
-    save_public_checkpoint(SlotModel(config), path)
+    save_public_checkpoint(model, path)
     torch.save({"state_dict": torch.load(path, weights_only=True)["state_dict"]}, path)
     return {"dinosaur": path, **{k: GOLDEN / f"{k}_tiny.ckpt" for k in ("slotcontrast", "videosaur")}}
 
@@ -89,16 +66,9 @@ def cached(clips, checkpoints, tmp_path_factory):
                     "rollout": rollout,
                     "batch_size": 5,
                 },
-                "distill": {
-                    "steps": 6,
-                    "batch_size": 4,
-                    "warmup_steps": 1,
-                    "learning_rate": 0.002,
-                    "log_every": 1,
-                },
+                "distill": {**TRAINING, "steps": 6, "warmup_steps": 1, "alpha": float(kind != "dinosaur")},
                 "storage": {"root": str(root)},
             }
-            values["distill"] |= {"workers": 0, "alpha": float(kind != "dinosaur")}
             config = resolve_config(values)
             uri = make_targets(config, clips.uri, str(checkpoints[kind]), str(root / f"{kind} {rollout}"))
             made[kind, rollout] = config, TargetSet(uri)
@@ -109,12 +79,7 @@ def cached(clips, checkpoints, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "rollout"),
-    [
-        ("videosaur", "forward"),
-        ("videosaur", "cyclic"),
-        ("dinosaur", "forward"),
-        ("slotcontrast", "cyclic"),
-    ],
+    [("videosaur", "forward"), ("videosaur", "cyclic"), ("dinosaur", "forward"), ("slotcontrast", "cyclic")],
 )
 def test_cached_slots_are_the_live_teachers(cached, clips, checkpoints, kind, rollout):
     _, target_set = cached(kind, rollout)
@@ -139,10 +104,8 @@ def test_cached_slots_are_the_live_teachers(cached, clips, checkpoints, kind, ro
 def test_the_two_roll_outs_differ(cached, clips):
     """But for the last frame, which keeps its slots."""
     video = clips.videos[0]
-    one, other = (
-        cached("videosaur", rollout)[1].read(video.shard, video.first_row, 1)[2].slots
-        for rollout in ("forward", "cyclic")
-    )
+    targets = [cached("videosaur", rollout)[1] for rollout in ("forward", "cyclic")]
+    one, other = (t.read(video.shard, video.first_row, 1)[2].slots for t in targets)
     np.testing.assert_allclose(one[-1], other[-1], rtol=1e-5, atol=1e-5)
     assert all(np.abs(one[t] - other[t]).max() > 1e-3 for t in range(3))
 

@@ -1,13 +1,12 @@
-"""Backbones by name and from files, checkpoints and how they are refused, streaming, the fast decoder."""
+"""Backbones by name and from files, model folders, what a model takes and gives, the fast decoder."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tiny_models import tiny_model, tiny_vit
 
 from pipeline.models import (
     Backbone,
@@ -16,44 +15,24 @@ from pipeline.models import (
     SlotModelConfig,
     load_backbone_weights,
     load_slot_model,
-    save_public_checkpoint,
     save_slot_model,
 )
 from pipeline.models.decoders import MLPDecoder
 
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+VIT = tiny_vit(32, depth=2)
 
 
 def tiny_backbone(image_size=32, **changes):
     return Backbone(BackboneConfig(None, image_size, {**VIT, **changes}))
 
 
-def tiny_model(seed=0, initializer="learned"):
-    torch.manual_seed(seed)
-    return SlotModel(
-        SlotModelConfig(
-            backbone=BackboneConfig(None, 32, VIT),
-            num_slots=3,
-            slot_size=8,
-            initializer=initializer,
-            decoder_hidden_sizes=(16, 16),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.2, 0.3, 0.4),
-        )
-    ).eval()
+def make(**design):
+    colours = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.3, 0.4)}
+    return tiny_model(vit=VIT, hidden=(16, 16), **colours, **design).eval()
 
 
 def random_video(B=2, T=4, size=32):
     return torch.randn(B, T, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def assert_same_model(model, other):
-    """The same function, not just the same numbers."""
-    assert other.config == model.config
-    expected, output = model(random_video()), other(random_video())
-    torch.testing.assert_close(output.slots, expected.slots, rtol=0, atol=0)
-    torch.testing.assert_close(output.reconstruction, expected.reconstruction, rtol=0, atol=0)
 
 
 # --- backbones --------------------------------------------------------------------------------------
@@ -79,10 +58,7 @@ def test_any_vit_by_its_timm_name(name, image_size, grid, width):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "vit_smal_patch14_dinov2",
-            "timm has no model 'vit_smal_patch14_dinov2'; similar: vit_small_patch14_dinov2",
-        ),
+        ("vit_smal_patch14_dinov2", "no model 'vit_smal_patch14_dinov2'; similar: vit_small_patch14_dinov2"),
         ("resnet18", "backbone 'resnet18' is not a ViT"),
         ("beit_base_patch16_224", "is a Beit, not a ViT"),
         ("vit_tiny_r_s16_p8_224", "is a hybrid"),
@@ -94,10 +70,8 @@ def test_names_that_are_no_vit(name, message):
 
 
 def test_image_size_that_the_patch_size_does_not_divide():
-    with pytest.raises(
-        ValueError,
-        match="image size 50 is not a multiple of the patch size 16 of test_vit; nearest: 48 or 64",
-    ):
+    message = "image size 50 is not a multiple of the patch size 16 of test_vit; nearest: 48 or 64"
+    with pytest.raises(ValueError, match=message):
         Backbone(BackboneConfig("test_vit", 50))
 
 
@@ -121,10 +95,7 @@ def test_parameter_counts_are_the_papers(name, millions):
 
 
 def test_the_backbone_stays_frozen_and_in_eval_mode():
-    model = SlotModel(
-        SlotModelConfig(BackboneConfig(None, 32, {**VIT, "proj_drop_rate": 0.5}), num_slots=3, slot_size=8)
-    )
-    model.train()
+    model = tiny_model(vit={**VIT, "proj_drop_rate": 0.5}).train()
     assert model.training
     assert not any(module.training for module in model.encoder.backbone.modules())
     video = random_video()
@@ -204,22 +175,8 @@ def test_backbone_weights_that_are_no_weights(tmp_path, name):
 # --- checkpoints --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("initializer", ["learned", "random"])
-def test_model_folder_round_trip(tmp_path, initializer):
-    model = tiny_model(initializer=initializer)
-    save_slot_model(model, tmp_path / "model")
-    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
-    loaded = load_slot_model(tmp_path / "model")
-    assert not loaded.training
-    assert loaded.config == model.config
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
-    if initializer == "learned":
-        assert_same_model(model, loaded)
-
-
 def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path):
-    model = tiny_model()
+    model = make()
     save_slot_model(model, tmp_path / "full")
     save_slot_model(model, tmp_path / "half", dtype=torch.float16)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
@@ -229,64 +186,6 @@ def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path):
     torch.testing.assert_close(loaded(random_video()).slots, model(random_video()).slots, rtol=0, atol=0.02)
 
 
-def test_public_checkpoint_round_trip(tmp_path):
-    model = tiny_model()
-    save_public_checkpoint(model, tmp_path / "model.ckpt", step=7)
-    assert_same_model(model, load_slot_model(tmp_path / "model.ckpt"))
-
-
-def test_public_checkpoint_is_in_the_public_layout(tmp_path):
-    """Without our config beside the tensors, as in every file that others have written."""
-    model = tiny_model()
-    save_public_checkpoint(model, tmp_path / "model.ckpt", step=7)
-    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
-    assert content["global_step"] == 7
-    keys = set(content["state_dict"])
-    public = {
-        "initializer.slots",
-        "encoder.module.backbone.model.patch_embed.proj.weight",
-        "encoder.module.output_transform.layers.3.bias",
-        "processor.module.corrector.gru.weight_ih",
-        "processor.module.corrector.mlp.layers.1.weight",
-        "processor.module.predictor.blocks.0.self_attn.qkv.weight",
-        "decoder.module.pos_emb",
-        "decoder.module.mlp.layers.4.weight",
-    }
-    assert public <= keys
-    assert not any(key.startswith("encoder.module.backbone.model.norm.") for key in keys)
-    torch.save({"state_dict": content["state_dict"], "epoch": 3}, tmp_path / "plain.ckpt")
-    loaded = load_slot_model(tmp_path / "plain.ckpt", num_heads=2)
-    assert (loaded.config.num_slots, loaded.config.slot_size) == (3, 8)
-    assert loaded.config.decoder_hidden_sizes == (16, 16)
-    torch.testing.assert_close(loaded(random_video()).masks, model(random_video()).masks)
-
-
-def test_keys_may_lack_module(tmp_path):
-    model = tiny_model()
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "image.ckpt")
-    loaded = load_slot_model(tmp_path / "image.ckpt", num_heads=2)
-    torch.testing.assert_close(loaded(random_video()).masks, model(random_video()).masks)
-
-
-@pytest.mark.parametrize("content", [b"", b"I am no checkpoint\n" * 10, bytes(1000)])
-@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
-def test_files_that_are_no_checkpoint(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: can't be read"):
-        load_slot_model(tmp_path / name)
-
-
-def test_truncated_checkpoints(tmp_path):
-    model = tiny_model()
-    save_public_checkpoint(model, tmp_path / "model.ckpt")
-    save_slot_model(model, tmp_path / "model")
-    for path in (tmp_path / "model.ckpt", tmp_path / "model" / "model.safetensors"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    for path in (tmp_path / "model.ckpt", tmp_path / "model"):
-        with pytest.raises(ValueError, match="can't be read"):
-            load_slot_model(path)
-
-
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_slot_model(tmp_path / "nowhere")
@@ -294,59 +193,9 @@ def test_nothing_there(tmp_path):
         load_slot_model(tmp_path)
 
 
-def change(state, key, value):
-    if value is None:
-        del state[key]
-    else:
-        state[key] = value
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("processor.corrector.to_q.weight", None, r"missing processor\.corrector\.to_q\.weight"),
-        ("extra.weight", torch.ones(2), r"unexpected extra\.weight"),
-        (
-            "processor.corrector.to_q.weight",
-            torch.ones(8, 9),
-            r"processor\.corrector\.to_q\.weight is \(8, 9\), expected \(8, 8\)",
-        ),
-        ("decoder.pos_emb", None, r"pos_emb"),
-        ("initializer.slots", None, r"initializer"),
-    ],
-)
-@pytest.mark.parametrize("layout", ["folder", "public"])
-def test_keys_that_do_not_fit_are_named(tmp_path, layout, key, value, message):
-    path = tmp_path / layout
-    model = tiny_model()
-    if layout == "folder":
-        save_slot_model(model, path)
-        state = load_file(path / "model.safetensors")
-        change(state, key, value)
-        save_file(state, path / "model.safetensors")
-    else:
-        state = dict(model.state_dict())
-        change(state, key, value)
-        torch.save({"state_dict": state}, path)
-    with pytest.raises(ValueError, match=message) as error:
-        load_slot_model(path, num_heads=2)
-    assert str(path) in str(error.value)
-
-
-def test_heads_that_do_not_divide_the_width(tmp_path):
-    save_public_checkpoint(tiny_model(), tmp_path / "model.ckpt")
-    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
-    torch.save({"state_dict": content["state_dict"]}, tmp_path / "public.ckpt")
-    with pytest.raises(ValueError, match="num_heads: 5 does not divide the width 32"):
-        load_slot_model(tmp_path / "public.ckpt", num_heads=5)
-    with pytest.raises(ValueError, match="num_heads: must be given"):
-        load_slot_model(tmp_path / "public.ckpt")
-    assert load_slot_model(tmp_path / "model.ckpt").config.backbone.arguments["num_heads"] == 2
-
-
 @pytest.mark.parametrize("content", ["{half", "[]", '{"num_slots": 3}', "extra key"])
 def test_broken_config_of_a_model_folder(tmp_path, content):
-    save_slot_model(tiny_model(), tmp_path)
+    save_slot_model(make(), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(
         json.dumps({**json.loads(path.read_text()), "x": 1}) if content == "extra key" else content
@@ -358,26 +207,8 @@ def test_broken_config_of_a_model_folder(tmp_path, content):
 # --- the model ------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def test_output_shapes_and_masks():
-    output = tiny_model()(random_video(2, 3))
-    assert output.slots.shape == (2, 3, 3, 8)
-    assert output.attention.shape == output.masks.shape == (2, 3, 3, 16)
-    assert output.reconstruction.shape == output.backbone_features.shape == (2, 3, 16, 32)
-    for shares in (output.masks, output.attention):
-        torch.testing.assert_close(shares.sum(2), torch.ones(2, 3, 16))
-
-
-@torch.no_grad()
-def test_cached_features_and_video_give_the_same():
-    model = tiny_model()
-    output = model(random_video())
-    cached = model(backbone_features=output.backbone_features)
-    torch.testing.assert_close(cached.slots, output.slots, rtol=0, atol=0)
-
-
 def test_wrong_input_is_an_error():
-    model = tiny_model()
+    model = make()
     for video in (random_video(size=40), random_video()[0], random_video().permute(0, 2, 1, 3, 4)):
         with pytest.raises(ValueError, match="expected"):
             model(video)
@@ -390,7 +221,7 @@ def test_wrong_input_is_an_error():
 
 
 def test_given_initial_slots_are_where_frame_0_starts():
-    model = tiny_model()
+    model = make()
     with torch.no_grad():
         own = model.initializer.slots.expand(2, -1, -1)
         default, given = model(random_video()), model(random_video(), initial_slots=own)
@@ -400,7 +231,7 @@ def test_given_initial_slots_are_where_frame_0_starts():
 
 
 def test_prepare_resizes_and_normalises():
-    model = tiny_model()  # mean 0.5, std (0.2, 0.3, 0.4)
+    model = make()  # mean 0.5, std (0.2, 0.3, 0.4)
     small = np.full((2, 20, 20, 3), 255, np.uint8)
     exact = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     video = model.prepare([small, exact])
@@ -410,38 +241,10 @@ def test_prepare_resizes_and_normalises():
     np.testing.assert_allclose(video[1, 1, :, 3, 4], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cut", [[12], [1] * 12, [5, 4, 3], [1, 11]])
-@torch.no_grad()
-def test_streaming_in_any_chunks_equals_the_whole(cut):
-    model = tiny_model()
-    frames = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), np.uint8)
-    whole = model(model.prepare([frames]))
-    chunks = np.split(frames, np.cumsum(cut)[:-1])
-    returned, slots, masks = zip(*model.stream(iter(chunks)), strict=True)
-    assert [len(s) for s in slots] == cut
-    np.testing.assert_array_equal(np.concatenate(returned), frames)
-    torch.testing.assert_close(torch.cat(slots), whole.slots[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.cat(masks), whole.masks[0], rtol=0, atol=1e-5)
-
-
-def test_streaming_takes_frames_as_they_come():
-    """A chunk's result is there before the next chunk is asked for."""
-    asked = []
-
-    def camera():
-        for index in range(3):
-            asked.append(index)
-            yield np.zeros((2, 32, 32, 3), np.uint8)
-
-    stream = tiny_model().stream(camera())
-    next(stream)
-    assert asked == [0]
-
-
 def test_label_maps():
     masks = torch.zeros(2, 3, 16)
     masks[0, 1], masks[1, 0, :8], masks[1, 2, 8:] = 1, 1, 1  # frame 1: slot 0 above, slot 2 below
-    labels = tiny_model().label_maps(masks, (40, 60))
+    labels = make().label_maps(masks, (40, 60))
     assert (labels.shape, labels.dtype) == ((2, 40, 60), torch.uint8)
     assert (labels[0] == 1).all()
     assert (labels[1, :20] == 0).all()
@@ -465,50 +268,9 @@ def test_fast_decoder_equals_the_plain_one(hidden_sizes):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_random_initial_slots():
-    model = tiny_model(initializer="random")
-    one, same = model.initial_slots(2, [7, 2**62]), model.initial_slots(2, [7, 2**62])
-    torch.testing.assert_close(one, same, rtol=0, atol=0)
-    assert one.shape == (2, 3, 8)
-    assert not torch.allclose(one[0], one[1])
-    torch.testing.assert_close(model.initial_slots(1, [2**62])[0], one[1], rtol=0, atol=0)
-    with torch.no_grad():
-        model.initializer.mean.fill_(5)
-        model.initializer.log_std.fill_(-20)
-    torch.testing.assert_close(model.initial_slots(1, [7]), torch.full((1, 3, 8), 5.0))
-
-
 def test_random_initial_slots_need_a_seed():
-    model = tiny_model(initializer="random")
+    model = make(initializer="random")
     with pytest.raises(ValueError, match="pass noise or initial_slots"):
         model(random_video())
     with torch.no_grad():
         assert model(random_video(), initial_slots=model.initial_slots(2, [1, 2])).slots.shape == (2, 4, 3, 8)
-
-
-def test_streaming_with_random_initial_slots():
-    model = tiny_model(initializer="random")
-    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-    (_, first, _), (_, same, _), (_, other, _) = (
-        next(model.stream([frames], noise_seed=s)) for s in (1, 1, 2)
-    )
-    torch.testing.assert_close(first, same, rtol=0, atol=0)
-    assert not torch.allclose(first, other)
-
-
-@pytest.mark.parametrize("name", ["slotcontrast_tiny", "videosaur_tiny"])
-def test_golden_checkpoint_survives_our_own_formats(tmp_path, name):
-    golden = Path(__file__).parents[1] / "golden" / f"{name}.ckpt"
-    model = load_slot_model(golden, num_heads=3, num_slots=4)
-    save_slot_model(model, tmp_path / "folder")
-    save_public_checkpoint(model, tmp_path / "again.ckpt")
-    video = random_video(1, 2, 56)
-    start = model.initial_slots(1, [3])
-    with torch.no_grad():
-        expected = model(video, initial_slots=start).reconstruction
-        for path in ("folder", "again.ckpt"):
-            again = load_slot_model(tmp_path / path)(video, initial_slots=start)
-            torch.testing.assert_close(again.reconstruction, expected)
-    original = torch.load(golden, weights_only=True)["state_dict"]
-    written = torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"]
-    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in original.items()}

@@ -48,17 +48,14 @@ def record():
             "hints": CheckpointHints(),
             "videos": 60,
         }
+        rules = {"name": protocol, "fingerprint": f"{protocol}-rules", "in_words": f"the rules of {protocol}"}
         levels = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
         return Record(
             clips_uri=f"root/clips/{clips}",
             method=method,
             name=name,
             dataset=dataset,
-            protocol=Rules(
-                **{**asdict(PRESETS["slotcontrast"]), "name": protocol},
-                fingerprint=f"{protocol}-rules",
-                in_words=f"the rules of {protocol}",
-            ),
+            protocol=Rules(**{**asdict(PRESETS["slotcontrast"]), **rules}),
             scores={**dict.fromkeys(levels, score), "slots_in_use": 5.0, **(scores or {})},
             run_id=f"run{next(numbers)}",
             **{**defaults, **values},

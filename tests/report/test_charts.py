@@ -46,9 +46,8 @@ def test_one_labelled_circle_a_method_with_area_by_parameters():
     assert all(texts.count(m.name) == 1 for m in (TEACHER, *STUDENTS))
     # The legend's circles are to the same scale: their diameter is the root of the area.
     legend = axes.get_legend()
-    sizes = {
-        t.get_text(): h.get_markersize() for h, t in zip(legend.legend_handles, legend.texts, strict=True)
-    }
+    handles = zip(legend.legend_handles, legend.texts, strict=True)
+    sizes = {text.get_text(): handle.get_markersize() for handle, text in handles}
     assert len(sizes) == 3
     scale = circles["Teacher"].get_sizes()[0] / TEACHER.parameters
     assert sizes["100 k"] ** 2 == pytest.approx(100_000 * scale)
@@ -73,10 +72,8 @@ def test_no_label_is_cut_off_or_covers_another(methods):
     width, height = figure.canvas.get_width_height()
     found = boxes(figure)
     for text, box in found.items():
-        assert box.x0 >= 0, text
-        assert box.x1 <= width, text
-        assert box.y0 >= 0, text
-        assert box.y1 <= height, text
+        assert 0 <= box.x0 <= box.x1 <= width, text
+        assert 0 <= box.y0 <= box.y1 <= height, text
     names = list(found)
     for i, one in enumerate(names):
         for two in names[i + 1 :]:
@@ -101,12 +98,10 @@ def test_videos_are_sorted_by_the_first_method_and_others_follow():
     teacher = series("Teacher", [33, 5, np.nan, 22], "teacher")
     axes = score_chart([ours, teacher], "video mBO").axes[0]
     lines = {line.get_label(): line for line in axes.lines}
-    np.testing.assert_array_equal(lines["SlotMatch, mean 20.0"].get_ydata(), [10, 20, 30])
-    np.testing.assert_array_equal(lines["Teacher, mean 20.0"].get_ydata(), [np.nan, 22, 33])
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == [
-        "SlotMatch, mean 20.0",
-        "Teacher, mean 20.0",
-    ]
+    expected = {"SlotMatch, mean 20.0": [10, 20, 30], "Teacher, mean 20.0": [np.nan, 22, 33]}
+    for label, scores in expected.items():
+        np.testing.assert_array_equal(lines[label].get_ydata(), scores)
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == list(expected)
 
 
 @pytest.mark.parametrize("videos", [1, 5, 500])

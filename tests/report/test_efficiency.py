@@ -1,13 +1,12 @@
 """Table 2's figures against the paper's, and the clock against itself."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from places import python
+from tiny_models import tiny_design, tiny_model, tiny_section, tiny_vit
 
 from pipeline.config import resolve_config
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+from pipeline.models import BackboneConfig, SlotModelConfig, save_slot_model
 from pipeline.report import costs
 from pipeline.report.costs import config_models, cost_table, measure_costs
 from pipeline.report.efficiency import (
@@ -21,8 +20,7 @@ from pipeline.report.efficiency import (
 )
 from pipeline.report.tables import paper_numbers
 
-VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-TINY = SlotModelConfig(BackboneConfig(None, 16, VIT), 3, 8, decoder_hidden_sizes=(8,))
+TINY = tiny_design(image_size=16)
 PUBLISHED = [(PAPER_TEACHER, "teacher", 91.02, 147.1), (PAPER_STUDENT, "student", 25.17, 54.44)]
 
 
@@ -52,13 +50,13 @@ def test_macs_of_a_tiny_model_are_those_of_the_formulas():
 
 
 def test_the_fast_decoder_computes_less():
-    wide = SlotModelConfig(TINY.backbone, 3, 64, decoder_hidden_sizes=(64, 64, 64))
+    wide = tiny_design(3, 64, image_size=16, hidden=(64, 64, 64))
     plain, fast = (count_macs(wide, 1, fast_decoder=fast).products for fast in (False, True))
     assert 0.5 < fast / plain < 0.99
 
 
 def test_latency_is_the_median_per_frame_without_the_warmup(monkeypatch):
-    model = SlotModel(TINY).eval()
+    model = tiny_model(image_size=16).eval()
     ticks = iter([0, 100, 0, 2, 0, 4, 0, 50])  # seconds at the start and end of a warm-up and three runs
     monkeypatch.setattr("pipeline.report.efficiency.perf_counter", lambda: next(ticks))
     assert measure_latency(model, frames=2, runs=3, warmup=1) == 2.0
@@ -68,7 +66,7 @@ def test_models_take_turns_and_random_slots_are_drawn():
     order = []
     models = []
     for initializer in ("learned", "random"):
-        model = SlotModel(SlotModelConfig(TINY.backbone, 3, 8, initializer, decoder_hidden_sizes=(8,))).eval()
+        model = tiny_model(image_size=16, initializer=initializer).eval()
         model.register_forward_pre_hook(lambda *_, which=initializer: order.append(which))
         models.append(model)
     seconds = measure_latencies(models, frames=1, runs=2, warmup=0)
@@ -77,17 +75,14 @@ def test_models_take_turns_and_random_slots_are_drawn():
 
 
 def tiny_config(*overrides):
-    vit = {"backbone": VIT, "image_size": 16, "backbone_weights": "random"}
-    values = {
-        "teacher": {**vit, "num_slots": 3, "slot_size": 8, "decoder_hidden_sizes": [8]},
-        "student": {**vit, "decoder_hidden_sizes": [8]},
-    }
+    teacher = tiny_section(num_slots=3, slot_size=8)
+    values = {"teacher": teacher, "student": tiny_section()}
     return resolve_config(values, overrides)
 
 
 def test_the_configs_own_models_are_built_from_a_section_or_a_checkpoint(tmp_path):
     assert config_models(tiny_config())[1] == TINY
-    save_slot_model(SlotModel(TINY), tmp_path / "teacher")
+    save_slot_model(tiny_model(image_size=16), tmp_path / "teacher")
     config = tiny_config(f"teacher.checkpoint={tmp_path / 'teacher'}", "teacher.slot_size=12")
     assert [model.slot_size for model in config_models(config)] == [8, 8]
 
@@ -110,13 +105,11 @@ def test_the_configs_own_models_are_rows_of_table_2(counted_once):
 
 
 def test_efficiency_needs_neither_ray_nor_mlflow():
-    code = (
-        "import pipeline.report.efficiency, sys; assert not {'ray', 'mlflow', 'pydantic'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    big = "{'ray', 'mlflow', 'pydantic'} & set(sys.modules)"
+    python("-c", f"import pipeline.report.efficiency, sys; assert not {big}")
 
 
 def test_counting_allocates_no_weights():
-    huge = SlotModelConfig(BackboneConfig(None, 16, {**VIT, "embed_dim": 1 << 16, "depth": 40}), 3, 8)
+    huge = SlotModelConfig(BackboneConfig(None, 16, tiny_vit(1 << 16, 40)), 3, 8)
     assert count_parameters(huge) > 1e12
     assert torch.get_default_device().type == "cpu"

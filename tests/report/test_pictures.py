@@ -7,15 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from clip_sets import make_clip_set, random_video
+from clip_sets import random_clips
 from PIL import Image
+from tiny_models import tiny_model, tiny_vit
 
 from pipeline.config import resolve_config
 from pipeline.config.protocols import PRESETS
 from pipeline.evaluate.records import VIDEOS_FILE
 from pipeline.evaluate.scoring import model_predictor
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, load_slot_model, save_slot_model
+from pipeline.models import load_slot_model, save_slot_model
 from pipeline.report import gallery as gallery_module
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import draw_pictures, model_speeds
@@ -37,20 +37,12 @@ def test_the_evaluation_with_most_methods_is_shown(record):
 
 
 def test_of_each_method_the_longest_run_then_the_latest(record):
-    runs = [
-        record("no_kd", steps=10, seed=0),
-        record("no_kd", steps=30, seed=1),
-        record("no_kd", steps=30, seed=2),
-    ]
+    runs = [record("no_kd", steps=steps, seed=seed) for seed, steps in enumerate((10, 30, 30))]
     assert select_runs(runs, 0.2).models == {NO_KD: runs[1]}
 
 
 def test_slotmatch_is_that_with_the_configs_weight_if_there_is_one(record):
-    runs = [
-        record("slotmatch", beta=0.5, steps=9999),
-        record("slotmatch", beta=0.2),
-        record("slotmatch", beta=0.1),
-    ]
+    runs = [record("slotmatch", beta=0.5, steps=9999), *(record("slotmatch", beta=b) for b in (0.2, 0.1))]
     assert select_runs(runs, 0.2).models == {OURS: runs[1]}
     assert select_runs(runs, 0.3).models == {OURS: runs[0]}
 
@@ -72,23 +64,24 @@ def test_baselines_and_models_of_unknown_training_go_by_their_names(record):
 # --- which videos ---------------------------------------------------------------------------------
 
 
-def test_the_two_videos_nearest_to_the_median():
-    scores = {"a": 0.1, "b": 0.9, "c": 0.52, "d": 0.5, "e": 0.45, "f": NAN}
-    assert nearest_to_quantiles(scores, (0.5, 0.5)) == ["d", "c"]
+NINE = {f"v{i}": i / 10 for i in range(9)}  # quartiles 0.2 and 0.6
 
 
-def test_the_videos_at_the_quartiles():
-    scores = {f"v{i}": i / 10 for i in range(9)}  # quartiles 0.2 and 0.6
-    assert nearest_to_quantiles(scores, (0.25, 0.75)) == ["v2", "v6"]
+@pytest.mark.parametrize(
+    ("scores", "quantiles", "shown"),
+    [
+        ({"a": 0.1, "b": 0.9, "c": 0.52, "d": 0.5, "e": 0.45, "f": NAN}, (0.5, 0.5), ["d", "c"]),
+        (NINE, (0.25, 0.75), ["v2", "v6"]),
+        ({"b": 0.5, "a": 0.5, "c": 0.5}, (0.25, 0.75), ["a", "b"]),  # ties go by name, none is there twice
+        ({"b": 0.7, "a": 0.3}, (0.5,), ["a"]),  # equally far on both sides
+        ({"a": 0.3, "b": NAN}, (0.5, 0.5), ["a"]),
+    ],
+)
+def test_the_videos_nearest_to_quantiles(scores, quantiles, shown):
+    assert nearest_to_quantiles(scores, quantiles) == shown
 
 
-def test_ties_go_by_name_and_no_video_is_shown_twice():
-    assert nearest_to_quantiles({"b": 0.5, "a": 0.5, "c": 0.5}, (0.25, 0.75)) == ["a", "b"]
-    assert nearest_to_quantiles({"b": 0.7, "a": 0.3}, (0.5,)) == ["a"]  # equally far on both sides
-
-
-def test_one_video_is_shown_once():
-    assert nearest_to_quantiles({"a": 0.3, "b": NAN}, (0.5, 0.5)) == ["a"]
+def test_of_no_score_no_video_is_shown():
     with pytest.raises(NothingToShow, match="no video has a score"):
         nearest_to_quantiles({"a": NAN}, (0.5,))
 
@@ -104,9 +97,7 @@ def test_the_worst_videos_first():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    videos = {f"video {i}": random_video(rng, frames=6 + i) for i in range(8)}
-    return make_clip_set(tmp_path_factory.mktemp("clips"), videos)
+    return random_clips(tmp_path_factory.mktemp("clips"), {f"video {i}": 6 + i for i in range(8)})
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +105,9 @@ def model_uris(tmp_path_factory):
     """A large model with 5 slots and two equal small ones with 3."""
     uris = {}
     for method, width, slots in (("teacher", 32, 5), ("no_kd", 16, 3), ("slotmatch", 16, 3)):
-        torch.manual_seed(len(uris))
-        vit = {"patch_size": 8, "embed_dim": width, "depth": 1, "num_heads": 2}
-        config = SlotModelConfig(BackboneConfig(None, 32, vit), slots, 8, decoder_hidden_sizes=(8,))
+        model = tiny_model(slots, seed=len(uris), vit=tiny_vit(width))
         uris[method] = str(tmp_path_factory.mktemp(method))
-        save_slot_model(SlotModel(config), uris[method])
+        save_slot_model(model, uris[method])
     return uris
 
 
@@ -139,10 +128,8 @@ def records(record, clips, model_uris, tmp_path):
         uri.mkdir(parents=True)
         rows = [{"video_id": f"video {i}", "video_mbo": value} for i, value in enumerate(values)]
         pq.write_table(pa.Table.from_pylist(rows), uri / VIDEOS_FILE)
-        mean = float(np.nanmean(values))
-        made = record(
-            method, uri=str(uri), score=mean, model_uri=model_uris[method], dataset="made", videos=8
-        )
+        of = {"uri": str(uri), "model_uri": model_uris[method], "dataset": "made", "videos": 8}
+        made = record(method, score=float(np.nanmean(values)), **of)
         found.append(replace(made, clips_uri=clips.uri))
     baseline = record("baseline", name="grid", dataset="made", score=0.2)
     return [*found, replace(baseline, clips_uri=clips.uri)]
@@ -238,14 +225,8 @@ def test_speeds_are_measured_once_an_architecture(records, model_uris, monkeypat
     monkeypatch.setattr("pipeline.report.pictures.measure_latencies", measure)
     speeds = model_speeds(records, 3)
     assert measured == [2]
-    assert (
-        speeds[model_uris["no_kd"]]
-        == speeds[model_uris["slotmatch"]]
-        == (
-            1.5,
-            load_slot_model(model_uris["no_kd"]).num_parameters(),
-        )
-    )
+    expected = (1.5, load_slot_model(model_uris["no_kd"]).num_parameters())
+    assert speeds[model_uris["no_kd"]] == speeds[model_uris["slotmatch"]] == expected
     assert speeds[model_uris["teacher"]][0] == 0.5
     assert model_speeds(records, 0) == {}
     assert model_speeds([], 3) == {}

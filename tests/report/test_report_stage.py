@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from jobs._main import run as run_job
 from jobs.report import JOB
@@ -14,8 +15,6 @@ from pipeline.evaluate.records import Evaluation, find_records, record_evaluatio
 from pipeline.evaluate.scoring import SCORES
 from pipeline.report import stage
 from pipeline.report.render import Picture
-
-ROOT = Path(__file__).parents[2]
 
 
 def log_evaluation(config, name, score, **tags):

@@ -6,7 +6,7 @@ from pipeline.config import resolve_config
 from pipeline.report.tables import left_out, score_tables
 
 
-def find(tables, name, part=""):
+def find(tables, name="Table 1", part="YTVIS-2021"):
     return next(t for t in tables if t.name == name and t.part == part)
 
 
@@ -37,7 +37,7 @@ def test_without_records_every_table_is_there_with_the_papers_numbers():
 def test_one_run_is_a_number_and_three_seeds_are_a_mean_with_the_sample_std(record):
     scores = {42: 0.372, 101: 0.374, 2048: 0.379}
     records = [record("slotmatch", seed=s, score=v) for s, v in scores.items()] + [record("no_kd", score=0.4)]
-    table = find(tables_of(*records), "Table 1", "YTVIS-2021")
+    table = find(tables_of(*records))
     assert texts(table, "SlotMatch (ours)")[:2] == ["37.5 ± 0.36 (n=3)", "45.8"]
     assert texts(table, "Student (no KD)")[:2] == ["40.0", "44.5"]
     assert any("sample standard deviation" in note for note in table.notes)
@@ -45,14 +45,10 @@ def test_one_run_is_a_number_and_three_seeds_are_a_mean_with_the_sample_std(reco
 
 
 def test_another_protocol_is_marked_and_never_averaged(record):
-    records = [
-        record("slotmatch", seed=1, score=0.9, protocol="paper"),
-        record("no_kd", score=0.3),
-        record("teacher", score=0.5),
-        record("slotmatch", seed=2, score=0.6),
-        record("feature_kd", score=0.6, protocol="paper"),
-    ]
-    table = find(tables_of(*records), "Table 1", "YTVIS-2021")
+    shown = [record("no_kd", score=0.3), record("teacher"), record("slotmatch", seed=2, score=0.6)]
+    others = [record(m, score=s, protocol="paper") for m, s in (("slotmatch", 0.9), ("feature_kd", 0.6))]
+    records = [others[0], *shown, others[1]]
+    table = find(tables_of(*records))
     assert texts(table, "SlotMatch (ours)")[0] == "60.0"  # under the protocol of most rows
     assert texts(table, "Feature KD")[0] == "60.0 ¹"
     assert any(note.startswith("¹") and "protocol paper" in note for note in table.notes)
@@ -62,24 +58,18 @@ def test_another_protocol_is_marked_and_never_averaged(record):
 
 
 def test_equal_rules_on_other_clips_are_another_protocol(record):
-    records = [
-        record("slotmatch", seed=1, score=0.4, clips="one"),
-        record("slotmatch", seed=2, score=0.6, clips="other"),
-        record("no_kd", score=0.5, clips="one"),
-    ]
-    table = find(tables_of(*records), "Table 1", "YTVIS-2021")
+    runs = (("slotmatch", 1, 0.4, "one"), ("slotmatch", 2, 0.6, "other"), ("no_kd", 1, 0.5, "one"))
+    records = [record(method, seed=s, score=score, clips=clips) for method, s, score, clips in runs]
+    table = find(tables_of(*records))
     assert texts(table, "SlotMatch (ours)")[0] == "40.0"
-    table = find(tables_of(*records[1:]), "Table 1", "YTVIS-2021")
+    table = find(tables_of(*records[1:]))
     assert texts(table, "Student (no KD)")[0] == "50.0 ¹"
 
 
 def test_runs_of_other_length_or_the_same_seed_are_counted_and_not_averaged(record):
-    records = [
-        record("slotmatch", score=0.1, steps=10),
-        record("slotmatch", score=0.6, steps=1000),
-        record("slotmatch", score=0.2, steps=1000),
-    ]
-    table = find(tables_of(*records), "Table 1", "YTVIS-2021")
+    runs = ((0.1, 10), (0.6, 1000), (0.2, 1000))
+    records = [record("slotmatch", score=score, steps=steps) for score, steps in runs]
+    table = find(tables_of(*records))
     assert texts(table, "SlotMatch (ours)")[0] == "60.0"
     assert any("2 other evaluations" in note and "1,000 steps" in note for note in table.notes)
 
@@ -87,18 +77,18 @@ def test_runs_of_other_length_or_the_same_seed_are_counted_and_not_averaged(reco
 def test_runs_whose_settings_differ_in_more_than_the_seed_are_not_averaged(record):
     runs = ((1, 0.5, "one rate"), (2, 0.6, "one rate"), (3, 0.9, "another rate"))
     records = [record("slotmatch", seed=seed, score=score, settings=s) for seed, score, s in runs]
-    table = find(tables_of(*records), "Table 1", "YTVIS-2021")
+    table = find(tables_of(*records))
     assert texts(table, "SlotMatch (ours)")[0] == "55.0 ± 7.07 (n=2)"
 
 
 def test_a_score_that_is_not_a_number_is_a_dash(record):
-    table = find(tables_of(record("no_kd", scores={"video_mbo": float("nan")})), "Table 1", "YTVIS-2021")
+    table = find(tables_of(record("no_kd", scores={"video_mbo": float("nan")})))
     assert texts(table, "Student (no KD)")[-2:] == ["–", "32.1"]
 
 
 def test_baselines_are_rows_at_the_bottom_named_as_recorded(record):
     records = [record("no_kd", score=0.5), record("baseline", name="2x3 grid", score=0.7)]
-    table = find(tables_of(*records), "Table 1", "YTVIS-2021")
+    table = find(tables_of(*records))
     last = table.rows[-1]
     assert (last.cells[0].text, last.kind, last.cells[1].text) == ("2x3 grid", "baseline", "70.0")
     assert last.cells[1].best  # a model that loses to it should be seen to
@@ -107,8 +97,8 @@ def test_baselines_are_rows_at_the_bottom_named_as_recorded(record):
 def test_table_4_has_a_row_a_weight_and_table_1_the_configs(record):
     records = [record("slotmatch", beta=b, score=s) for b, s in ((0.1, 0.1), (0.2, 0.2), (0.7, 0.7))]
     tables = tables_of(*records, beta=0.1)
-    assert texts(find(tables, "Table 1", "YTVIS-2021"), "SlotMatch (ours)")[0] == "10.0"
-    rows = [[c.text for c in row.cells[1:4]] for row in find(tables, "Table 4", "YTVIS-2021").rows[2:]]
+    assert texts(find(tables), "SlotMatch (ours)")[0] == "10.0"
+    rows = [[c.text for c in row.cells[1:4]] for row in find(tables, "Table 4").rows[2:]]
     assert rows[0] == ["0.1", "10.0", "44.5"]
     assert [row[0] for row in rows] == ["0.1", "0.2", "0.3", "0.5", "0.7", "0.8"]
     assert rows[4] == ["0.7", "70.0", "–"]
@@ -119,7 +109,7 @@ def test_another_data_set_gets_the_parts_that_its_runs_can_fill(record):
     tables = tables_of(record("slotmatch", **here), record("slotmatch", beta=0.5, seed=7, **here))
     parts = [t.name for t in tables if t.part == "demo videos"]
     assert parts == ["Table 1", "Table 4", "Table 10"]
-    table = find(tables, "Table 1", "demo videos")
+    table = find(tables, part="demo videos")
     assert [c.title for c in table.columns] == ["method", "ours", "ours", "ours", "ours"]
     assert texts(table, "SlotMatch (ours)") == ["50.0"] * 4
 
@@ -132,17 +122,18 @@ def test_zero_shot_and_other_teachers_have_their_own_tables(record):
         record("slotmatch_hungarian", dataset="MOVi-E", score=0.44),
     ]
     tables = tables_of(*records)
-    assert texts(find(tables, "Table 3"), "SlotMatch")[0] == "11.0"
-    assert [row.cells[1].text for row in find(tables, "Table 6").rows] == ["–", "–", "22.0", "–", "–", "–"]
-    assert texts(find(tables, "Table 7"), "DINOSAURv2 (teacher)") == ["33.0", "44.7", "33.0", "29.3"]
+    assert texts(find(tables, "Table 3", ""), "SlotMatch")[0] == "11.0"
+    second = [row.cells[1].text for row in find(tables, "Table 6", "").rows]
+    assert second == ["–", "–", "22.0", "–", "–", "–"]
+    assert texts(find(tables, "Table 7", ""), "DINOSAURv2 (teacher)") == ["33.0", "44.7", "33.0", "29.3"]
     assert texts(find(tables, "Table 5", "MOVi-E"), "SlotMatch (w/ matching)")[0] == "44.0"
-    assert texts(find(tables, "Table 1", "DAVIS 2017"), "SlotMatch (ours)")[0] == "–"
+    assert texts(find(tables, part="DAVIS 2017"), "SlotMatch (ours)")[0] == "–"
     assert left_out(records, tables) == []
 
 
 def test_table_10_has_a_row_a_seed(record):
     records = [record("slotmatch", seed=s, score=v) for s, v in ((42, 0.3), (7, 0.4))]
-    table = find(tables_of(*records), "Table 10", "YTVIS-2021")
+    table = find(tables_of(*records), "Table 10")
     assert [[c.text for c in row.cells[:4]] for row in table.rows] == [
         ["Run 1", "42", "30.0", "37.2"],
         ["Run 2", "101", "–", "37.4"],

@@ -29,10 +29,10 @@ def labels():
 # --- colours --------------------------------------------------------------------------------------
 
 
-def test_a_permuted_copy_gets_the_same_numbers(labels):
-    for seed in range(5):
-        permuted = np.random.default_rng(seed).permutation(4).astype(np.uint8)[labels]
-        np.testing.assert_array_equal(match_labels(permuted, labels), labels)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_permuted_copy_gets_the_same_numbers(labels, seed):
+    permuted = np.random.default_rng(seed).permutation(4).astype(np.uint8)[labels]
+    np.testing.assert_array_equal(match_labels(permuted, labels), labels)
 
 
 def test_a_slot_keeps_its_number_for_the_whole_video(labels):

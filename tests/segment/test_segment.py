@@ -5,37 +5,22 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from tiny_models import tiny_model
+from video_files import write_noise
 
 from pipeline import storage
 from pipeline.clips.sources import BadVideo, VideoRef
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 from pipeline.segment.stage import segment
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    arguments = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    return SlotModel(
-        SlotModelConfig(BackboneConfig(None, 32, arguments), 3, 8, decoder_hidden_sizes=(8,))
-    ).eval()
-
-
-def write_video(path, frames, width, height):
-    rng = np.random.default_rng(0)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for _ in range(frames):
-            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+    return tiny_model().eval()
 
 
 def test_overlay_labels_and_sheet(model, tmp_path):
-    write_video(tmp_path / "a.mp4", 21, 80, 48)
+    write_noise(tmp_path / "a.mp4", 21, (48, 80), codec="mpeg4")
     done = segment(model, tmp_path / "a.mp4", tmp_path / "out", chunk_frames=4)
     assert done["frames"] == 21
     with av.open(done["overlay"]) as container:
@@ -48,7 +33,7 @@ def test_overlay_labels_and_sheet(model, tmp_path):
 
 
 def test_how_the_video_is_cut_changes_nothing(model, tmp_path):
-    write_video(tmp_path / "a.mp4", 9, 48, 32)
+    write_noise(tmp_path / "a.mp4", 9, (32, 48), codec="mpeg4")
     for size in (2, 9):
         segment(model, tmp_path / "a.mp4", tmp_path / f"out{size}", chunk_frames=size)
     for path in sorted((tmp_path / "out2" / "a_labels").glob("*.png")):
@@ -57,7 +42,7 @@ def test_how_the_video_is_cut_changes_nothing(model, tmp_path):
 
 
 def test_large_and_odd_videos_are_scaled_down(model, tmp_path):
-    write_video(tmp_path / "wide.avi", 3, 202, 98)
+    write_noise(tmp_path / "wide.avi", 3, (98, 202), codec="mpeg4")
     done = segment(model, tmp_path / "wide.avi", tmp_path / "out", max_side=101)
     with av.open(done["overlay"]) as container:
         context = container.streams.video[0].codec_context
@@ -65,7 +50,7 @@ def test_large_and_odd_videos_are_scaled_down(model, tmp_path):
 
 
 def test_a_remote_video_to_a_remote_folder(model, tmp_path, s3):
-    write_video(tmp_path / "a.mp4", 5, 80, 48)
+    write_noise(tmp_path / "a.mp4", 5, (48, 80), codec="mpeg4")
     root = storage.join(s3, tmp_path.name)
     storage.upload_file(tmp_path / "a.mp4", f"{root}/a.mp4")
     storage.write_bytes(f"{root}/out/a_labels/000009.png", b"of a longer video")
@@ -99,7 +84,7 @@ def test_a_broken_video_leaves_no_overlay(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "a\0b", "..\\x", "a\n/../b"])
 def test_an_id_of_a_data_set_names_files_in_the_folder_only(model, tmp_path, name):
-    write_video(tmp_path / "a.mp4", 4, 32, 32)
+    write_noise(tmp_path / "a.mp4", 4, (32, 32), codec="mpeg4")
     before = set(tmp_path.rglob("*"))
     out = tmp_path / "deep" / "deeper" / "out"
     done = segment(model, VideoRef(name, str(tmp_path / "a.mp4")), out)

@@ -1,16 +1,14 @@
 """What the evidence says of scores that are given: differences by seed, verdicts, and the document."""
 
 import math
-from pathlib import Path
 
 import pytest
+from places import CONFIGS
 
 from pipeline.config import ConfigError, load_config
 from pipeline.sweep.evidence import BEGIN, END, compare, update_document
 from pipeline.sweep.results import Result
 from pipeline.sweep.settings import Setting, check_evidence, parse_claim
-
-ROOT = Path(__file__).parents[2]
 
 
 def result(name, *values):
@@ -18,9 +16,8 @@ def result(name, *values):
 
 
 def verdict(better, worse, teacher=0.0):
-    (one,) = compare(
-        ["a > b"], [result("a", *better), result("b", *worse)], {"video_mbo": teacher}, ["video_mbo"]
-    )
+    results = [result("a", *better), result("b", *worse)]
+    (one,) = compare(["a > b"], results, {"video_mbo": teacher}, ["video_mbo"])
     return one
 
 
@@ -66,7 +63,7 @@ def test_names_with_signs_of_their_own():
 
 
 def evidence_config(*overrides):
-    return load_config(ROOT / "configs/demo.yaml", overrides, presets=[ROOT / "configs/sweeps/evidence.yaml"])
+    return load_config(CONFIGS / "demo.yaml", overrides, presets=[CONFIGS / "sweeps/evidence.yaml"])
 
 
 def test_the_shipped_claims_are_about_the_shipped_variants():

@@ -65,14 +65,8 @@ TEACHER = {"teacher": {**dict.fromkeys(LEVELS, 0.5), "slots_in_use": 4.0}}
 
 
 def table_of(*results):
-    return sweep_table(
-        results,
-        TEACHER,
-        {"grid": dict.fromkeys(LEVELS, 0.25)},
-        score="video_mbo",
-        dataset="clay",
-        notes=["Note."],
-    )
+    grid = {"grid": dict.fromkeys(LEVELS, 0.25)}
+    return sweep_table(results, TEACHER, grid, score="video_mbo", dataset="clay", notes=["Note."])
 
 
 def test_table_4():
@@ -121,10 +115,7 @@ def test_the_files_of_a_page():
     config = resolve_config({}, ["dataset.name=clay", "evaluate.score=video_mbo"])
     found, table = page_files("5a1ad", results, TEACHER, {}, evaluation, best, config)
     files = dict(found)
-    assert table.notes[-2:] == (
-        "Protocol paper: clips of 4 frames; 60 videos.",
-        f"Chosen: {best.reason}.",
-    )
+    assert table.notes[-2:] == ("Protocol paper: clips of 4 frames; 60 videos.", f"Chosen: {best.reason}.")
     assert files["table.txt"].decode() == plain_text(table) + "\n"
     assert files["table.csv"].decode() == as_csv(results)
     page = files["table.md"].decode()

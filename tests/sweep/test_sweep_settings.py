@@ -1,15 +1,14 @@
 """Which trials a config's sweep has, and which sweeps are refused with the way out."""
 
 import math
-from pathlib import Path
 
 import pytest
+from places import CONFIGS
 
 from pipeline.config import Config, ConfigError, load_config, resolve_config, with_overrides
 from pipeline.sweep.settings import plan_trials
 from pipeline.sweep.trials import concurrent_trials
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SCORED = {"evaluate": {"split": "validation"}}
 
 
@@ -69,10 +68,7 @@ def test_variants_are_used_instead_of_the_grid():
     variants = {"no KD": {"distill.method": "no_kd"}, "K = 4": {"targets.views": 4}, "plain": {}}
     trials = planned({"variants": variants, "seeds": [1, 2]})
     assert [t.title for t in trials][:4] == [
-        "no KD, seed 1",
-        "K = 4, seed 1",
-        "plain, seed 1",
-        "no KD, seed 2",
+        *("no KD, seed 1", "K = 4, seed 1", "plain, seed 1", "no KD, seed 2")
     ]
     assert trials[1].config.targets.views == 4
     assert trials[0].config.distill.method == "no_kd"
@@ -99,69 +95,38 @@ def test_a_random_search_draws_the_same_again_and_nothing_twice():
     assert sorted(t.config.distill.beta for t in every) == [0.1, 0.2, 0.3, 0.5, 0.8]
 
 
-@pytest.mark.parametrize(
-    ("sweep", "line"),
-    [
-        (
-            {"grid": {"distill.betta": [1]}},
-            "sweep.grid: distill.betta: unknown key (value 1); did you mean 'distill.beta'?",
-        ),
-        (
-            {"grid": {"distill.beta": [0.1, -1]}},
-            "sweep.grid: distill.beta: -1 must be at least 0.0; nearest valid: 0.0",
-        ),
-        (
-            {"grid": {"distill.beta": 0.1}},
-            "sweep.grid.distill.beta: 0.1 is not a list of values; nearest valid: [0.1]",
-        ),
-        (
-            {"grid": {"distill.beta": []}},
-            "sweep.grid.distill.beta: [] is not a list of values; nearest valid: [[]]",
-        ),
-        ({"grid": {"distill.beta": [0.1, "0.1"]}}, "sweep.grid: 'beta = 0.1' is there twice"),
-        (
-            {"grid": {"distill.beta": {"low": 0, "high": 1}}},
-            "sweep.grid.distill.beta: {'low': 0, 'high': 1} is a range, which only sweep.search=random draws from; "
-            "nearest: a list",
-        ),
-        (
-            {"grid": {"distill.beta": {"low": 2, "high": 1}}, "search": "random"},
-            "sweep.grid.distill.beta: low 2 must be less than high 1",
-        ),
-        (
-            {"grid": {"distill.beta": {"low": 0, "high": 1, "log": True}}, "search": "random"},
-            "sweep.grid.distill.beta: low 0 must be more than 0 where log is true",
-        ),
-        (
-            {"grid": {"distill.seed": [1]}},
-            "sweep.grid: 'distill.seed' comes from sweep.seeds; name its values there",
-        ),
-        (
-            {"grid": {"distil": [1]}},
-            "sweep.grid: 'distil' is not of the form section.key; nearest: 'distill.…'",
-        ),
-        (
-            {"variants": {"long": {"clips.clip_frames": 8}}},
-            "sweep.variants 'long': 'clips.clip_frames' can't differ between trials, which share clips, scoring and "
-            "storage; set it for all (clips.clip_frames=…); nearest: distill.…, student.…, targets.…",
-        ),
-        (
-            {"variants": {"K = 0": {"targets.views": 0}}},
-            "sweep.variants 'K = 0': targets.views: 0 must be at least 1; nearest valid: 1",
-        ),
-        (
-            {"search": "random", "samples": 6},
-            "sweep.samples: 6, but sweep.grid has only 5 combinations; nearest valid: 5",
-        ),
-        ({"seeds": []}, "sweep.seeds: is empty; nearest valid: [42]"),
-        ({"seeds": [2, 1, 2]}, "sweep.seeds: 2 is there twice; nearest valid: [1, 2]"),
-        (
-            {"asha": True, "grace_steps": 500},
-            "sweep.grid: distill.validate_every: 0 validates never, and sweep.asha stops by validations; nearest "
-            "valid: 500",
-        ),
-    ],
-)
+GRID, VARIANTS = "sweep.grid", "sweep.variants"
+REFUSED = [  # with the problem
+    ({"grid": {"distill.betta": [1]}},
+     f"{GRID}: distill.betta: unknown key (value 1); did you mean 'distill.beta'?"),
+    ({"grid": {"distill.beta": [0.1, -1]}}, f"{GRID}: distill.beta: -1 must be at least 0.0; nearest valid: 0.0"),
+    ({"grid": {"distill.beta": 0.1}}, f"{GRID}.distill.beta: 0.1 is not a list of values; nearest valid: [0.1]"),
+    ({"grid": {"distill.beta": []}}, f"{GRID}.distill.beta: [] is not a list of values; nearest valid: [[]]"),
+    ({"grid": {"distill.beta": [0.1, "0.1"]}}, f"{GRID}: 'beta = 0.1' is there twice"),
+    ({"grid": {"distill.beta": {"low": 0, "high": 1}}},
+     f"{GRID}.distill.beta: {{'low': 0, 'high': 1}} is a range, which only sweep.search=random draws from; nearest: "
+     "a list"),
+    ({"grid": {"distill.beta": {"low": 2, "high": 1}}, "search": "random"},
+     f"{GRID}.distill.beta: low 2 must be less than high 1"),
+    ({"grid": {"distill.beta": {"low": 0, "high": 1, "log": True}}, "search": "random"},
+     f"{GRID}.distill.beta: low 0 must be more than 0 where log is true"),
+    ({"grid": {"distill.seed": [1]}}, f"{GRID}: 'distill.seed' comes from sweep.seeds; name its values there"),
+    ({"grid": {"distil": [1]}}, f"{GRID}: 'distil' is not of the form section.key; nearest: 'distill.…'"),
+    ({"variants": {"long": {"clips.clip_frames": 8}}},
+     f"{VARIANTS} 'long': 'clips.clip_frames' can't differ between trials, which share clips, scoring and storage; set "
+     "it for all (clips.clip_frames=…); nearest: distill.…, student.…, targets.…"),
+    ({"variants": {"K = 0": {"targets.views": 0}}},
+     f"{VARIANTS} 'K = 0': targets.views: 0 must be at least 1; nearest valid: 1"),
+    ({"search": "random", "samples": 6},
+     f"sweep.samples: 6, but {GRID} has only 5 combinations; nearest valid: 5"),
+    ({"seeds": []}, "sweep.seeds: is empty; nearest valid: [42]"),
+    ({"seeds": [2, 1, 2]}, "sweep.seeds: 2 is there twice; nearest valid: [1, 2]"),
+    ({"asha": True, "grace_steps": 500},
+     f"{GRID}: distill.validate_every: 0 validates never, and sweep.asha stops by validations; nearest valid: 500"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sweep", "line"), REFUSED)
 def test_what_cannot_be_run_is_refused(sweep, line):
     assert refused(sweep) == [line]
 
@@ -222,6 +187,6 @@ PRESETS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("base", ["demo", "movi_e"])
 def test_a_shipped_sweep_goes_over_any_config(base, preset):
-    config = load_config(preset.parents[1] / f"{base}.yaml", presets=[preset])
+    config = load_config(CONFIGS / f"{base}.yaml", presets=[preset])
     trials = plan_trials(config)
     assert len(trials) == len({t.title for t in trials}) > len(config.sweep.seeds)

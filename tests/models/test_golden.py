@@ -1,18 +1,18 @@
 """The numbers that the public implementations produced, reproduced (tests/golden/README.md)."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from places import GOLDEN
 
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss
 from pipeline.metrics import fg_ari, mean_best_overlap
 from pipeline.models import load_slot_model
 
-GOLDEN = Path(__file__).parent / "golden"
+OUTPUTS = ("slots", "attention", "masks", "reconstruction", "backbone_features")
 HEADS = 3  # of the tiny ViT: the one thing that a checkpoint's shapes don't tell
 
 
@@ -37,7 +37,7 @@ def test_slotcontrast_forward(golden, model, fast_decoder):
     with torch.no_grad():
         output = model(golden["video"])
         predicted = model.processor.predictor(output.slots.flatten(0, 1)).view_as(output.slots)
-    for name in ("slots", "attention", "masks", "reconstruction", "backbone_features"):
+    for name in OUTPUTS:
         torch.testing.assert_close(getattr(output, name), golden[name], atol=1e-4, rtol=0, msg=name)
     torch.testing.assert_close(predicted, golden["slots_predicted"], atol=1e-4, rtol=0)
     labels = model.label_maps(output.masks.flatten(0, 1), (56, 56)).view(2, 6, 56, 56)
@@ -73,10 +73,7 @@ def test_videosaur():
         lambda *args: keys.append(args[-1][:, 1:].chunk(3, -1)[1].unflatten(0, (2, 4)))
     )
     output = model(golden["video"], initial_slots=golden["initial_slots"])
-    computed = {
-        name: getattr(output, name)
-        for name in ("slots", "attention", "masks", "reconstruction", "backbone_features")
-    }
+    computed = {name: getattr(output, name) for name in OUTPUTS}
     computed["features"] = model.encoder.output_transform(output.backbone_features)
     computed["decoder_output"] = torch.cat([output.reconstruction, output.similarity], -1)
     for name, value in computed.items():

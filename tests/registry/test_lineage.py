@@ -3,11 +3,11 @@
 import json
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from clip_sets import make_clip_set, random_video
+from clip_sets import random_clips
+from layouts import edit_json
 from students import evaluation, make_finished_run
 
 from jobs._main import run
@@ -29,44 +29,28 @@ def config(tmp_path):
 def root(config, tmp_path):
     """What all stages leave behind, with a champion in the registry."""
     root = tmp_path / "root"
-    rng = np.random.default_rng(0)
     for name, count in (("train", 7), ("val", 2)):
         folder = root / "clips" / name
-        make_clip_set(folder, {f"{name}-{i}": random_video(rng, frames=4) for i in range(count)})
+        random_clips(folder, {f"{name}-{i}": 4 for i in range(count)})
         rows = [{"video_id": f"{name}-{i}", "path": f"videos/{i}.mp4", "content": "h"} for i in range(count)]
         pq.write_table(pa.Table.from_pylist(rows), folder / "sources.parquet")
         described = {"kind": "videos", "name": "bikes", "path": "/data/bikes", "split": name}
         bad = [{"video": "cut.mp4", "path": "p", "reason": "is truncated"}] if name == "train" else []
-        update_manifest(folder, dataset=described, frames=28, bad=bad)
+        more = {"dataset": described, "frames": 28, "bad": bad}
+        edit_json(folder / "manifest.json", lambda manifest, more=more: manifest.update(more))
     (root / "teacher.ckpt").write_bytes(b"weights")
-    TargetManifest(
-        fingerprint="t",
-        teacher_uri=str(root / "teacher.ckpt"),
-        teacher={"files": ["hash-of-weights"], "hints": None},
-        teacher_config={},
-        views={"views": 4, "flip": 0.5},
-        rows=28,
-    ).publish(str(root / "targets" / "t"))
-    EvaluationManifest(
-        fingerprint="e",
-        clips_uri=str(root / "clips" / "val"),
-        scores={"video_mbo": 0.357},
-        protocol=Rules(name="slotcontrast", fingerprint="p", in_words="whole videos"),
-        videos=2,
-    ).publish(str(root / "evaluations" / "e"))
-    made_of = {
-        "clips_uri": str(root / "clips" / "train"),
-        "targets_uri": str(root / "targets" / "t"),
-        "created": "2026-01-02T03:04:05Z",
-    }
-    run = make_finished_run(config, str(root / "students" / "s"), clips="train", **made_of)
+    weights = {"files": ["hash-of-weights"], "hints": None}
+    taught = {"teacher_uri": str(root / "teacher.ckpt"), "teacher": weights, "teacher_config": {}}
+    targets = TargetManifest(fingerprint="t", views={"views": 4, "flip": 0.5}, rows=28, **taught)
+    targets.publish(str(root / "targets" / "t"))
+    rules = Rules(name="slotcontrast", fingerprint="p", in_words="whole videos")
+    scored = {"clips_uri": str(root / "clips" / "val"), "scores": {"video_mbo": 0.357}, "videos": 2}
+    EvaluationManifest(fingerprint="e", protocol=rules, **scored).publish(str(root / "evaluations" / "e"))
+    made_of = {"clips_uri": str(root / "clips" / "train"), "targets_uri": str(root / "targets" / "t")}
+    run_uri, created = str(root / "students" / "s"), "2026-01-02T03:04:05Z"
+    run = make_finished_run(config, run_uri, clips="train", created=created, **made_of)
     register_run(config, run, evaluation(0.357, uri=str(root / "evaluations" / "e")))
     return root
-
-
-def update_manifest(folder, **changes):
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
 
 
 def test_every_link_is_named_down_to_the_videos(config, root):
@@ -76,11 +60,7 @@ def test_every_link_is_named_down_to_the_videos(config, root):
     assert summary["uri"] == "models:/slotmatch/1"
     assert summary["version"]["aliases"] == ["champion"]
     assert summary["run"]["uri"] == str(root / "students" / "s")
-    assert (summary["run"]["method"], summary["run"]["beta"], summary["run"]["seed"]) == (
-        "slotmatch",
-        "0.2",
-        "1",
-    )
+    assert [summary["run"][key] for key in ("method", "beta", "seed")] == ["slotmatch", "0.2", "1"]
     assert summary["run"]["created"] == "2026-01-02T03:04:05Z"
     assert summary["run"]["mlflow_run"]
     assert summary["targets"]["views"] == {"views": 4, "flip": 0.5}
@@ -136,10 +116,7 @@ def test_the_exit_code_says_whether_the_chain_is_whole(config, root, capsys):
 
 
 def test_clips_of_earlier_versions_did_not_record_their_sources(config, root):
-    manifest = root / "clips" / "train" / "manifest.json"
-    values = json.loads(manifest.read_text())
-    del values["dataset"]
-    manifest.write_text(json.dumps(values))
+    edit_json(root / "clips/train/manifest.json", lambda manifest: manifest.pop("dataset"))
     (root / "clips" / "train" / "sources.parquet").unlink()
     found = trace(CHAMPION, config.tracking_uri)
     assert found.missing == []

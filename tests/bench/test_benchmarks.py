@@ -2,55 +2,47 @@
 
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import python
 
 from benchmarks import scale, scores, step
 from benchmarks.__main__ import main
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # starts Ray three times
 def test_quick_run_prints_every_row(tmp_path):
     results = tmp_path / "results.json"
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--json", str(results)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    printed, _ = python("-m", "benchmarks", "--quick", "--repeats", "1", "--json", results, timeout=900)
 
     comparisons = json.loads(results.read_text())["comparisons"]
     assert [len(comparison["rows"]) for comparison in comparisons] == [4, 3, 2, 3]
     for comparison in comparisons:
         assert comparison["rows"][0]["speed_up"] == 1
         for row in comparison["rows"]:
-            assert f"| {row['name']} " in run.stdout
-    assert "loss and gradient norm agree" in run.stdout
-    assert "scores agree to" in run.stdout
-    assert "2× the frames" in run.stdout
-    assert "starting Ray" in run.stdout
+            assert f"| {row['name']} " in printed
+    assert "loss and gradient norm agree" in printed
+    assert "scores agree to" in printed
+    assert "2× the frames" in printed
+    assert "starting Ray" in printed
     (point,) = json.loads(results.read_text())["scale"]
     assert point["videos"] == 20
     assert point["shard"]["seconds"] > 0
-    assert "| `cache`, bytes a clip |" in run.stdout
-    assert "an index of 1,000 videos" in run.stdout
+    assert "| `cache`, bytes a clip |" in printed
+    assert "an index of 1,000 videos" in printed
 
 
 def test_ratios_are_to_the_first_number_of_videos():
-    small = scale.Point(
-        10, scale.StageCost(2.0, math.nan, 100.0, 200), scale.StageCost(3.0, 0.5, 200.0, 400), (4.0, 5.0, 5.5)
-    )
-    large = scale.Point(
-        100, scale.StageCost(4.7, 0.01, 110.0, 1800), scale.StageCost(9.3, 1.0, 200.0, 4000), (4.0, 5.0, 5.5)
-    )
-    larger = scale.Point(
-        1000,
-        scale.StageCost(31.7, 0.02, 110.0, 18000),
-        scale.StageCost(72.3, 1.0, 200.0, 40000),
-        (4.0, 5.0, 5.5),
+    worker, nan = (4.0, 5.0, 5.5), math.nan
+    small, large, larger = (
+        scale.Point(videos, scale.StageCost(*shard), scale.StageCost(*cache), worker)
+        for videos, shard, cache in (
+            (10, (2.0, nan, 100.0, 200), (3.0, 0.5, 200.0, 400)),
+            (100, (4.7, 0.01, 110.0, 1800), (9.3, 1.0, 200.0, 4000)),
+            (1000, (31.7, 0.02, 110.0, 18000), (72.3, 1.0, 200.0, 40000)),
+        )
     )
     lines = scale.scale_table([small, large, larger])
     assert lines[0] == "|  | 10 videos, 20 clips | 100 videos, 200 clips | 1,000 videos, 2,000 clips |"

@@ -3,23 +3,22 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import tiny_model, tiny_section
 
 from pipeline import storage
 from pipeline.artifacts.identity import backbone_identity, model_identity
 from pipeline.config import ConfigError, resolve_config
-from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
+from pipeline.models import save_slot_model
 from pipeline.models.build import build_backbone, checkpoint_hints, load_teacher
 from pipeline.storage import join
 
-VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-STUDENT = {"backbone": VIT, "backbone_weights": "random", "image_size": 16}
+STUDENT = tiny_section()
 
 
 @pytest.fixture
 def models(s3, tmp_path):
     """The same weights in a local folder and in S3."""
-    torch.manual_seed(0)
-    model = SlotModel(SlotModelConfig(BackboneConfig(None, 16, VIT), 3, 8, decoder_hidden_sizes=(8,)))
+    model = tiny_model(image_size=16)
     local, uri = tmp_path / "models", join(s3, tmp_path.name)
     local.mkdir()
     torch.save({"state_dict": model.state_dict()}, local / "public.ckpt")
@@ -47,12 +46,8 @@ def test_a_teacher(models, name):
 
 
 def test_a_students_backbone(models):
-    local, remote = (
-        resolve_config(
-            {"student": {**STUDENT, "backbone_weights": join(root, "backbone.safetensors")}}
-        ).student
-        for root in models
-    )
+    weights = [{**STUDENT, "backbone_weights": join(root, "backbone.safetensors")} for root in models]
+    local, remote = (resolve_config({"student": section}).student for section in weights)
     one, two = (build_backbone(section).state_dict() for section in (local, remote))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert backbone_identity(local) == backbone_identity(remote)

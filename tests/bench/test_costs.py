@@ -1,14 +1,14 @@
 """The cost tables of docs/scale.md: formulas against numbers worked out by hand, and the document itself."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from benchmarks import costs
 from benchmarks.costs import Cost, Prices, Rates
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "scale.md"
+DOCUMENT = ROOT / "docs" / "scale.md"
 RATES = Rates(jpeg_bytes=0.5, shard_pixels=1e7, gpu_fp32=1e13, gpu_bf16=1e14, utilisation=0.5)
 
 

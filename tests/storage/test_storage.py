@@ -1,10 +1,9 @@
 import gc
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from places import python
 
 from pipeline import storage
 from pipeline.storage import IncompleteError, join
@@ -29,19 +28,8 @@ def write_interrupted(uri, content):
 # --- the same promises, on a folder and on a real S3 server ---------------------------------------
 
 
-@pytest.fixture(params=["local", "s3"])
-def root(request, tmp_path):
-    """An empty place to write to."""
-    if request.param == "local":
-        yield str(tmp_path)
-        return
-    uri = join(request.getfixturevalue("s3"), tmp_path.name)
-    yield uri
-    storage.delete(uri)
-
-
-def test_write_and_read(root):
-    uri = join(root, "deep", "er", "file.bin")
+def test_write_and_read(place):
+    uri = join(place, "deep", "er", "file.bin")
     assert not storage.exists(uri)
     storage.write_bytes(uri, b"some bytes")
     assert storage.exists(uri)
@@ -54,39 +42,39 @@ def test_write_and_read(root):
     assert storage.read_bytes(uri) == b""
 
 
-def test_list_names(root):
-    assert storage.list_names(root) == []
-    assert storage.list_names(join(root, "nowhere")) == []
+def test_list_names(place):
+    assert storage.list_names(place) == []
+    assert storage.list_names(join(place, "nowhere")) == []
     for name in ("b.txt", "a.txt", "folder/c.txt"):
-        storage.write_bytes(join(root, name), b"x")
-    assert storage.list_names(root) == ["a.txt", "b.txt", "folder"]
-    storage.delete(join(root, "a.txt"))
-    assert storage.list_names(root) == ["b.txt", "folder"]
+        storage.write_bytes(join(place, name), b"x")
+    assert storage.list_names(place) == ["a.txt", "b.txt", "folder"]
+    storage.delete(join(place, "a.txt"))
+    assert storage.list_names(place) == ["b.txt", "folder"]
 
 
-def test_delete(root):
+def test_delete(place):
     for name in ("folder/a", "folder/deep/b", "kept"):
-        storage.write_bytes(join(root, name), b"x")
-    storage.delete(join(root, "folder"))
-    assert storage.list_names(root) == ["kept"]
-    storage.delete(join(root, "folder"))  # nothing there is no error
-    storage.delete(join(root, "kept"))
-    assert not storage.exists(join(root, "kept"))
+        storage.write_bytes(join(place, name), b"x")
+    storage.delete(join(place, "folder"))
+    assert storage.list_names(place) == ["kept"]
+    storage.delete(join(place, "folder"))  # nothing there is no error
+    storage.delete(join(place, "kept"))
+    assert not storage.exists(join(place, "kept"))
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("length", [10, MULTIPART])
-def test_an_interrupted_write_publishes_nothing(root, length):
-    uri = join(root, "file.bin")
+def test_an_interrupted_write_publishes_nothing(place, length):
+    uri = join(place, "file.bin")
     write_interrupted(uri, b"n" * length)
     gc.collect()  # nor may the forgotten handle complain, or worse upload, when it is collected
     assert not storage.exists(uri)
-    assert storage.list_names(root) == []
+    assert storage.list_names(place) == []
 
 
 @pytest.mark.parametrize("length", [10, MULTIPART])
-def test_an_interrupted_write_keeps_the_old_file(root, length):
-    uri = join(root, "file.bin")
+def test_an_interrupted_write_keeps_the_old_file(place, length):
+    uri = join(place, "file.bin")
     storage.write_bytes(uri, b"old")
     write_interrupted(uri, b"n" * length)
     gc.collect()
@@ -95,8 +83,8 @@ def test_an_interrupted_write_keeps_the_old_file(root, length):
     assert storage.size(uri) == length
 
 
-def test_publish_makes_a_folder_complete(root):
-    folder = join(root, "set")
+def test_publish_makes_a_folder_complete(place):
+    folder = join(place, "set")
     storage.write_bytes(join(folder, "data"), b"x")
     assert not storage.is_complete(folder)
     with pytest.raises(IncompleteError, match=r"set has no manifest\.json"):
@@ -106,50 +94,50 @@ def test_publish_makes_a_folder_complete(root):
     assert storage.read_manifest(folder) == {"kind": "test", "rows": [1, 2]}
 
 
-def test_read_manifest_of_a_missing_folder(root):
+def test_read_manifest_of_a_missing_folder(place):
     with pytest.raises(IncompleteError, match="does not exist"):
-        storage.read_manifest(join(root, "nowhere"))
+        storage.read_manifest(join(place, "nowhere"))
 
 
-def test_read_json_names_the_file_that_is_not_json(root):
-    uri = join(root, "broken.json")
+def test_read_json_names_the_file_that_is_not_json(place):
+    uri = join(place, "broken.json")
     storage.write_bytes(uri, b'{"half": ')
     with pytest.raises(ValueError, match=r"broken\.json: not JSON"):
         storage.read_json(uri)
 
 
-def test_upload_folder_and_local_copy(root, tmp_path_factory):
+def test_upload_folder_and_local_copy(place, tmp_path_factory):
     local = tmp_path_factory.mktemp("local")
     content = {"a.bin": b"a" * 100, "manifest.json": b"{}", "z.bin": os.urandom(6 << 20)}
     for name, value in content.items():
         (local / name).write_bytes(value)
-    storage.upload_folder(local, join(root, "up"))
-    assert storage.list_names(join(root, "up")) == sorted(content)
-    with storage.local_copy(join(root, "up")) as folder:
+    storage.upload_folder(local, join(place, "up"))
+    assert storage.list_names(join(place, "up")) == sorted(content)
+    with storage.local_copy(join(place, "up")) as folder:
         assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == content
-    with storage.local_copy(join(root, "up", "a.bin")) as path:
+    with storage.local_copy(join(place, "up", "a.bin")) as path:
         assert os.path.basename(path) == "a.bin"
         assert Path(path).read_bytes() == content["a.bin"]
 
 
-def test_upload_folder_that_fails_midway_is_incomplete(root, tmp_path_factory):
+def test_upload_folder_that_fails_midway_is_incomplete(place, tmp_path_factory):
     """The manifest comes last even though its name does not."""
     local = tmp_path_factory.mktemp("local")
     (local / "a.bin").write_bytes(b"a")
     (local / "manifest.json").write_bytes(b"{}")
     (local / "z.bin").mkdir()  # can't be read as a file
     with pytest.raises(OSError, match=r"z\.bin"):
-        storage.upload_folder(local, join(root, "up"))
-    assert storage.list_names(join(root, "up")) == ["a.bin"]
+        storage.upload_folder(local, join(place, "up"))
+    assert storage.list_names(join(place, "up")) == ["a.bin"]
     with pytest.raises(IncompleteError):
-        storage.read_manifest(join(root, "up"))
+        storage.read_manifest(join(place, "up"))
 
 
-def test_hash_file_follows_the_content(root):
+def test_hash_file_follows_the_content(place):
     big = os.urandom(3 << 20)
     for name, content in (("one", big), ("two", big), ("three", big[:-1] + b"\0\0")):
-        storage.write_bytes(join(root, name), content)
-    one, two, three = (storage.hash_file(join(root, name)) for name in ("one", "two", "three"))
+        storage.write_bytes(join(place, name), content)
+    one, two, three = (storage.hash_file(join(place, name)) for name in ("one", "two", "three"))
     assert one == two != three
 
 
@@ -170,7 +158,7 @@ def test_another_process_sees_what_was_just_published(s3, tmp_path):
     folder = join(s3, tmp_path.name)
     assert storage.list_names(folder) == []
     code = f"from pipeline import storage; storage.write_bytes({join(folder, 'new')!r}, b'from elsewhere')"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
     assert storage.list_names(folder) == ["new"]
     assert storage.read_bytes(join(folder, "new")) == b"from elsewhere"
     storage.delete(folder)
@@ -196,7 +184,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
         f"with storage.atomic_write({str(target)!r}) as file:\n"
         "    file.write(b'half of the new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode < 0
+    python("-c", code, ends=None)
     assert target.read_bytes() == b"old"
     assert storage.list_names(str(tmp_path)) == ["file"]
 
@@ -234,14 +222,5 @@ def test_fingerprint_sees_every_change(other):
 def test_fingerprint_is_the_same_in_another_process():
     """Published folders are named by it, so it must not change with the hash seed or the release."""
     code = "from pipeline import storage; print(storage.fingerprint({'a': [1, 'x'], 'b': None}))"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
+    outputs = {python("-c", code, PYTHONHASHSEED=seed)[0].strip() for seed in ("1", "2")}
     assert outputs == {storage.fingerprint({"a": [1, "x"], "b": None})}

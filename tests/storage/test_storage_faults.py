@@ -15,11 +15,9 @@ from pipeline.clips.table import SHARD_FOLDER, ShardReader
 from pipeline.storage import client as s3_client
 from pipeline.storage import join, s3
 
-pytestmark = pytest.mark.fault(
-    fault="S3: 503, 429, 500, stalls, cut connections, no permission",
-    stage="storage",
-    checked="bounded retries, whole objects or none; at once with bucket and identity where it can't help",
-)
+FAULT = "S3: 503, 429, 500, stalls, cut connections, no permission"
+CHECKED = "bounded retries, whole objects or none; at once with bucket and identity where it can't help"
+pytestmark = pytest.mark.fault(FAULT, "storage", CHECKED)
 PART = 256 << 10
 BIG = os.urandom(2 * PART + 1000)  # three parts of an upload, three blocks of a read
 SMALL = b"some bytes"
@@ -99,17 +97,9 @@ def publish_folder(root):
     assert storage.read_manifest(root) == {"kind": "test", "rows": 3}
 
 
-OPERATIONS = [
-    (read_file, "GET"),
-    (read_range, "GET"),
-    (read_in_order, "GET"),
-    (write_small, "PUT"),
-    (write_parts, "PUT"),
-    (list_folder, "GET"),
-    (ask, "HEAD"),
-    (delete_folder, "POST"),
-    (publish_folder, "PUT"),
-]
+OPERATIONS = [(read_file, "GET"), (read_range, "GET"), (read_in_order, "GET"), (list_folder, "GET")]
+OPERATIONS += [(write_small, "PUT"), (write_parts, "PUT"), (publish_folder, "PUT")]
+OPERATIONS += [(ask, "HEAD"), (delete_folder, "POST")]
 
 
 def suffers(fault, method):
@@ -187,9 +177,8 @@ def test_the_last_failure_says_what_where_how_often_and_why(root, proxy, operati
         act()
     assert proxy.injected["503"] == s3_client.TRIES
     message = str(error.value)
-    assert message.startswith(
-        f"{uri}: {operation} failed {s3_client.TRIES} times at {proxy.url}, last with: 503"
-    )
+    how_often = f"failed {s3_client.TRIES} times at {proxy.url}"
+    assert message.startswith(f"{uri}: {operation} {how_often}, last with: 503")
     assert "SlowDown (Please reduce your request rate.)" in message
     lines = [line for line in capsys.readouterr().err.splitlines() if "storage:" in line]
     assert len(lines) == s3_client.TRIES - 2, "from the second failure to the last but one"
@@ -214,9 +203,8 @@ def test_aws_max_attempts_says_how_often(root, proxy, monkeypatch):
 def test_a_server_that_is_not_there(proxy, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    with pytest.raises(
-        storage.UnavailableError, match=r"s3://bucket/x: read failed 2 times at http://127\.0\.0\.1:9"
-    ):
+    message = r"s3://bucket/x: read failed 2 times at http://127\.0\.0\.1:9"
+    with pytest.raises(storage.UnavailableError, match=message):
         storage.read_bytes("s3://bucket/x")
 
 
@@ -305,24 +293,15 @@ def test_no_such_bucket(proxy, operation):
     assert str(error.value).startswith(uri)
 
 
-def test_no_such_bucket_is_not_an_unfinished_folder(proxy):
-    for ask_for in (
-        storage.read_manifest,
-        storage.is_complete,
-        storage.list_files,
-        storage.size,
-        storage.open_read,
-    ):
-        with pytest.raises(storage.MissingBucketError):
-            ask_for("s3://no-such-bucket/clips")
+@pytest.mark.parametrize("ask_for", ["read_manifest", "is_complete", "list_files", "size", "open_read"])
+def test_no_such_bucket_is_not_an_unfinished_folder(proxy, ask_for):
+    with pytest.raises(storage.MissingBucketError):
+        getattr(storage, ask_for)("s3://no-such-bucket/clips")
 
 
 @pytest.mark.parametrize(
     ("name", "value", "identity"),
-    [
-        ("AWS_SECRET_ACCESS_KEY", "wrongsecret", "…tkey"),
-        ("AWS_ACCESS_KEY_ID", "strangerskey", "…skey"),
-    ],
+    [("AWS_SECRET_ACCESS_KEY", "wrongsecret", "…tkey"), ("AWS_ACCESS_KEY_ID", "strangerskey", "…skey")],
 )
 def test_wrong_credentials(root, proxy, monkeypatch, name, value, identity):
     monkeypatch.setenv(name, value)
@@ -387,10 +366,9 @@ def clips(root, proxy):
 
 
 def group_bytes(clips, shard, group):
-    metadata = pq.ParquetFile(storage.open_read(join(clips.uri, SHARD_FOLDER, shard))).metadata.row_group(
-        group
-    )
-    return sum(metadata.column(i).total_compressed_size for i in range(metadata.num_columns))
+    file = pq.ParquetFile(storage.open_read(join(clips.uri, SHARD_FOLDER, shard)))
+    row_group = file.metadata.row_group(group)
+    return sum(row_group.column(i).total_compressed_size for i in range(row_group.num_columns))
 
 
 def test_a_clip_costs_one_request_of_its_row_group(clips, proxy):
@@ -408,12 +386,10 @@ def test_a_clip_costs_one_request_of_its_row_group(clips, proxy):
 
 
 def test_a_whole_shard_costs_a_request_a_row_group(clips, proxy):
-    uri = join(clips.uri, SHARD_FOLDER, clips.shards[0])
-    size = storage.size(uri)
+    size = storage.size(join(clips.uri, SHARD_FOLDER, clips.shards[0]))
     proxy.reset()
     assert len(list(clips.iter_shard(clips.shards[0], masks=True))) == 16
-    groups = 8
-    assert len(proxy.requests) <= groups + 3
+    assert len(proxy.requests) <= 8 + 3, "its row groups, and the footer"
     assert proxy.sent <= 1.05 * size + (64 << 10)  # what Arrow reads for a footer
 
 
@@ -447,7 +423,6 @@ def test_storage_that_fails_is_not_a_damaged_shard(clips, proxy):
     reader = ShardReader(join(clips.uri, SHARD_FOLDER))
     reader.file(clips.shards[0])
     proxy.denied = [clips.shards[0]]
-    with pytest.raises(storage.AccessError, match=r"shard-00000\.parquet: read refused"):
-        list(reader.rows(clips.shards[0]))
-    with pytest.raises(storage.AccessError, match=r"shard-00000\.parquet: read refused"):
-        reader.row(clips.shards[0], 0)
+    for read in (lambda: list(reader.rows(clips.shards[0])), lambda: reader.row(clips.shards[0], 0)):
+        with pytest.raises(storage.AccessError, match=r"shard-00000\.parquet: read refused"):
+            read()

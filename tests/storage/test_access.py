@@ -22,12 +22,12 @@ class MetadataServer(BaseHTTPRequestHandler):
 
     def do_GET(self):
         credentials = {
-            "Code": "Success",
             "AccessKeyId": "testkey",
             "SecretAccessKey": "testsecret",
             "Token": "",
-            "Expiration": "2100-01-01T00:00:00Z",
+            "Code": "Success",
         }
+        credentials["Expiration"] = "2100-01-01T00:00:00Z"
         self.answer("worker" if self.path == self.role else json.dumps(credentials))
 
     def answer(self, text):

@@ -1,14 +1,12 @@
-"""Listing and sharding a data set in a public layout without Ray."""
+"""Listing and sharding videos without Ray."""
 
-from dataclasses import asdict
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
+from clip_sets import publish_clips
 from layouts import training_split
+from PIL import Image
 
 from pipeline import storage
 from pipeline.clips.sources import list_videos
-from pipeline.clips.table import ClipSet
 from pipeline.clips.write import write_shard
 from pipeline.config import Clips, Dataset
 
@@ -24,8 +22,22 @@ def clip_set(videos, tmp_path, **settings):
     settings = Clips(**{"codec": "png", "clip_frames": 4, **settings})
     uri = str(tmp_path / f"set-{storage.fingerprint([v.video_id for v in videos])}")
     report = write_shard(videos, f"{uri}/data/shard-00000.parquet", settings)
-    pq.write_table(pa.Table.from_pylist([asdict(v) for v in report.videos]), f"{uri}/index.parquet")
     shards = [{key: getattr(report, key) for key in ("name", "rows", "bytes")}]
-    manifest = {"kind": "clips", "fingerprint": "x", "settings": settings.model_dump(), "shards": shards}
-    storage.publish(uri, manifest)
-    return ClipSet(uri), report
+    return publish_clips(uri, report.videos, shards, settings.model_dump()), report
+
+
+def write_images(folder, images, names="{:05d}.png"):
+    """A folder of frames or of label maps."""
+    folder.mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / names.format(index))
+    return folder
+
+
+def write_folders(folder, lengths, size=(12, 16)):
+    """Videos of noise as folders of frames; returns their pixels by name."""
+    rng = np.random.default_rng(0)
+    pixels = {name: rng.integers(0, 256, (count, *size, 3), np.uint8) for name, count in lengths.items()}
+    for name, frames in pixels.items():
+        write_images(folder / name, frames, "{}.png")
+    return pixels

@@ -1,13 +1,12 @@
 """What a user reads who got a config wrong, and what a config gives who got it right."""
 
-from pathlib import Path
-
 import pytest
 import yaml
+from places import CONFIGS
 
 from pipeline.config import Config, ConfigError, ViT, load_config, resolve_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
 def problems(values=None, *overrides):
@@ -16,7 +15,7 @@ def problems(values=None, *overrides):
     return str(error.value).splitlines()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_configs_load(path):
     config = load_config(path)
     assert load_config(path, ["distill.seed=7"]).distill.seed == 7
@@ -86,14 +85,8 @@ def test_wrong_type(override, line):
             "student.image_size=335",
             "student.image_size: 335 is not a multiple of the patch size 14; nearest: 322 or 336",
         ),
-        (
-            "teacher.image_size=5",
-            "teacher.image_size: 5 is not a multiple of the patch size 14; nearest: 14",
-        ),
-        (
-            "distill.workers=5",
-            "distill.batch_size: 16 can't be shared equally by 5 workers; nearest: 15",
-        ),
+        ("teacher.image_size=5", "teacher.image_size: 5 is not a multiple of the patch size 14; nearest: 14"),
+        ("distill.workers=5", "distill.batch_size: 16 can't be shared equally by 5 workers; nearest: 15"),
     ],
 )
 def test_impossible_value(override, line):
@@ -160,20 +153,9 @@ def test_sections_that_are_none():
 
 def test_overrides():
     values = {"distill": {"steps": 5, "seed": 1}, "clips": {"fps": 10}}
-    config = resolve_config(
-        values,
-        [
-            "distill.steps=6",
-            "teacher.train.steps=1_000",
-            "clips.fps=null",
-            "sweep.seeds=[1, 2]",
-            "dataset.path=/videos/a=b c",
-            "distill.learning_rate=1e-3",
-            "mlflow.experiment=",
-            "mlflow.experiment=my videos",
-            "evaluate.split=",
-        ],
-    )
+    overrides = ["distill.steps=6", "teacher.train.steps=1_000", "clips.fps=null", "sweep.seeds=[1, 2]"]
+    overrides += ["dataset.path=/videos/a=b c", "distill.learning_rate=1e-3", "evaluate.split="]
+    config = resolve_config(values, [*overrides, "mlflow.experiment=", "mlflow.experiment=my videos"])
     assert (config.distill.steps, config.distill.seed) == (6, 1)
     assert config.teacher.train.steps == 1000
     assert config.clips.fps is None
@@ -199,22 +181,16 @@ def test_override_below_a_value():
 
 
 def test_round_trip(tmp_path):
-    overrides = [
-        "distill.steps=7",
-        "clips.short_side=96",
-        "student.mean=[0.5, 0.5, 0.5]",
-        "storage.root=/data",
-    ]
-    config = resolve_config({}, overrides)
+    overrides = ["distill.steps=7", "clips.short_side=96", "student.mean=[0.5, 0.5, 0.5]"]
+    config = resolve_config({}, [*overrides, "storage.root=/data"])
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_empty_file_is_the_defaults(tmp_path):
     (tmp_path / "config.yaml").write_text("# nothing yet\n")
-    assert load_config(tmp_path / "config.yaml", ["storage.root=/data"]) == resolve_config(
-        {}, ["storage.root=/data"]
-    )
+    root = ["storage.root=/data"]
+    assert load_config(tmp_path / "config.yaml", root) == resolve_config({}, root)
 
 
 def test_local_paths_become_absolute_and_others_stay(tmp_path, monkeypatch):
@@ -267,12 +243,12 @@ def test_tracking_uri(tmp_path, monkeypatch):
     assert given.tracking_uri == "http://from-config"
 
 
-METHOD_PRESETS = sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml"))
+METHOD_PRESETS = sorted((CONFIGS / "methods").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", METHOD_PRESETS, ids=lambda path: path.stem)
 def test_a_methods_preset_goes_over_any_config(preset):
-    base = preset.parents[1] / "movi_e.yaml"
+    base = CONFIGS / "movi_e.yaml"
     config = load_config(base, ["distill.beta=0.7"], presets=[preset])
     assert config.distill.method == preset.stem
     assert config.distill.beta == 0.7  # what is said last
@@ -307,6 +283,8 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
         (["teacher.train.reconstruction=0"], "leaves nothing to train for"),
         (["dataset.kind=synthetic", "evaluate.split=tests"], "'tests' is no generated split"),
         (["dataset.kind=synthetic", "evaluate.split=train"], "'train' is the training split"),
+        (["evaluate.protocol=slotcontrst"], "evaluate.protocol: 'slotcontrst' "),
+        (["evaluate.protocol=slotcontrst"], "nearest: slotcontrast"),
     ],
 )
 def test_what_can_not_be_combined_says_what_to_do(overrides, message):

@@ -1,4 +1,4 @@
-"""Every kind of public checkpoint: read, told apart, run, written again, and refused where it is bad."""
+"""Every kind of public checkpoint: read, told apart, written again, and refused where it is bad."""
 
 import argparse
 import inspect
@@ -6,63 +6,15 @@ import json
 import os
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kinds import KINDS, VIT, build, each_kind, run, video
+from places import GOLDEN, ROOT
+from safetensors.torch import load_file, save_file
 
-from pipeline.distill.step import Batch, Objective, Terms, training_step
-from pipeline.models import (
-    BackboneConfig,
-    CheckpointHints,
-    SlotModel,
-    SlotModelConfig,
-    load_slot_model,
-    save_public_checkpoint,
-    save_slot_model,
-    start_as_soft_kmeans,
-)
-
-VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-DRAWN = {"initializer": "random"}
-MIXER = {"decoder": "slot_mixer", "decoder_blocks": 2, "corrector_mlp": False}
-KINDS = {
-    "slotcontrast": {},
-    "videosaur": {**DRAWN, **MIXER, "decoder_outputs": ("features", "similarity")},
-    "videosaur_movi": {**DRAWN, **MIXER, "decoder_outputs": ("similarity",)},
-    "dinosaur": {**DRAWN, "predictor": False},
-}
-ROOT = Path(__file__).parents[2]
-
-
-def build(kind, seed=0, **changes):
-    torch.manual_seed(seed)
-    model = SlotModel(
-        SlotModelConfig(
-            num_slots=3,
-            slot_size=8,
-            decoder_hidden_sizes=(16, 24),
-            **{"backbone": BackboneConfig(None, 32, VIT), **KINDS[kind], **changes},
-        )
-    ).eval()
-    with torch.no_grad():  # values that no initialisation has, so that a tensor in the wrong place shows
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def video(T=4):
-    return torch.randn(2, T, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def frames(T=7):
-    return np.random.default_rng(0).integers(0, 256, (T, 40, 40, 3), np.uint8)
-
-
-@torch.no_grad()
-def run(model, T=4, rollout="forward"):
-    return model(video(T), initial_slots=model.initial_slots(2, [5, 6]), rollout=rollout)
+from pipeline.models import CheckpointHints, load_slot_model, save_public_checkpoint, save_slot_model
 
 
 def assert_same_function(one, other):
@@ -81,49 +33,65 @@ def public_file(model, path, change=None):
     return path
 
 
-each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
 # --- reading and writing ----------------------------------------------------------------------------
 
 
 @each_kind
 def test_kinds_are_told_apart_by_their_keys(kind, tmp_path):
+    """Which may lack `.module`."""
     model = build(kind)
-    loaded = load_slot_model(public_file(model, tmp_path / "a.ckpt"), num_heads=2, num_slots=3)
-    backbone = loaded.config.backbone
-    assert replace(loaded.config, backbone=model.config.backbone) == model.config
-    assert (backbone.image_size, loaded.grid) == (32, 4)
-    assert_same_function(model, loaded)
+    public_file(model, tmp_path / "a.ckpt")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "b.ckpt")
+    for path in ("a.ckpt", "b.ckpt"):
+        loaded = load_slot_model(tmp_path / path, num_heads=2, num_slots=3)
+        backbone = loaded.config.backbone
+        assert replace(loaded.config, backbone=model.config.backbone) == model.config
+        assert (backbone.image_size, loaded.grid) == (32, 4)
+        assert_same_function(model, loaded)
 
 
 @each_kind
 def test_our_own_formats(kind, tmp_path):
     model = build(kind)
     save_slot_model(model, tmp_path / "folder")
-    save_public_checkpoint(model, tmp_path / "file.ckpt")
+    assert sorted(os.listdir(tmp_path / "folder")) == ["config.json", "model.safetensors"]
+    save_public_checkpoint(model, tmp_path / "file.ckpt", step=7)
+    assert torch.load(tmp_path / "file.ckpt", weights_only=True)["global_step"] == 7
     for path in ("folder", "file.ckpt"):
         loaded = load_slot_model(tmp_path / path)
+        assert not loaded.training
         assert loaded.config == model.config
         assert_same_function(model, loaded)
 
 
-@each_kind
-def test_a_public_file_survives_our_own_formats(kind, tmp_path):
-    original = public_file(build(kind), tmp_path / "public.ckpt")
-    model = load_slot_model(original, num_heads=2, num_slots=3)
+@pytest.mark.parametrize("name", [*KINDS, "slotcontrast_tiny", "videosaur_tiny"])
+def test_a_public_file_survives_our_own_formats(name, tmp_path):
+    """Those of others, and the two that the public implementations wrote."""
+    original, hints = GOLDEN / f"{name}.ckpt", {"num_heads": 3, "num_slots": 4}
+    if name in KINDS:
+        original, hints = public_file(build(name), tmp_path / "a.ckpt"), {"num_heads": 2, "num_slots": 3}
+    model = load_slot_model(original, **hints)
     save_slot_model(model, tmp_path / "folder")
     save_public_checkpoint(model, tmp_path / "again.ckpt")
     for path in ("folder", "again.ckpt"):
         assert_same_function(model, load_slot_model(tmp_path / path))
-    keys = [
-        torch.load(p, weights_only=True)["state_dict"].keys() for p in (original, tmp_path / "again.ckpt")
-    ]
-    assert keys[0] == keys[1]
+    one, other = (torch.load(p, weights_only=True)["state_dict"] for p in (original, tmp_path / "again.ckpt"))
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in other.items()}
 
 
 def test_layouts(tmp_path):
     keys = {k: set(torch.load(public_file(build(k), tmp_path / k))["state_dict"]) for k in KINDS}
+    assert {
+        "initializer.slots",
+        "encoder.module.backbone.model.patch_embed.proj.weight",
+        "encoder.module.output_transform.layers.3.bias",
+        "processor.module.corrector.gru.weight_ih",
+        "processor.module.corrector.mlp.layers.1.weight",
+        "processor.module.predictor.blocks.0.self_attn.qkv.weight",
+        "decoder.module.pos_emb",
+        "decoder.module.mlp.layers.4.weight",
+    } <= keys["slotcontrast"]
+    assert not any(key.startswith("encoder.module.backbone.model.norm.") for key in keys["slotcontrast"])
     assert not any(".module." in key or "predictor" in key for key in keys["dinosaur"])
     assert {
         "initializer.log_std",
@@ -196,7 +164,7 @@ def test_position_embeddings_of_the_vits_own_size(kind, extra, tmp_path, capsys)
     """SlotContrast's MOVi files and DINOSAUR's: a ViT of 518 pixels, run at 336 and 224."""
     from timm.models.vision_transformer import VisionTransformer
 
-    model = build(kind, backbone=BackboneConfig(None, 32, {**VIT, **extra}))
+    model = build(kind, vit={**VIT, **extra})
     vit = VisionTransformer(
         **VIT, **extra, img_size=72, num_classes=0, global_pool="", dynamic_img_size=True
     ).eval()
@@ -235,8 +203,10 @@ def without(*keys):
 
 
 @each_kind
-def test_all_that_does_not_fit_is_in_one_error(kind, tmp_path):
-    mixer, module = kind.startswith("videosaur"), "" if kind == "dinosaur" else "module."
+@pytest.mark.parametrize("layout", ["folder", "public"])
+def test_all_that_does_not_fit_is_in_one_error(kind, layout, tmp_path):
+    mixer = kind.startswith("videosaur")
+    module = "" if kind == "dinosaur" or layout == "folder" else "module."
     weight = f"decoder.{module}" + ("output_transform.weight" if mixer else "mlp.layers.4.weight")
 
     def damage(state):
@@ -248,7 +218,13 @@ def test_all_that_does_not_fit_is_in_one_error(kind, tmp_path):
         state[f"processor.{module}corrector.norm_slots.weight"] = torch.ones(9)
         state[weight] = torch.ones(7, 24)
 
-    path = public_file(build(kind), tmp_path / "a.ckpt", damage)
+    path = tmp_path / "a.ckpt"
+    if layout == "public":
+        public_file(build(kind), path, damage)
+    else:
+        save_slot_model(build(kind), path)
+        damage(state := load_file(path / "model.safetensors"))
+        save_file(state, path / "model.safetensors")
     with pytest.raises(ValueError, match="the weights don't fit the model") as error:
         load_slot_model(path, num_heads=2, num_slots=3)
     message = str(error.value)
@@ -267,7 +243,7 @@ def test_all_that_does_not_fit_is_in_one_error(kind, tmp_path):
 
 @each_kind
 def test_every_single_missing_tensor_is_named(kind, tmp_path):
-    model = build(kind, backbone=BackboneConfig(None, 32, {**VIT, "init_values": 1.0}))
+    model = build(kind, vit={**VIT, "init_values": 1.0})
     for key in model.state_dict():
         state = {k: v for k, v in model.state_dict().items() if k != key}
         torch.save({"state_dict": state}, tmp_path / "a.ckpt")
@@ -312,9 +288,8 @@ def test_a_pickle_with_code_in_it_is_refused(writer, tmp_path):
         torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
     else:
         path.write_bytes(pickle.dumps(content, protocol=int(writer[-1])))
-    with pytest.raises(
-        ValueError, match=r"a\.ckpt: refused, it is a pickle that holds more than tensors"
-    ) as error:
+    message = r"a\.ckpt: refused, it is a pickle that holds more than tensors"
+    with pytest.raises(ValueError, match=message) as error:
         load_slot_model(path)
     named = {"pickle 2": "torch.storage._load_from_bytes", "pickle 5": "a plain pickle"}
     assert f"({named.get(writer, 'posix.mkdir')})" in str(error.value)
@@ -332,24 +307,29 @@ def test_objects_besides_tensors_are_refused_by_name(tmp_path):
     "content",
     [b"", b"I am no checkpoint\n" * 9, b"<!DOCTYPE html><html>", bytes(999), b"version https://git-lfs"],
 )
-def test_what_is_no_checkpoint(content, tmp_path):
-    (tmp_path / "a.ckpt").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"a\.ckpt: can't be read as a PyTorch file: cut off, damaged or"
-    ) as error:
-        load_slot_model(tmp_path / "a.ckpt")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("a.ckpt", "can't be read as a PyTorch file: cut off, damaged or"), ("a.safetensors", "can't be read")],
+)
+def test_what_is_no_checkpoint(name, reason, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: {reason}") as error:
+        load_slot_model(tmp_path / name)
     assert "weights_only" not in str(error.value)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("layout", ["zipped", "not zipped", "folder"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-def test_truncated_files(share, zipped, tmp_path):
-    path = tmp_path / "a.ckpt"
-    state = build("videosaur").state_dict()
-    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=zipped)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"a\.ckpt: (can't be read|refused)"):
+def test_truncated_files(share, layout, tmp_path):
+    path = file = tmp_path / "a.ckpt"
+    if layout == "folder":
+        save_slot_model(build("videosaur"), path)
+        file = path / "model.safetensors"
+    else:
+        state = build("videosaur").state_dict()
+        torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=layout == "zipped")
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=r"a\.ckpt.*: (can't be read|refused)"):
         load_slot_model(path, num_heads=2, num_slots=3)
 
 
@@ -373,140 +353,3 @@ def test_wrong_heads(tmp_path):
 def test_configs_that_no_model_has(changes, message):
     with pytest.raises(ValueError, match=message):
         build("videosaur", **changes)
-
-
-# --- running ----------------------------------------------------------------------------------------
-
-
-@each_kind
-def test_shapes(kind):
-    output = run(build(kind), T=3)
-    outputs = KINDS[kind].get("decoder_outputs", ("features",))
-    assert output.slots.shape == (2, 3, 3, 8)
-    for shares in (output.masks, output.attention):
-        torch.testing.assert_close(shares.sum(2), torch.ones(2, 3, 16))
-    given = {"features": output.reconstruction, "similarity": output.similarity}
-    for name, size in (("features", 32), ("similarity", 16)):
-        assert (given[name] is None) == (name not in outputs)
-        assert given[name] is None or given[name].shape == (2, 3, 16, size)
-
-
-@each_kind
-@pytest.mark.parametrize("rollout", ["forward", "cyclic"])
-@pytest.mark.parametrize("cut", [[7], [1] * 7, [3, 4]])
-@torch.no_grad()
-def test_streaming_in_any_chunks_equals_the_whole(kind, rollout, cut):
-    model = build(kind)
-    whole = model(model.prepare([frames()]), initial_slots=model.initial_slots(1, [9]), rollout=rollout)
-    chunks = iter(np.split(frames(), np.cumsum(cut)[:-1]))
-    parts = list(model.stream(chunks, noise_seed=9, rollout=rollout))
-    slots, masks = (torch.cat([part[i] for part in parts]) for i in (1, 2))
-    torch.testing.assert_close(slots, whole.slots[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(masks, whole.masks[0], rtol=0, atol=1e-5)
-    labels = model.label_maps(masks, (40, 40))
-    assert (labels.shape, labels.dtype) == ((7, 40, 40), torch.uint8)
-
-
-@pytest.mark.parametrize("kind", ["videosaur", "dinosaur"])
-@pytest.mark.parametrize("rollout", ["forward", "cyclic"])
-def test_what_streaming_holds(kind, rollout):
-    """Only a roll-out that really goes back waits for the end of the video."""
-    asked = []
-
-    def camera():
-        for index in range(3):
-            asked.append(index)
-            yield frames(2)
-
-    next(build(kind).stream(camera(), rollout=rollout))
-    goes_back = kind == "videosaur" and rollout == "cyclic"
-    assert asked == ([0, 1, 2] if goes_back else [0])
-
-
-@torch.no_grad()
-def test_image_models_see_each_frame_on_its_own():
-    model = build("dinosaur")
-    start, output = model.initial_slots(2, [5, 6]), run(model)
-    shuffled = model(video()[:, [2, 0, 3, 1]], initial_slots=start)
-    torch.testing.assert_close(shuffled.slots, output.slots[:, [2, 0, 3, 1]], rtol=0, atol=1e-6)
-    for t in range(4):
-        alone = model(video()[:, t : t + 1], initial_slots=start)
-        torch.testing.assert_close(alone.masks[:, 0], output.masks[:, t], rtol=0, atol=1e-6)
-    assert torch.equal(run(model, rollout="cyclic").slots, output.slots)
-    features = model.encoder.output_transform(output.backbone_features)
-    thrice, _ = model.processor.corrector(start, features[:, 2], 3)
-    torch.testing.assert_close(output.slots[:, 2], thrice, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_the_mixer_gives_every_slot_the_same_treatment():
-    """Permuted slots permute the masks, and change nothing of what is rendered."""
-    decoder = build("videosaur").decoder
-    slots = torch.randn(5, 3, 8)
-    (outputs, masks), (same, permuted) = decoder(slots), decoder(slots[:, [2, 0, 1]])
-    torch.testing.assert_close(same, outputs, rtol=0, atol=1e-5)
-    torch.testing.assert_close(permuted, masks[:, [2, 0, 1]], rtol=0, atol=1e-6)
-    assert (masks[0] - masks[1]).abs().max() > 1e-3
-
-
-# --- drawn slots ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_teacher_and_student_draw_the_same_noise():
-    """Of as many slots of the same size: whatever else differs, wherever it runs, in batches of any size."""
-    teacher = build("videosaur")
-    student = build("dinosaur", seed=1, backbone=BackboneConfig(None, 48, {**VIT, "patch_size": 16}))
-    seeds = [7, 2**62, 8]
-
-    def noise(model, seeds):
-        return (
-            model.initial_slots(len(seeds), seeds) - model.initializer.mean
-        ) / model.initializer.log_std.exp()
-
-    torch.testing.assert_close(noise(teacher, seeds), noise(student, seeds), rtol=0, atol=1e-5)
-    torch.testing.assert_close(noise(student, seeds[1:]), noise(teacher, seeds)[1:], rtol=0, atol=1e-5)
-    student.initializer.load_state_dict(teacher.initializer.state_dict())
-    assert torch.equal(teacher.initial_slots(3, seeds), student.initial_slots(3, seeds))
-    many = teacher.initial_slots(400, list(range(400)))
-    torch.testing.assert_close(many.mean((0, 1)), teacher.initializer.mean[0, 0], rtol=0, atol=0.1)
-    expected = teacher.initializer.log_std.exp()[0, 0]
-    torch.testing.assert_close(many.std((0, 1)), expected, rtol=0.1, atol=0)
-
-
-# --- training ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "T", "alpha"),
-    [("videosaur", 4, 1.0), ("videosaur", 1, 0.0), ("dinosaur", 4, 0.0), ("dinosaur", 1, 0.0)],
-)
-def test_every_kind_that_reconstructs_can_train(kind, T, alpha):
-    model = build(kind).train()
-    objective = Objective(model, Terms(alpha=alpha, slot_kd=0.2))
-    optimizer = torch.optim.Adam(model.trainable_parameters())
-    target = torch.randn(2, T, 3, 8, generator=torch.Generator().manual_seed(2))
-    curve = []
-    for _ in range(40):
-        batch = Batch(video(T), target_slots=target, initial_slots=model.initial_slots(2, [5, 6]))
-        curve.append(
-            training_step(objective, optimizer, batch, learning_rate=3e-3, gradient_clip=1.0)["total"]
-        )
-    assert curve[-1] < 0.9 * curve[0]
-    unused = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
-    assert all(name.startswith("processor.predictor.") for name in unused)
-    assert not unused or T == 1
-
-
-def test_what_can_not_train_says_so():
-    with pytest.raises(ValueError, match="reconstructs no features"):
-        Objective(build("videosaur_movi"), Terms(alpha=0, slot_kd=0.2))
-    with pytest.raises(ValueError, match=r"alpha = 0\.5 contrasts neighbouring frames.*use alpha = 0"):
-        Objective(build("dinosaur"), Terms(alpha=0.5, slot_kd=0.2))
-
-
-@each_kind
-def test_soft_kmeans_start(kind):
-    model = build(kind)
-    start_as_soft_kmeans(model)
-    assert torch.isfinite(run(model).masks).all()

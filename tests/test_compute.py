@@ -1,10 +1,9 @@
-"""Freed memory is used again: the kernel hands out far fewer pages."""
+"""What Ray's workers do with memory: freed blocks are used again, and the kernel hands out far fewer pages."""
 
 import platform
-import subprocess
-import sys
 
 import pytest
+from places import python
 
 COUNT = """
 import resource, sys
@@ -26,8 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(how):
-    done = subprocess.run([sys.executable, "-c", COUNT, how], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return int(python("-c", COUNT, how)[0])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")

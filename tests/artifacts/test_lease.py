@@ -1,25 +1,14 @@
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
+from places import python
 
 from pipeline import storage
 from pipeline.artifacts import once as lease_module
 from pipeline.artifacts.once import LEASE_FILE, lease
-
-
-@pytest.fixture(params=["local", "s3"])
-def folder(request, tmp_path):
-    if request.param == "local":
-        yield str(tmp_path / "set")
-        return
-    uri = storage.join(request.getfixturevalue("s3"), tmp_path.name)
-    yield uri
-    storage.delete(uri)
 
 
 def held(folder):
@@ -32,45 +21,46 @@ def hold(folder, **changes):
     storage.write_json(storage.join(folder, LEASE_FILE), holder)
 
 
-def test_the_second_job_waits_for_the_first(folder, capfd):
+def test_the_second_job_waits_for_the_first(place, capfd):
     order = []
 
     def second():
-        with lease(folder, "second"):
+        with lease(place, "second"):
             order.append("second")
 
-    with lease(folder, "first"):
+    with lease(place, "first"):
         waiting = threading.Thread(target=second)
         waiting.start()
         time.sleep(1.5)
         order.append("first")
     waiting.join(30)
     assert order == ["first", "second"]
-    assert not held(folder)
+    assert not held(place)
     assert "second: another job is at this already" in capfd.readouterr().err
 
 
-def test_an_error_in_the_block_gives_the_lease_back(folder):
+def test_an_error_in_the_block_gives_the_lease_back(place):
     def work():
-        with lease(folder, "job"):
-            assert held(folder)
+        with lease(place, "job"):
+            assert held(place)
             raise RuntimeError("of the block")
 
     with pytest.raises(RuntimeError, match="of the block"):
         work()
-    assert not held(folder)
+    assert not held(place)
 
 
-def test_a_killed_job_of_this_machine_is_not_waited_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", ["killed", "damaged"])
+def test_what_a_killed_job_of_this_machine_left_is_not_waited_for(tmp_path, monkeypatch, left):
     monkeypatch.setattr(lease_module, "ABANDONED_AFTER", 1e9)
-    code = (
-        "import os, signal; from pipeline.artifacts.once import lease\n"
-        f"with lease({str(tmp_path)!r}, 'killed'): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode < 0
+    killed = f"with lease({str(tmp_path)!r}, 'killed'): os.kill(os.getpid(), signal.SIGKILL)"
+    python("-c", f"import os, signal; from pipeline.artifacts.once import lease\n{killed}", ends=None)
+    if left == "damaged":
+        (tmp_path / LEASE_FILE).write_bytes(b"\0half")
     assert held(str(tmp_path))
     with lease(str(tmp_path), "next"):
         pass
+    assert not held(str(tmp_path))
 
 
 def test_a_job_of_another_machine_is_waited_for_until_it_goes_silent(tmp_path, monkeypatch):
@@ -94,13 +84,6 @@ def test_a_renewed_lease_is_not_taken_over(tmp_path, monkeypatch):
         threading.Thread(target=other).start()
         assert not entered.wait(4)
     assert entered.wait(10)
-
-
-def test_a_damaged_lease_is_replaced(tmp_path):
-    (tmp_path / LEASE_FILE).write_bytes(b"\0half")
-    with lease(str(tmp_path), "job"):
-        pass
-    assert not held(str(tmp_path))
 
 
 def test_who_was_taken_over_says_so_and_leaves_the_lease_alone(tmp_path, monkeypatch, capfd):

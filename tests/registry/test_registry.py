@@ -106,13 +106,11 @@ def test_pull_to_object_storage_over_an_earlier_version(config, finished_run, s3
 
 
 def test_a_run_whose_parameters_were_lost_gets_them(config):
-    created = tracking.connect(config).create_run(
-        tracking.experiment_id(config), tags={tracking.RUN_TAG: "runs/a"}
-    )
-    assert tracking.start_run(config, "runs/a", "a", {}) == created.info.run_id
-    params = tracking.connect(config).get_run(created.info.run_id).data.params
-    assert params["distill.beta"] == str(config.distill.beta)
-    assert tracking.start_run(config, "runs/a", "a", {}) == created.info.run_id
+    client = tracking.connect(config)
+    run_id = client.create_run(tracking.experiment_id(config), tags={tracking.RUN_TAG: "runs/a"}).info.run_id
+    assert tracking.start_run(config, "runs/a", "a", {}) == run_id
+    assert client.get_run(run_id).data.params["distill.beta"] == str(config.distill.beta)
+    assert tracking.start_run(config, "runs/a", "a", {}) == run_id
 
 
 @pytest.mark.parametrize(

@@ -2,35 +2,20 @@
 
 import ast
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT, python
 
 from pipeline.config import ConfigError, resolve_config
 from pipeline.log import has_password, redact, redacted
 from pipeline.sweep.ended import failed
 from pipeline.sweep.settings import Setting, Trial
 
-ROOT = Path(__file__).parents[1]
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD")
+SECRETS += ("MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN", "PGPASSWORD", "HF_TOKEN", "SOME_API_KEY")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_SESSION_TOKEN",
-        "AWS_ACCESS_KEY_ID",
-        "MLFLOW_TRACKING_PASSWORD",
-        "MLFLOW_TRACKING_TOKEN",
-        "RAY_AUTH_TOKEN",
-        "PGPASSWORD",
-        "HF_TOKEN",
-        "SOME_API_KEY",
-        "OIDC_CLIENT_SECRET",
-    ],
-)
+@pytest.mark.parametrize("name", [*SECRETS, "OIDC_CLIENT_SECRET"])
 def test_values_of_secret_variables_are_hidden(monkeypatch, name):
     monkeypatch.setenv(name, "pa/ss+word/of/20/let")
     assert redact("login with pa/ss+word/of/20/let failed") == "login with *** failed"
@@ -65,17 +50,11 @@ def test_secrets_in_urls_and_headers_are_hidden(text, secret):
     assert has_password(text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "models:/slotmatch@champion",
-        "http://127.0.0.1:5000/#/models",
-        "s3://bucket/prefix",
-        "sqlite:////tmp/mlflow.db",
-        "postgresql://me@db/mlflow",
-        "42/400 videos, 11.2 videos/s",
-    ],
-)
+NO_SECRETS = ("models:/slotmatch@champion", "http://127.0.0.1:5000/#/models", "s3://bucket/prefix")
+NO_SECRETS += ("sqlite:////tmp/mlflow.db", "postgresql://me@db/mlflow", "42/400 videos, 11.2 videos/s")
+
+
+@pytest.mark.parametrize("text", NO_SECRETS)
 def test_what_is_no_secret_stays(text):
     assert redact(text) == text
     assert not has_password(text)
@@ -106,18 +85,10 @@ def test_a_password_in_the_tracking_variable_is_refused(monkeypatch):
     resolve_config({}, ["mlflow.tracking_uri=http://host"])
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "mlflow.tracking_url=http://me:hunter2@host",
-        "distill.beta=http://me:hunter2@host",
-        "mlflow=http://me:hunter2@host",
-        "mlflow.tracking_uri.more=http://me:hunter2@host",
-    ],
-)
-def test_errors_that_show_a_value_show_no_password(override):
+@pytest.mark.parametrize("key", ["mlflow.tracking_url", "distill.beta", "mlflow", "mlflow.tracking_uri.more"])
+def test_errors_that_show_a_value_show_no_password(key):
     with pytest.raises(ConfigError) as refused:
-        resolve_config({"mlflow": {"tracking_uri": "x"}}, [override])
+        resolve_config({"mlflow": {"tracking_uri": "x"}}, [f"{key}=http://me:hunter2@host"])
     assert "hunter2" not in str(refused.value)
 
 
@@ -142,27 +113,18 @@ def test_a_job_that_fails_says_no_secret(tmp_path):
         "        raise RuntimeError('GET http://me:pass@host hunter2! failed')\n"
         "sys.exit(run(Job('test', 'fails', work, default_config='demo.yaml'), []))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={"PATH": "", "AWS_SECRET_ACCESS_KEY": "hunter2!", "HOME": str(tmp_path)},
-        timeout=250,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" in done.stderr
-    assert "signed with ***" in done.stderr
-    assert json.loads(done.stdout)["error"] == "GET http://me:***@host *** failed"
+    out, errors = python("-c", code, ends=1, AWS_SECRET_ACCESS_KEY="hunter2!", HOME=str(tmp_path))
+    assert "Traceback" in errors
+    assert "signed with ***" in errors
+    assert json.loads(out)["error"] == "GET http://me:***@host *** failed"
     for secret in ("hunter2!", "me:pass@"):
-        assert secret not in done.stderr + done.stdout
+        assert secret not in errors + out
 
 
 def test_a_message_that_does_not_fit_its_arguments_does_not_end_a_job():
-    code = (
-        "import logging; from pipeline.log import redact_output; redact_output(); logging.warning('%d', 'x')"
+    python(
+        "-c", "import logging; from pipeline.log import redact_output as r; r(); logging.warning('%d', 'x')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=120)
 
 
 def _calls(tree):
