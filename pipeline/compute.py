@@ -199,14 +199,15 @@ def _packed(error: Exception) -> str:
     from ray import cloudpickle
 
     note = f"In the worker:\n{traceback_text(error).rstrip()}"
+    plain = RuntimeError(f"{type(error).__name__}: {error}")
+    plain.add_note(note)
+    error.add_note(note)
     try:
         content = cloudpickle.dumps(error)
-        cloudpickle.loads(content).add_note(note)
-        error.add_note(note)
-        content = cloudpickle.dumps(error)
+        whole = str(cloudpickle.loads(content)) == str(error)
     except Exception:  # whatever a library's own pickling raises
-        plain = RuntimeError(f"{type(error).__name__}: {error}")
-        plain.add_note(note)
+        whole = False
+    if not whole:
         content = cloudpickle.dumps(plain)
     return base64.b64encode(content).decode()
 
