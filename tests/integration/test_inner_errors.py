@@ -8,30 +8,13 @@ import pytest
 from pipeline.compute import map_tasks
 
 
-def fails_on_three(row, folder):
-    if row["n"] == 3:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    open(f"{folder}/{row['n']}", "w").close()
-    return row
-
-
-class FailsWhenMade:
-    def __init__(self, words):
-        raise PermissionError(errno.EACCES, words)
-
-    def __call__(self, row):
+def test_a_function_that_fails(tiny, tmp_path, local_ray):
+    def fails_on_three(row, folder):  # workers can't import the tests, so that Ray sends what is defined here
+        if row["n"] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        open(f"{folder}/{row['n']}", "w").close()
         return row
 
-
-class Fails:
-    def __init__(self, words):
-        self.words = words
-
-    def __call__(self, row):
-        raise ValueError(f"{self.words}: {row['n']}")
-
-
-def test_a_function_that_fails(tiny, tmp_path, local_ray):
     rows = [{"n": n} for n in range(6)]
     with pytest.raises(OSError, match="No space left on device") as caught:
         list(map_tasks(tiny(), fails_on_three, rows, arguments=(str(tmp_path),)))
@@ -45,6 +28,17 @@ def test_a_function_that_fails(tiny, tmp_path, local_ray):
 
 
 def test_an_actor_that_fails(tiny, local_ray):
+    class FailsWhenMade:
+        def __init__(self, words):
+            raise PermissionError(errno.EACCES, words)
+
+    class Fails:
+        def __init__(self, words):
+            self.words = words
+
+        def __call__(self, row):
+            raise ValueError(f"{self.words}: {row['n']}")
+
     with pytest.raises(PermissionError, match="not yours"):
         list(map_tasks(tiny(), FailsWhenMade, [{"n": 1}, {"n": 2}], arguments=("not yours",)))
     with pytest.raises(ValueError, match="no number: 1"):
