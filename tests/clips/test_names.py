@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from layouts import WRITERS
+from PIL import Image
 from test_videos import picture, write_video
 
 from pipeline import storage
@@ -88,6 +89,18 @@ def test_every_name_is_read_or_set_aside_and_the_job_ends_well(folder, tmp_path,
     assert len(summary["bad"]) == 3
     # What was remembered of the files is found again, under the same fingerprint.
     assert stage.shard(config)["uri"] == summary["uri"]
+
+
+def test_a_data_set_in_a_folder_whose_name_is_no_text(tmp_path, in_this_process):
+    place = tmp_path / "caf\udce9"
+    place.mkdir()
+    write_video(tmp_path / "a.mp4", [picture()]).rename(place / "a.mp4")
+    (place / "frames").mkdir()
+    Image.fromarray(picture()).save(place / "frames" / "0.png")
+    summary = stage.shard(config_of(place, tmp_path))
+    assert (summary["videos"], summary["bad"]) == (2, [])
+    sources = pq.read_table(f"{summary['uri']}/sources.parquet").to_pylist()
+    assert sources[0]["path"] == f"{tmp_path}/caf\\xe9/a.mp4"
 
 
 def test_a_name_that_earlier_versions_set_aside_makes_another_clip_set(tmp_path):

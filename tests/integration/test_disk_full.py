@@ -76,7 +76,9 @@ def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
         resize(used(folder) + room)
         with pytest.raises(Exception, match="No space left on device") as caught:
             stage()
-        assert str(root_cause(caught.value)).startswith("[Errno 28] No space left on device"), "as the job says it"
+        assert str(root_cause(caught.value)).startswith("[Errno 28] No space left on device"), (
+            "as the job says it"
+        )
         assert half_written(folder) == []
         resize("64m")
 
