@@ -195,27 +195,29 @@ class _Actor:
 
 
 def _packed(error: Exception) -> str:
-    """An error as text that `_unpacked` understands; one that can't be pickled becomes a RuntimeError in its words."""
-    from ray import cloudpickle
-
+    """An error as text, in the form that Ray sends errors in; one that does not survive it becomes a RuntimeError."""
     note = f"In the worker:\n{traceback_text(error).rstrip()}"
     plain = RuntimeError(f"{type(error).__name__}: {error}")
-    plain.add_note(note)
-    error.add_note(note)
+    for sent in (error, plain):
+        sent.add_note(note)
+    text = _as_ray_sends(error)
     try:
-        content = cloudpickle.dumps(error)
-        whole = str(cloudpickle.loads(content)) == str(error)
-    except Exception:  # whatever a library's own pickling raises
+        whole = str(_unpacked(text)) == str(error) and type(_unpacked(text)) is type(error)
+    except Exception:  # whatever a library's own errors raise when they are made again
         whole = False
-    if not whole:
-        content = cloudpickle.dumps(plain)
-    return base64.b64encode(content).decode()
+    return text if whole else _as_ray_sends(plain)
+
+
+def _as_ray_sends(error: Exception) -> str:
+    from ray.exceptions import RayTaskError
+
+    return base64.b64encode(RayTaskError("task", "", error, "task", os.getpid(), "here").to_bytes()).decode()
 
 
 def _unpacked(text: str) -> Exception:
-    from ray import cloudpickle
+    from ray.exceptions import RayError
 
-    return cloudpickle.loads(base64.b64decode(text))
+    return RayError.from_bytes(base64.b64decode(text)).cause
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -91,7 +91,7 @@ def _write_all(model: SlotModel, video: VideoRef, folder: Path, max_side: int, c
     labels_folder = folder / KINDS["labels"]
     labels_folder.mkdir()
     with (
-        Progress(f"segment {video.name}", expected, "frames") as progress,
+        Progress(f"segment {printable(video.name)}", expected, "frames") as progress,
         _VideoWriter(folder / KINDS["overlay"], fps) as writer,
     ):
         for pixels, _, masks in model.stream(_chunks(frames, chunk_frames)):
