@@ -11,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import json
+import os
 import pkgutil
 import re
 import sys
@@ -205,6 +206,8 @@ def _split(job: Job, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def _flag_hint(job: Job, word: str) -> str:
     """What to type for a flag that there is none of."""
     key = word.lstrip("-").split("=")[0]
+    if os.path.exists(word):
+        return f"; the file of this name is ./{word}"
     if "." in key or (job.settings is not None and key in job.settings.model_fields):
         return f"; a setting has no dashes: {key}=…"
     near = difflib.get_close_matches(
@@ -215,7 +218,7 @@ def _flag_hint(job: Job, word: str) -> str:
 
 def _file_hint(words: Sequence[str]) -> str:
     """What to type for a file whose name reads as a setting."""
-    file = next((word for word in words if _is_setting(word) and Path(word).exists()), None)
+    file = next((word for word in words if _is_setting(word) and os.path.exists(word)), None)
     return f"; the file of this name is ./{file}" if file else ""
 
 
@@ -241,8 +244,9 @@ def _failure(job: str, error: BaseException) -> dict[str, Any]:
     cause = root_cause(error)
     if not _is_ours(cause):
         log(traceback_text(error).rstrip())
-    log(f"error: {cause}")
-    return {"status": "failed", "error": str(cause)}
+    said = str(cause) or type(cause).__name__
+    log(f"error: {said}")
+    return {"status": "failed", "error": said}
 
 
 def _is_ours(error: BaseException) -> bool:

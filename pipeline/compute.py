@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import json
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.log import log
+from pipeline.log import log, traceback_text
 
 GPUS_WITHIN = 1800.0  # seconds; a cloud takes minutes for a node
 SECONDS_BETWEEN_LINES = 60.0
@@ -143,6 +145,8 @@ def map_tasks(
         task: a function of a row and `arguments`, run on one CPU; or a class, made of `arguments` once an actor, which
             holds a model (see `actor_options`) and is called with each row.
         rows: plain values, as JSON has them; so is what the task returns.
+
+    Raises what the first task that fails has raised, with the traceback there as a note.
     """
     if not rows:
         return
@@ -158,36 +162,96 @@ def map_tasks(
         else:
             function: Any = _run_task
             done = dataset.map(function, fn_kwargs={"task": task, "arguments": arguments}, num_cpus=1)
-        for line in done.iter_rows():
-            yield json.loads(line["result"])
+        answers: Any = iter(done.iter_rows())
+        with contextlib.closing(answers):  # so that an error ends the other tasks as well
+            for line in answers:
+                if line["error"]:
+                    raise _unpacked(line["error"])
+                yield json.loads(line["result"])
 
 
 def _run_task(line: dict[str, str], task: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, str]:
-    return {"result": json.dumps(task(json.loads(line["row"]), *arguments))}
+    # An error is a result: one that is raised here comes back as Ray Data's own, which says nothing of its cause.
+    try:
+        return {"result": json.dumps(task(json.loads(line["row"]), *arguments)), "error": ""}
+    except Exception as error:
+        return {"result": "", "error": _packed(error)}
 
 
 class _Actor:
     """What Ray Data runs of a task that is a class."""
 
     def __init__(self, task: type, arguments: Sequence[Any]) -> None:
-        self.task: Any = task(*arguments)
+        self._made, self._arguments = task, arguments
+        self._task: Any = None
 
     def __call__(self, line: dict[str, str]) -> dict[str, str]:
-        return _run_task(line, self.task, ())
+        return _run_task(line, self._run, ())
+
+    def _run(self, row: dict[str, Any]) -> Any:
+        if self._task is None:  # made here, so that what fails in it is an error of the task
+            self._task = self._made(*self._arguments)
+        return self._task(row)
+
+
+def _packed(error: Exception) -> str:
+    """An error as text, in the form that Ray sends errors in; one that does not survive it becomes a RuntimeError."""
+    note = f"In the worker:\n{traceback_text(error).rstrip()}"
+    plain = RuntimeError(f"{type(error).__name__}: {error}")
+    for sent in (error, plain):
+        getattr(sent, "add_note", print)(note)  # Python 3.10 has no notes: it goes to the log
+    text = _as_ray_sends(error)
+    try:
+        whole = str(_unpacked(text)) == str(error) and type(_unpacked(text)) is type(error)
+    except Exception:  # whatever a library's own errors raise when they are made again
+        whole = False
+    return text if whole else _as_ray_sends(plain)
+
+
+def _as_ray_sends(error: Exception) -> str:
+    from ray.exceptions import RayTaskError
+
+    return base64.b64encode(RayTaskError("task", "", error, "task", os.getpid(), "here").to_bytes()).decode()
+
+
+def _unpacked(text: str) -> Exception:
+    from ray.exceptions import RayError
+
+    return RayError.from_bytes(base64.b64decode(text)).cause
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error behind those that Ray wraps around what its workers raise."""
-    seen = set()
-    while id(error) not in seen:
+    """The error behind those that Ray wraps around what its workers raise; Ray's own where there is none."""
+    seen: set[int] = set()
+    while _is_of_ray(error) and id(error) not in seen:
         seen.add(id(error))
-        inner = getattr(error, "cause", None) or error.__cause__
-        failures = getattr(error, "worker_failures", None)
-        if failures:
-            inner = next(iter(failures.values()))
-        if isinstance(inner, BaseException) and type(error).__module__.startswith("ray"):
-            error = inner
+        error = _wrapped(error) or error
     return error
+
+
+def _is_of_ray(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] == "ray"
+
+
+def _wrapped(error: BaseException) -> BaseException | None:
+    """What one of Ray's errors is about, by the names that they have for it."""
+    if failures := getattr(error, "worker_failures", None):
+        return _telling(failures.values())
+    for inner in (*(getattr(error, name, None) for name in _CAUSES), error.__cause__):
+        # Ray Data says by one without words that an error is not the user's.
+        if isinstance(inner, BaseException) and (str(inner) or not _is_of_ray(inner)):
+            return inner
+    return None
+
+
+_CAUSES = ("cause", "controller_failure", "_base_exc")  # of tasks; of Ray Train's controller and its workers
+_LOST_PEER = re.compile(r"gloo|nccl", re.IGNORECASE)
+
+
+def _telling(failures: Iterable[BaseException]) -> BaseException:
+    """The failure that ended the others: those that only miss their peers come last."""
+    causes = [root_cause(failure) for failure in failures]
+    return next((cause for cause in causes if not _LOST_PEER.search(str(cause))), causes[0])
 
 
 # glibc's <malloc.h>

@@ -78,6 +78,27 @@ class Progress:
         log(f"{self.label}: {word}, {self.done} {self.unit} in {seconds:.1f} s")
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def is_storable(text: str) -> bool:
+    """Whether Parquet, JSON and servers can hold a text: a file's name may have bytes in it that are no UTF-8."""
+    return _SURROGATE.search(text) is None
+
+
+def printable(text: str) -> str:
+    """A text of one line that can be stored and shown; bytes that are no UTF-8 become `\\xe9`."""
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte that is no UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}"
+
+
 HIDDEN = "***"
 # Letters of a value that is replaced: "true" and "1234" would be found in every other word. The key's id is
 # no secret and may be a word, such as the bucket's name; those of AWS are hidden all the same.
@@ -98,7 +119,11 @@ _PATTERNS = (
 
 
 def redact(text: str) -> str:
-    """The text without the values of secret environment variables, passwords in URLs and signatures."""
+    """The text without the values of secret environment variables, passwords in URLs and signatures.
+
+    What no server and no file in UTF-8 can hold is escaped (see `is_storable`).
+    """
+    text = _SURROGATE.sub(_escaped, text)
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
     for pattern in _PATTERNS:

@@ -32,7 +32,7 @@ class ClipLibrary:
 
         Where a whole folder of videos is trained on, its sub-folder for evaluation is not.
         """
-        key = (config.dataset.model_dump_json(), config.evaluate.split, split, config.storage.root)
+        key = (repr(config.dataset), config.evaluate.split, split, config.storage.root)
         if key not in self._found:
             self._found[key] = _list(config, split)
         return self._found[key]

@@ -21,7 +21,7 @@ from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, SOURCES_FILE
 from pipeline.clips.write import ShardReport, read_report, shard_task, write_rows
 from pipeline.compute import map_tasks
 from pipeline.config import Config
-from pipeline.log import Progress, log
+from pipeline.log import Progress, log, printable
 
 
 class TooManyBadVideos(RuntimeError):
@@ -100,7 +100,7 @@ class _Sharding:
         write_rows(storage.join(self.uri, INDEX_FILE), [asdict(e) for e in entries])
         write_rows(
             storage.join(self.uri, SOURCES_FILE),
-            [{"video_id": v.video_id, "path": v.path, "content": v.content} for v in self.videos],
+            [{"video_id": v.video_id, "path": printable(v.path), "content": v.content} for v in self.videos],
         )
         storage.write_bytes(storage.join(self.uri, "config.yaml"), self.config.to_yaml().encode())
         dataset = self.config.dataset

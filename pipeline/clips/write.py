@@ -19,6 +19,7 @@ from pipeline.clips.sources import read_video
 from pipeline.clips.sources.base import BadVideo, Frame, VideoRef
 from pipeline.clips.table import VideoEntry
 from pipeline.config import Clips
+from pipeline.log import printable
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> ShardRepor
             try:
                 entry = _spool_video(video, spool, schema, settings)
             except BadVideo as error:
-                bad.append(BadVideoEntry(video=video.name, path=video.path, reason=str(error)))
+                said = [printable(text) for text in (video.name, video.path, str(error))]
+                bad.append(BadVideoEntry(video=said[0], path=said[1], reason=said[2]))
                 continue
             with pa.OSFile(str(spool)) as file:
                 for batch in pa.ipc.open_stream(file):

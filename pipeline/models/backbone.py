@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,8 @@ def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
     Position embeddings of another size are resampled by timm; a final norm and a head are ignored.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, unreadable, or its keys or shapes differ.
+        FileNotFoundError, ValueError: the file is missing, unreadable, its keys or shapes differ, or a tensor is
+            not finite.
         RuntimeError: the hub can't be reached.
     """
     timm = import_timm()
@@ -200,6 +202,7 @@ def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
         state = checkpoint_filter_fn(read_state_dict(source), model)
     state = {k: v for k, v in state.items() if not k.startswith(("norm.", "fc_norm.", "head."))}
     check_state_dict(model, state, str(source))
+    check_finite(state, str(source))
     model.load_state_dict(state)
 
 
@@ -216,3 +219,14 @@ def check_state_dict(module: nn.Module, state: dict[str, Tensor], source: str) -
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(f"{source}: the weights don't fit the model: {shown}")
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raises ValueError where tensors hold NaN or infinity, as a run leaves them that diverged; it names them."""
+    wrong = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if wrong:
+        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise ValueError(
+            f"{source}: {len(wrong)} of {len(state)} tensors are not finite ({shown}): the training that made them "
+            "diverged; take an earlier checkpoint, or train again with a lower learning rate"
+        )

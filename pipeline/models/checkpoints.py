@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.log import log
 from pipeline.models._timm import import_timm
-from pipeline.models.backbone import BackboneConfig, check_state_dict, read_checkpoint_file
+from pipeline.models.backbone import BackboneConfig, check_finite, check_state_dict, read_checkpoint_file
 from pipeline.models.slot_model import IMAGENET_MEAN, IMAGENET_STD, SlotModel, SlotModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -88,7 +88,8 @@ def load_slot_model(
         FileNotFoundError: nothing at `path`.
         HintError: a public file needs another `num_heads`, or a `num_slots`.
         ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
-            missing, unexpected or of another shape, all of which the message lists.
+            missing, unexpected or of another shape, all of which the message lists; or tensors that are not
+            finite.
     """
     path = Path(path)
     if path.is_dir():
@@ -111,6 +112,7 @@ def load_slot_model(
     state = {k: v.float() for k, v in _plain_names(state).items()}
     model = SlotModel(config)
     check_state_dict(model, state, str(path))
+    check_finite(state, str(path))
     model.load_state_dict(state)
     return model.eval()
 
@@ -134,12 +136,17 @@ def _parse_config(text: str, *, source: str) -> SlotModelConfig:
 
 
 def save_slot_model(model: SlotModel, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes `model.safetensors` (weights stored as `dtype`) and `config.json` into `folder`."""
+    """Writes `model.safetensors` (weights stored as `dtype`) and `config.json` into `folder`.
+
+    Raises:
+        ValueError: weights that are not finite, as `dtype` has them; then nothing is written.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    check_finite(state, f"the model to be saved as {str(dtype).removeprefix('torch.')}")
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
@@ -148,7 +155,11 @@ def save_public_checkpoint(model: SlotModel, path: str | Path, *, step: int = 0)
     """Writes one `.ckpt` file in the public layout, which `load_slot_model` reads as well.
 
     Our config travels along as a JSON string; other readers ignore it.
+
+    Raises:
+        ValueError: weights that are not finite; then nothing is written.
     """
+    check_finite(model.state_dict(), "the model to be saved")
     image_model = not model.config.predictor
     state = {k if image_model else _video_name(k): v.detach().cpu() for k, v in model.state_dict().items()}
     content = {"state_dict": state, "epoch": 0, "global_step": step}

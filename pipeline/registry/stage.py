@@ -27,6 +27,8 @@ from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import finished_student, student_subject
 from pipeline.log import log
+from pipeline.models.backbone import check_finite, read_state_dict
+from pipeline.models.checkpoints import WEIGHTS_FILE
 from pipeline.registry.lock import registry_lock
 from pipeline.tracking.client import ServerUnavailable, error_code, slow_transfers
 from pipeline.tracking.versions import fetch_version, find_version
@@ -66,6 +68,7 @@ def register_run(
 
     Raises:
         storage.IncompleteError: the run has not finished.
+        ValueError: weights that are not finite.
         ServerUnavailable, AccessDenied: MLflow; the student is kept.
     """
     manifest = RunManifest.read(run_uri)
@@ -199,6 +202,7 @@ def _pack(model_uri: str, folder: Path) -> None:
         tempfile.TemporaryDirectory() as scratch,
         warnings.catch_warnings(),
     ):
+        check_finite(read_state_dict(Path(model) / WEIGHTS_FILE), storage.join(model_uri, WEIGHTS_FILE))
         code = Path(scratch) / package.name
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
         warnings.filterwarnings("ignore", message=".*input example.*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.clips.sources import Frame, VideoRef, read_video
-from pipeline.log import Progress
+from pipeline.log import Progress, printable
 from pipeline.models import SlotModel
 from pipeline.segment.figures import overlay, slot_colours
 
 SHEET_FRAMES = 12
 KINDS = {"overlay": "overlay.mp4", "labels": "labels", "sheet": "sheet.png"}  # what is written of a video
+LONGEST_NAME = 255  # bytes, of a file on Linux, macOS and in most others
 _HEADER = 1 << 20  # bytes that are read at a time of a remote file to find its frame rate
 
 
@@ -55,11 +57,10 @@ def segment(
             storage.upload_tree(local, str(out))
         return {**done, "uri": str(out), **places}
     out = Path(out)
-    # An id comes from a data set, and shall name no other folder.
-    name = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in reference.video_id)
+    name = _output_name(reference.video_id)
     out.mkdir(parents=True, exist_ok=True)
     # Written aside and moved when whole, so that an error leaves an earlier result as it was.
-    with tempfile.TemporaryDirectory(prefix=f".tmp-{name}-", dir=out) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out) as scratch:
         frames = _write_all(model, reference, Path(scratch), max_side, chunk_frames)
         results = {kind: out / f"{name}_{file}" for kind, file in KINDS.items()}
         shutil.rmtree(results["labels"], ignore_errors=True)
@@ -72,6 +73,16 @@ def segment(
     }
 
 
+def _output_name(video_id: str) -> str:
+    """What outputs are named by: no other folder, and short enough for a file system; what is cut off is hashed."""
+    name = re.sub(r"[/\\]", "_", printable(video_id))
+    most = LONGEST_NAME - max(len(f"_{file}") for file in KINDS.values())
+    if len(name.encode()) <= most:
+        return name
+    ending = f"-{storage.fingerprint(video_id)}"
+    return name.encode()[: most - len(ending)].decode(errors="ignore") + ending
+
+
 def _write_all(model: SlotModel, video: VideoRef, folder: Path, max_side: int, chunk_frames: int) -> int:
     """Writes overlay, labels and sheet of a video into a folder; returns its number of frames."""
     fps, expected, short_side = _probe(video, max_side)
@@ -80,7 +91,7 @@ def _write_all(model: SlotModel, video: VideoRef, folder: Path, max_side: int, c
     labels_folder = folder / KINDS["labels"]
     labels_folder.mkdir()
     with (
-        Progress(f"segment {video.name}", expected, "frames") as progress,
+        Progress(f"segment {printable(video.name)}", expected, "frames") as progress,
         _VideoWriter(folder / KINDS["overlay"], fps) as writer,
     ):
         for pixels, _, masks in model.stream(_chunks(frames, chunk_frames)):
@@ -117,7 +128,11 @@ def _probe(video: VideoRef, max_side: int) -> tuple[Fraction, int | None, int | 
         return Fraction(12), None, None
     try:
         remote = storage.is_remote(video.path)
-        file = storage.RangeFile(video.path, 0, video.bytes, ahead=_HEADER) if remote else video.path
+        file = (
+            storage.RangeFile(video.path, 0, video.bytes, ahead=_HEADER)
+            if remote
+            else storage.absolute(video.path)
+        )
         with av.open(file) as container:
             stream = container.streams.video[0]
             rate = Fraction(stream.average_rate or 25).limit_denominator(60_000)

@@ -67,7 +67,7 @@ def timestamp() -> str:
 
 def absolute(uri: str) -> str:
     """A local path made absolute, so that it means the same in every process of this machine."""
-    return uri if is_remote(uri) else str(Path(uri).expanduser().absolute())
+    return uri if is_remote(uri) else str(Path(os.path.expanduser(uri)).absolute())
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

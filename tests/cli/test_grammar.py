@@ -198,11 +198,13 @@ def test_segments_short_keys():
         ("segment", ["a.mp4", "model=m", "out=x", "num_slots=300"], "num_slots: 300 must be at most 256"),
         ("segment", ["a.mp4", "b/a.mp4", "model=m", "out=x"], "two videos are named 'a'"),
         ("segment", ["clip=1.mp4", "model=m", "out=x"], "the file of this name is ./clip=1.mp4"),
+        ("segment", ["-dash.mp4", "model=m", "out=x"], "the file of this name is ./-dash.mp4"),
     ],
 )
 def test_what_is_refused_says_what_to_do(tmp_path, monkeypatch, capsys, stage, words, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "clip=1.mp4").touch()
+    for file in ("clip=1.mp4", "-dash.mp4"):
+        (tmp_path / file).touch()
     with pytest.raises(ConfigError) as refused:
         parse(stage, words)
     assert message in str(refused.value)

@@ -14,6 +14,7 @@ from helpers import GOLDEN_TEACHER, assert_kept, published_shards, wait_for
 from pipeline import storage
 from pipeline.clips.library import artifacts_of
 from pipeline.clips.stage import shard_split
+from pipeline.compute import root_cause
 from pipeline.distill.stage import distill
 from pipeline.targets.stage import cache
 
@@ -67,8 +68,11 @@ def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
     def fills_up(stage, room):
         """Runs a stage with so much room, which is too little, then with enough."""
         resize(used(folder) + room)
-        with pytest.raises(Exception, match="No space left on device"):
+        with pytest.raises(Exception, match="No space left on device") as caught:
             stage()
+        assert str(root_cause(caught.value)).startswith("[Errno 28] No space left on device"), (
+            "as the job says it"
+        )
         assert half_written(folder) == []
         resize("64m")
 

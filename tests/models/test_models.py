@@ -1,11 +1,12 @@
 """Backbones by name and from files, model folders, what a model takes and gives, the fast decoder."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_vit
 
 from pipeline.models import (
@@ -15,6 +16,7 @@ from pipeline.models import (
     SlotModelConfig,
     load_backbone_weights,
     load_slot_model,
+    save_public_checkpoint,
     save_slot_model,
 )
 from pipeline.models.decoders import MLPDecoder
@@ -274,3 +276,62 @@ def test_random_initial_slots_need_a_seed():
         model(random_video())
     with torch.no_grad():
         assert model(random_video(), initial_slots=model.initial_slots(2, [1, 2])).slots.shape == (2, 4, 3, 8)
+
+
+# --- weights that are not finite --------------------------------------------------------------------
+
+
+def damaged(state, *keys, value=float("nan")):
+    """The tensors with one number of each of `keys` changed."""
+    state = {k: v.clone() for k, v in state.items()}
+    for key in keys:
+        state[key].view(-1)[-1] = value
+    return state
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path, value):
+    path = tmp_path / "teacher.ckpt"
+    save_public_checkpoint(make(), path)
+    content = torch.load(path, weights_only=True)
+    keys = [k for k in content["state_dict"] if k.endswith(("to_q.weight", "pos_embed"))]
+    torch.save({**content, "state_dict": damaged(content["state_dict"], *keys, value=value)}, path)
+    with pytest.raises(ValueError, match=r"teacher\.ckpt: 2 of \d+ tensors are not finite") as caught:
+        load_slot_model(path)
+    assert "processor.corrector.to_q.weight" in str(caught.value)
+    assert "encoder.backbone.model.pos_embed" in str(caught.value)
+
+
+def test_a_model_folder_that_is_not_finite_is_refused(tmp_path):
+    save_slot_model(make(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    every = [k for k, v in state.items() if v.is_floating_point()]
+    save_file(damaged(state, *every), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{len(every)} of \d+ tensors .* and {len(every) - 5} more\)"):
+        load_slot_model(tmp_path)
+
+
+def test_a_backbone_that_is_not_finite_is_refused_for_what_is_used(tmp_path):
+    """A head's weights are not loaded, so that they may be anything."""
+    donor = tiny_backbone()
+    state = {**donor.model.state_dict(), "head.weight": torch.full((2, 32), float("nan"))}
+    save_file(state, tmp_path / "good.safetensors")
+    load_backbone_weights(tiny_backbone(), tmp_path / "good.safetensors")
+    save_file(damaged(state, "blocks.1.attn.qkv.weight"), tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"bad\.safetensors: 1 of \d+ .*\(blocks\.1\.attn\.qkv\.weight\)"):
+        load_backbone_weights(tiny_backbone(), tmp_path / "bad.safetensors")
+
+
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
+    model = make()
+    bias = model.get_parameter("processor.corrector.to_q.weight")
+    bias.data[0, 0] = 1e6  # beyond float16
+    save_slot_model(model, tmp_path / "single")
+    with pytest.raises(ValueError, match=r"saved as float16: 1 of .*\(processor\.corrector\.to_q\.weight\)"):
+        save_slot_model(model, tmp_path / "half", dtype=torch.float16)
+    bias.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="to_q"):
+        save_slot_model(model, tmp_path / "folder")
+    with pytest.raises(ValueError, match="to_q"):
+        save_public_checkpoint(model, tmp_path / "file.ckpt")
+    assert sorted(os.listdir(tmp_path)) == ["single"]

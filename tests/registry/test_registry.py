@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from students import evaluation, make_finished_run
 
 from pipeline import storage, tracking
@@ -43,6 +44,17 @@ def test_the_alias_moves_only_to_a_better_score_on_the_same_evaluation(config, f
     better = register_run(config, finished_run("better"), evaluation(0.6))
     assert better["champion"]
     assert better["version"] == champion(config) == 5
+
+
+def test_weights_that_are_not_finite_are_not_registered(config, finished_run):
+    run = finished_run("diverged")
+    path = f"{run}/model/model.safetensors"
+    state = load_file(path)
+    key = next(k for k in state if k.endswith("to_q.weight"))
+    save_file({**state, key: torch.full_like(state[key], torch.nan)}, path)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: 1 of \d+ tensors are not finite \({key}\)"):
+        register_run(config, run, evaluation(0.5))
+    assert not tracking.connect(config).search_model_versions("name = 'slotmatch'")
 
 
 def test_a_scored_version_replaces_a_champion_that_has_no_score(config, finished_run):

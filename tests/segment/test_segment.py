@@ -1,5 +1,6 @@
 """Videos through a model: what is written, and what is said when it can't be."""
 
+import os
 from pathlib import Path
 
 import av
@@ -91,3 +92,44 @@ def test_an_id_of_a_data_set_names_files_in_the_folder_only(model, tmp_path, nam
     assert set(out.iterdir()) == {out / Path(done[kind]).name for kind in ("overlay", "labels", "sheet")}
     outside = {path for path in tmp_path.rglob("*") if out not in [path, *path.parents]}
     assert outside - before == {tmp_path / "deep", tmp_path / "deep" / "deeper"}
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("12:30.mp4", "12:30"),
+        ("clip=1.mp4", "clip=1"),
+        ("-dash.mp4", "-dash"),
+        ("~tilde.mp4", "~tilde"),
+        ("at 3.14\u202fPM.mov", "at 3.14\u202fPM"),
+        ("caf\udce9.mp4", "caf_xe9"),
+        ("two\nlines.mp4", "two_x0alines"),
+    ],
+)
+def test_a_video_of_any_name(model, tmp_path, monkeypatch, name, written):
+    """As it is typed in its folder."""
+    monkeypatch.chdir(tmp_path)
+    write_noise("plain.mp4", 2, (32, 48), codec="mpeg4")
+    os.rename("plain.mp4", name)
+    done = segment(model, name, "out")
+    assert done["frames"] == 2
+    assert sorted(os.listdir("out")) == sorted(
+        f"{written}_{kind}" for kind in ("labels", "overlay.mp4", "sheet.png")
+    )
+    with av.open(os.path.abspath(done["overlay"])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 2
+
+
+def test_long_names_are_cut_and_stay_distinct(model, tmp_path):
+    """Both are of 250 bytes and differ in the last."""
+    names = []
+    for last in "ab":
+        name = f"{'é' * 122}x{last}.mp4"
+        assert len(name.encode()) == 250
+        write_noise(tmp_path / name, 1, (32, 48), codec="mpeg4")
+        done = segment(model, tmp_path / name, tmp_path / "out")
+        names += [Path(done[kind]).name for kind in ("overlay", "labels", "sheet")]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(names)
+    assert len(set(names)) == 6
+    assert max(len(name.encode()) for name in names) <= 255
+    assert all(name.startswith("é" * 100) for name in names)

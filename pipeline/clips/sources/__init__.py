@@ -12,6 +12,7 @@ from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo
 from pipeline.clips.sources.frames import resample
 from pipeline.config import Dataset, parse_split
+from pipeline.log import is_storable, printable
 
 __all__ = ["BadVideo", "Frame", "FrameIterator", "VideoRef", "list_videos", "read_video"]
 
@@ -78,12 +79,33 @@ def _check_unique(found: list[VideoRef]) -> None:
 
 
 def _checked(video: VideoRef) -> VideoRef:
-    """Sets a video aside whose id would lead out of a folder that files are named by it in."""
-    parts = PurePosixPath(video.video_id).parts
-    outside = not parts or parts[0] == "/" or ".." in parts or "//" in video.video_id
-    if outside or "\\" in video.video_id or not video.video_id.isprintable():
-        return video._replace(problem=f"the name {video.video_id!r} can't be used: it leads out of a folder")
+    """Sets a video aside whose id can't be stored, or would lead out of a folder that files are named by it in."""
+    if problem := _problem_of_name(video.video_id):
+        shown = printable(video.video_id)
+        return video._replace(
+            video_id=shown,
+            path=printable(video.path),
+            problem=f"the name '{shown}' can't be used: {problem}; rename it",
+        )
+    if not video.video_id.isprintable():
+        # Earlier versions set these aside, so that their clip sets are others.
+        return video._replace(content=storage.fingerprint(["unusual name", video.content]))
     return video
+
+
+def _problem_of_name(video_id: str) -> str:
+    parts = PurePosixPath(video_id).parts
+    if not is_storable(video_id):
+        return "it has bytes that are no UTF-8"
+    if not parts:
+        return "it is empty"
+    if parts[0] == "/" or ".." in parts or "//" in video_id:
+        return "it leads out of a folder"
+    if "\\" in video_id:
+        return "it has a backslash, which leads out of a folder on some systems"
+    if printable(video_id) != video_id:
+        return "it has a control character"
+    return ""
 
 
 def read_video(

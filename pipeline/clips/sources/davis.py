@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from pipeline import storage
 from pipeline.clips.sources.base import FrameIterator, VideoRef
-from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key, read_whole
+from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key, read_lines, read_whole
 from pipeline.clips.sources.frames import RawFrame, fitted, read_images, with_labels
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
@@ -33,7 +33,7 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
         raise FileNotFoundError(
             f"split {split!r}: {lists} has no {split}.txt; splits: {', '.join(splits) or 'none'}"
         )
-    names = storage.read_bytes(storage.join(lists, f"{split}.txt")).decode().split()
+    lines = read_lines(storage.join(lists, f"{split}.txt"))
     images = storage.join(root, "JPEGImages", dataset.resolution)
     labels = storage.join(root, "Annotations_unsupervised", dataset.resolution)
     frames, masks = _by_video(images), _by_video(labels)
@@ -42,6 +42,8 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
         raise FileNotFoundError(
             f"dataset.resolution: no frames in {images}; resolutions: {', '.join(known) or 'none'}"
         )
+    # One name a line, which may have blanks in it; else several in one, as was always read.
+    names = [name for line in lines for name in ([line] if line in frames else line.split(" ")) if name]
     return in_threads(lambda name: _reference(name, images, labels, frames, masks, memo), names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,21 @@ def _read(operation: Callable[[], bytes], name: str) -> bytes:
         raise
     except OSError as error:
         raise BadVideo(f"{name} can't be read ({error.strerror or error})") from error
+
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_lines(uri: str) -> list[str]:
+    """The lines of a list of names without blanks around them, as an editor on any system writes them.
+
+    UTF-8 with or without a byte order mark, or UTF-16 with one; bytes that are no UTF-8 as in names of files. Unusual
+    spaces stay, as names have them.
+    """
+    content = storage.read_bytes(uri)
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    text = content.decode(encoding, "surrogateescape")
+    return [line.strip(" \t") for line in re.split(r"[\r\n\t]+", text) if line.strip(" \t")]
 
 
 def check_complete(folder: str, present: Collection[int], total: int, name: Callable[[int], str]) -> None:

@@ -179,7 +179,7 @@ def _read_file(video: VideoRef, short_side: int | None) -> Iterator[RawFrame]:
     try:
         if (video.bytes if remote else os.path.getsize(video.path)) == 0:
             raise BadVideo("the file is empty")
-        with av.open(remote or video.path) as container:
+        with av.open(remote or storage.absolute(video.path)) as container:
             # A picture attached to an audio file is a video stream too.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
