@@ -32,6 +32,7 @@ from pipeline.storage.errors import (
     UnavailableError,
 )
 from pipeline.storage.reading import RangeFile, ahead, is_remote, on_s3, read_range
+from pipeline.storage.s3_filesystem import S3Filesystem
 
 __all__ = [
     "MANIFEST",
@@ -77,7 +78,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ValueError: a scheme other than `s3://`.
     """
     if on_s3(uri):
-        return s3.filesystem(), uri.removeprefix("s3://")
+        return S3Filesystem(), uri.removeprefix("s3://")
     return fsspec.filesystem("file"), absolute(uri)
 
 

@@ -9,25 +9,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import fsspec
-
 from pipeline.log import log
-from pipeline.storage.client import endpoint, request, settings, split, status, timeout, tries
+from pipeline.storage.client import endpoint, request, split, status
 from pipeline.storage.errors import StorageError
 
 PART_BYTES = 8 << 20  # of a multipart upload, at first; 5 MiB is the least that S3 takes
 # Then they are twice as large: S3 takes 10,000 parts, and so 8 TB, which is more than an object may have.
 PARTS_OF_A_SIZE = 1000
 _T = TypeVar("_T")
-
-
-def filesystem() -> fsspec.AbstractFileSystem:
-    """For libraries that bring their own reading and writing, such as Ray; it tries as often as we do."""
-    config = {"retries": {"total_max_attempts": tries(), "mode": "standard"}, **settings(timeout())}
-    # Listings change under us whenever another job publishes, so none is cached.
-    fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config)
-    fs.retries = 2  # s3fs's own, on top of botocore's, which do not cover the body of an answer
-    return fs
 
 
 def size(uri: str) -> int:
@@ -169,6 +158,12 @@ def delete(uri: str) -> None:
     keys += [prefix + found.name for found in objects(uri, deep=True)]
     for start in range(0, len(keys), 1000):  # the most that one request takes
         request("delete", uri, functools.partial(_delete_keys, bucket, keys[start : start + 1000]))
+
+
+def delete_object(uri: str) -> None:
+    """Removes one object; nothing there is no error."""
+    bucket, key = split(uri)
+    request("delete", uri, lambda c: c.delete_object(Bucket=bucket, Key=key))
 
 
 def _delete_keys(bucket: str, keys: list[str], client: Any) -> None:
