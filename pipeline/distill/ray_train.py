@@ -113,14 +113,16 @@ def _interruptible() -> Iterator[None]:
 
     Ray Train's own handler, which ends the workers, leaves with SystemExit, and stays when the training is over.
     """
+    if threading.current_thread() is not threading.main_thread():  # a trial of Tune, which gets no signals
+        yield
+        return
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handler)
 
 
 def _check_resources(settings: Training, gpus: int) -> None:
