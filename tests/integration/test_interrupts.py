@@ -15,6 +15,7 @@ from pipeline import tracking
 
 ENDLESS = ["distill.steps=100000", "teacher.train.steps=100000", "ray.num_cpus=3"]
 SWEEP = [*ENDLESS, "distill.method=no_kd", "sweep.grid={distill.learning_rate: [0.001]}", "sweep.seeds=[1]"]
+ENDED = "ends in seconds, says how to go on, no MLflow run stays open"
 STUDENT = ["distill.method=no_kd", "evaluate.teacher=false", "ray.num_cpus=3"]
 
 
@@ -98,7 +99,7 @@ def check_interrupt(job, config, *, group):
     wait_for(lambda: not any(is_alive(process) for process in family), 30)
 
 
-@pytest.mark.fault("Ctrl-C in a training of one process")
+@pytest.mark.fault(fault="Ctrl-C in a training of one process", stage="distill, teacher", checked=ENDED)
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize("stage", ["distill", "teacher"])
 def test_a_training(start, clips, stage, group):
@@ -108,7 +109,7 @@ def test_a_training(start, clips, stage, group):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("Ctrl-C in a training on Ray")
+@pytest.mark.fault(fault="Ctrl-C in a training on Ray", stage="distill", checked=ENDED)
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_a_training_on_ray(start, clips, group):
     job = start("distill", *ENDLESS, "distill.method=no_kd", "distill.workers=1", f"distill.seed={4 + group}")
@@ -117,7 +118,7 @@ def test_a_training_on_ray(start, clips, group):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("Ctrl-C in a sweep")
+@pytest.mark.fault(fault="Ctrl-C in a sweep", stage="sweep", checked=ENDED)
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sweep(start, clips, workers, group):
@@ -127,7 +128,9 @@ def test_a_sweep(start, clips, workers, group):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("Ctrl-C in tasks on Ray Data")
+@pytest.mark.fault(
+    fault="Ctrl-C in tasks on Ray Data", stage="cache, evaluate, register, pipeline", checked=ENDED
+)
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize(
     ("stage", "settings"),
