@@ -38,7 +38,7 @@ def check_not_moved(config: Config) -> None:
     root = storage.absolute(config.storage.root)
     if storage.is_remote(root) or config.tracking_uri != f"sqlite:///{Path(root) / DATABASE}":
         return
-    for location in _locations(Path(root) / DATABASE, config.mlflow.experiment):
+    if location := _locations(Path(root) / DATABASE).get(config.mlflow.experiment):
         _refuse_another(location, root)
 
 
@@ -53,18 +53,16 @@ def check_source(source: str, tracking_uri: str) -> None:
         raise ConfigError(_moved(old, str(root)))
 
 
-def _locations(database: Path, experiment: str) -> list[str]:
-    """Where an experiment keeps its files; empty where the database is not there, or has no tables yet."""
+def _locations(database: Path) -> dict[str, str]:
+    """Where each experiment keeps its files; empty where the database is not there, or has no tables yet."""
     if not database.exists():
-        return []
-    with contextlib.closing(
-        sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=60)
-    ) as connection:
-        query = "SELECT artifact_location FROM experiments WHERE name = ?"
+        return {}
+    uri = f"{database.as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60)) as connection:
         try:
-            return [str(row[0]) for row in connection.execute(query, (experiment,)) if row[0]]
+            return dict(connection.execute("SELECT name, artifact_location FROM experiments"))
         except sqlite3.DatabaseError:  # MLflow says what is wrong with it
-            return []
+            return {}
 
 
 def _refuse_another(location: str, root: str) -> None:
@@ -118,9 +116,9 @@ def relocate(config: Config, old: str) -> dict[str, Any]:
         for statement, values in changes:
             connection.execute(statement, values)
         connection.execute("COMMIT")
-    check_not_moved(
-        config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"tracking_uri": None})})
-    )
+    if not changes and not manifests:  # was done before, or `old` is mistyped
+        for location in _locations(database).values():
+            _refuse_another(location, root)
     log(
         f"relocate: {len(changes)} records and {len(manifests)} manifests lead to {root} now, not to {before}"
     )
