@@ -13,6 +13,8 @@ from helpers import GOLDEN_TEACHER, command_line, is_alive, wait_for
 
 from pipeline import tracking
 
+# Making the clips and a student takes a minute, and several where the machine is busy.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ENDLESS = ["distill.steps=100000", "teacher.train.steps=100000", "ray.num_cpus=3"]
 SWEEP = [*ENDLESS, "distill.method=no_kd", "sweep.grid={distill.learning_rate: [0.001]}", "sweep.seeds=[1]"]
 ENDED = "ends in seconds, says how to go on, no MLflow run stays open"
@@ -108,7 +110,6 @@ def test_a_training(start, clips, stage, group):
     check_interrupt(job, clips, group=group)
 
 
-@pytest.mark.slow
 @pytest.mark.fault(fault="Ctrl-C in a training on Ray", stage="distill", checked=ENDED)
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_a_training_on_ray(start, clips, group):
@@ -117,7 +118,6 @@ def test_a_training_on_ray(start, clips, group):
     check_interrupt(job, clips, group=group)
 
 
-@pytest.mark.slow
 @pytest.mark.fault(fault="Ctrl-C in a sweep", stage="sweep", checked=ENDED)
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize("workers", [0, 1])
@@ -127,7 +127,6 @@ def test_a_sweep(start, clips, workers, group):
     check_interrupt(job, clips, group=group)
 
 
-@pytest.mark.slow
 @pytest.mark.fault(
     fault="Ctrl-C in tasks on Ray Data", stage="cache, evaluate, register, pipeline", checked=ENDED
 )
