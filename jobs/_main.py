@@ -27,10 +27,12 @@ from jobs._help import help_text
 from jobs._job import Job
 from pipeline.config import Config, ConfigError, Section, load_config, read_settings, shipped_configs
 from pipeline.log import log, redact, redact_output, redacted, traceback_text
+from pipeline.tracking.moved import check_not_moved
 
 STAGES = (
     *("shard", "teacher", "cache", "distill", "evaluate", "register", "pipeline"),  # in the order of the flow
     *("pull", "segment", "lineage"),  # what to do with a registered model
+    "relocate",  # a storage.root that was moved
     *("sweep", "evidence", "report"),  # comparisons
 )
 
@@ -93,6 +95,8 @@ def run(job: Job, words: Sequence[str] | None = None, *, called: str = "") -> in
         return 0
     started = time.monotonic()
     try:
+        if not call.job.keys:
+            check_not_moved(call.config)
         summary = _function(job.stage)(call.config, **call.arguments)
     except ConfigError as error:
         return refuse(job.name, error)

@@ -118,6 +118,15 @@ def lease(folder: str, label: str) -> Iterator[None]:
                 storage.delete(uri)
 
 
+def held_by(folder: str) -> str:
+    """Who works in a local folder, in words; empty where nobody does."""
+    uri = storage.join(folder, LEASE_FILE)
+    held = _read(uri)
+    if held is None or _is_dead(held) or time.time() - os.path.getmtime(uri) > ABANDONED_AFTER:
+        return ""
+    return f"{held.get('label')} (process {held.get('pid')} on {held.get('host')}, since {held.get('since')})"
+
+
 def _acquire(uri: str, mine: dict[str, Any]) -> None:
     # Two that write at once both read who came last; on a server that takes longer than this, both work.
     settling = 0.5 if storage.is_remote(uri) else 0.05

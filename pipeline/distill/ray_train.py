@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,10 +100,29 @@ def _fit_on_ray(run: Run, callbacks: Sequence[Any]) -> Outcome:
         ),
     )
     try:
-        result: Any = trainer.fit()
+        with _interruptible():
+            result: Any = trainer.fit()
         return result.return_value
     finally:
         storage.delete(storage.join(root, name))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes Ctrl-C in the block a KeyboardInterrupt, as everywhere else.
+
+    Ray Train's own handler, which ends the workers, leaves with SystemExit, and stays when the training is over.
+    """
+    if threading.current_thread() is not threading.main_thread():  # a trial of Tune, which gets no signals
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _check_resources(settings: Training, gpus: int) -> None:

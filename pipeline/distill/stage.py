@@ -132,9 +132,10 @@ def _train(
             try:
                 outcome = fit(run, on_validation, train_callbacks)
                 _check_finite(run, outcome)
-            except BaseException:
+            except BaseException as error:
                 assert run.mlflow_run is not None
-                tracking.RunLogger(run.config, run.mlflow_run).end("FAILED")
+                status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+                tracking.RunLogger(run.config, run.mlflow_run).end(status)
                 raise
             _publish(run, outcome, tags, seconds=time.monotonic() - started)
     manifest = RunManifest.read(run.uri)

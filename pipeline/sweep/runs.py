@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,16 +34,19 @@ def parent_run(config: Config, sweep_uri: str) -> Iterator[str]:
         _end_left_running(config, sweep_uri, parent)  # by a driver that was killed
         yield parent
         _end_left_running(config, sweep_uri, parent)  # by trials that were
-    except BaseException:
-        logger.end("FAILED")
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # what ended the sweep is to be said, and soon
+            _end_left_running(config, sweep_uri, parent, within=5.0)
+        logger.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     logger.end("FINISHED")
 
 
-def _end_left_running(config: Config, sweep_uri: str, parent: str) -> None:
-    client = tracking.connect(config)
+def _end_left_running(config: Config, sweep_uri: str, parent: str, *, within: float = math.inf) -> None:
+    client = tracking.connect(config).within(within)
+    experiment = client.get_run(parent).info.experiment_id
     of_this = f"tags.{SWEEP_TAG} = '{storage.name(sweep_uri)}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs([tracking.experiment_id(config)], of_this, max_results=1000):
+    for run in client.search_runs([experiment], of_this, max_results=1000):
         if run.info.run_id != parent:
             client.set_terminated(run.info.run_id, "KILLED")
 

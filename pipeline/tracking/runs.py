@@ -25,6 +25,7 @@ from pipeline.tracking.client import (
     plain_client,
     why_denied,
 )
+from pipeline.tracking.moved import ARTIFACTS, check_not_moved
 
 SECONDS_BETWEEN_TRIES = 30.0  # of sending metrics while the server is away
 HISTORY_FILE = "history.json"  # in a finished run's folder: the metrics of each logged step
@@ -32,7 +33,8 @@ RUN_TAG = "slotmatch.run"  # the run folder's URI: how a resumed job finds its M
 
 
 def connect(config: Config) -> Any:
-    """An MlflowClient of the config's server or database; see `client_of`."""
+    """An MlflowClient of the config's server or database; see `client_of` and `check_not_moved`."""
+    check_not_moved(config)
     return client_of(config.tracking_uri)
 
 
@@ -44,7 +46,7 @@ def experiment_id(config: Config) -> str:
     location = None
     if config.tracking_uri.startswith("sqlite:///"):
         root = storage.absolute(config.storage.root)
-        location = storage.join(root if storage.is_remote(root) else Path(root).as_uri(), "mlartifacts")
+        location = storage.join(root if storage.is_remote(root) else Path(root).as_uri(), ARTIFACTS)
     try:
         return mlflow.create_experiment(config.mlflow.experiment, artifact_location=location)
     except Exception as error:

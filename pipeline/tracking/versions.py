@@ -14,13 +14,14 @@ from pipeline import storage
 from pipeline.artifacts.once import is_whole
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.tracking.client import client_of, patiently, slow_transfers
+from pipeline.tracking.moved import check_source
 
 
 def find_version(model_uri: str, tracking_uri: str) -> Any:
     """The version that a `models:/NAME@ALIAS` or `models:/NAME/N` URI names.
 
     Raises:
-        ValueError: not such a URI, or no such model, version or alias.
+        ValueError: not such a URI, or no such model, version or alias; or its files were moved, see `check_source`.
     """
     from mlflow.exceptions import MlflowException
 
@@ -32,11 +33,12 @@ def find_version(model_uri: str, tracking_uri: str) -> Any:
         )
     client = client_of(tracking_uri)
     try:
-        if alias:
-            return client.get_model_version_by_alias(name, alias)
-        return client.get_model_version(name, number)
+        by_alias, by_number = client.get_model_version_by_alias, client.get_model_version
+        found = by_alias(name, alias) if alias else by_number(name, number)
     except MlflowException as error:
         raise ValueError(f"{model_uri} is not in the registry at {tracking_uri}: {error.message}") from error
+    check_source(found.source, tracking_uri)
+    return found
 
 
 @contextlib.contextmanager

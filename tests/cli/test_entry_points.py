@@ -15,7 +15,12 @@ from pipeline.clips.library import artifacts_of
 
 ROOT = Path(__file__).parents[2]
 MODEL = "models:/m/1"
-WORDS = {"pull": [MODEL, "DIR"], "lineage": [MODEL], "segment": ["a.mp4", "model=m", "out=x"]}
+WORDS = {
+    "pull": [MODEL, "DIR"],
+    "lineage": [MODEL],
+    "relocate": ["/old"],
+    "segment": ["a.mp4", "model=m", "out=x"],
+}
 CONFIGS = [str(ROOT / "configs" / name) for name in ("demo.yaml", "sweeps/evidence.yaml")]
 
 
