@@ -1,4 +1,4 @@
-"""Let the database and the manifests of a moved storage.root follow it.
+"""Let database and manifests of a moved storage.root follow it.
 
 Of the default database, SQLite in that folder, of which a copy is kept. No job may be at work in the folder.
 """
