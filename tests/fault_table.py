@@ -25,7 +25,11 @@ def pytest_runtest_makereport(item, call):
     for number, marker in enumerate(item.iter_markers("fault")):
         key = (item.nodeid, number)
         if _ROWS.get(key, ("passed",))[-1] == "passed":  # an error in the clean-up counts too
-            _ROWS[key] = (*marker.args, result)
+            _ROWS[key] = (*_cells(*marker.args, **marker.kwargs), result)
+
+
+def _cells(fault, stage, checked):
+    return fault, stage, checked
 
 
 def pytest_terminal_summary(terminalreporter):
