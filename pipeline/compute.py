@@ -157,10 +157,10 @@ def map_tasks(
         dataset = ray.data.from_items(lines, override_num_blocks=len(lines))
         if isinstance(task, type):
             options = actor_options(config, len(lines))
-            actor: Any = _Actor
+            actor: Any = type(task.__name__, (_Actor,), {})  # Ray's processes and dashboard show the name
             done = dataset.map(actor, fn_constructor_args=(task, arguments), **options)
         else:
-            function: Any = _run_task
+            function: Any = _named(task)
             done = dataset.map(function, fn_kwargs={"task": task, "arguments": arguments}, num_cpus=1)
         answers: Any = iter(done.iter_rows())
         with contextlib.closing(answers):  # so that an error ends the other tasks as well
@@ -168,6 +168,16 @@ def map_tasks(
                 if line["error"]:
                     raise _unpacked(line["error"])
                 yield json.loads(line["result"])
+
+
+def _named(task: Callable[..., Any]) -> Callable[..., dict[str, str]]:
+    """`_run_task` under the name of the task, which Ray's processes and dashboard show."""
+
+    def run(line: dict[str, str], task: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, str]:
+        return _run_task(line, task, arguments)
+
+    run.__name__ = run.__qualname__ = task.__name__
+    return run
 
 
 def _run_task(line: dict[str, str], task: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, str]:

@@ -74,10 +74,10 @@ def test_shard_loses_a_worker_and_a_node(tiny, cluster):
     uri = artifacts_of(config).clips.uri
     job = cluster.job("shard", config)
     new_shards(uri, 0, job)
-    _, worker = worker_of(cluster, "ray::Map(_shard_task)")
+    _, worker = worker_of(cluster, "ray::Map(shard_task)")
     worker.kill()
     before = new_shards(uri, 4, job)
-    node, _ = worker_of(cluster, "ray::Map(_shard_task)")
+    node, _ = worker_of(cluster, "ray::Map(shard_task)")
     cluster.kill(node)
     assert job.finish()["computed_shards"] == 30
     clips = ClipSet(uri)

@@ -14,11 +14,14 @@ from pipeline.compute import arrow_filesystem
 from pipeline.storage import client as s3_client
 from pipeline.storage import join, s3
 
-pytestmark = pytest.mark.fault(
-    fault="S3: 503, 429, 500, stalls, cut connections, no permission",
-    stage="Ray's own files",
-    checked="tried as often as all else, whole objects or none; what can't be read is no empty folder",
-)
+pytestmark = [
+    pytest.mark.slow,  # what they share with all other requests is asked in test_storage_faults
+    pytest.mark.fault(
+        fault="S3: 503, 429, 500, stalls, cut connections, no permission",
+        stage="Ray's own files",
+        checked="tried as often as all else, whole objects or none; what can't be read is no empty folder",
+    ),
+]
 PART = 256 << 10
 BIG = os.urandom(2 * PART + 1000)  # three parts of an upload
 SMALL = b"some bytes"
