@@ -13,6 +13,7 @@ from services import MLflowServer
 from students import make_finished_run
 
 from pipeline import storage, tracking
+from pipeline.clips.library import artifacts_of
 from pipeline.distill.stage import distill
 from pipeline.registry.stage import register_run
 from pipeline.tracking import client as mlflow_client
@@ -25,10 +26,11 @@ RACER = Path(__file__).with_name("register_at_once.py")
 
 @pytest.fixture
 def no_kd(tiny, tmp_path, mlflow_server):
-    """A config whose student needs neither Ray nor a teacher, and its clips."""
+    """A config whose student needs neither Ray nor a teacher, and what is made of its clips."""
     clips = random_clips(tmp_path / "root" / "clips" / "c", {f"v{i}": 9 for i in range(4)})
     settings = ["distill.method=no_kd", "distill.steps=24", "distill.checkpoint_every=12"]
-    return tiny(*settings, f"mlflow.tracking_uri={mlflow_server.uri}"), clips.uri
+    config = tiny(*settings, f"mlflow.tracking_uri={mlflow_server.uri}")
+    return config, artifacts_of(config, clips.uri)
 
 
 @pytest.fixture
@@ -59,11 +61,11 @@ def assert_all_metrics_arrived(config, summary):
 
 @pytest.mark.fault("MLflow killed, back later", "distill", "training goes on, no metric is lost")
 def test_a_server_that_comes_back_gets_what_it_missed(no_kd, mlflow_server, at_step, monkeypatch, capfd):
-    config, clips = no_kd
+    config, artifacts = no_kd
     monkeypatch.setattr("pipeline.tracking.runs.SECONDS_BETWEEN_TRIES", 0.1)
     at_step(6, mlflow_server.kill)
     at_step(16, mlflow_server.start)
-    summary = distill(config, clips)
+    summary = distill(config, artifacts)
     said = capfd.readouterr().err
     assert said.count("training goes on") == 1
     assert "is back" in said
@@ -74,17 +76,17 @@ def test_a_server_that_comes_back_gets_what_it_missed(no_kd, mlflow_server, at_s
 def test_a_server_that_stays_away_gets_it_from_the_same_command(
     no_kd, mlflow_server, at_step, monkeypatch, capfd
 ):
-    config, clips = no_kd
+    config, artifacts = no_kd
     monkeypatch.setattr(mlflow_client, "SECONDS_TO_WAIT", 0.5)
     at_step(6, mlflow_server.kill)
-    summary = distill(config, clips)
+    summary = distill(config, artifacts)
     assert storage.is_complete(summary["uri"])
     said = capfd.readouterr().err
     assert f"published in {summary['uri']}" in said
     assert "history.json; the same command sends them" in said
-    assert distill(config, clips)["reused"], "without the server too"
+    assert distill(config, artifacts)["reused"], "without the server too"
     mlflow_server.start()
-    assert distill(config, clips)["reused"]
+    assert distill(config, artifacts)["reused"]
     assert_all_metrics_arrived(config, summary)
 
 
