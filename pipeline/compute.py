@@ -160,8 +160,8 @@ def map_tasks(
             actor: Any = type(task.__name__, (_Actor,), {})  # Ray's processes and dashboard show the name
             done = dataset.map(actor, fn_constructor_args=(task, arguments), **options)
         else:
-            function: Any = _named(task)
-            done = dataset.map(function, fn_kwargs={"task": task, "arguments": arguments}, num_cpus=1)
+            function: Any = _named(task, arguments)
+            done = dataset.map(function, num_cpus=1)
         answers: Any = iter(done.iter_rows())
         with contextlib.closing(answers):  # so that an error ends the other tasks as well
             for line in answers:
@@ -170,10 +170,10 @@ def map_tasks(
                 yield json.loads(line["result"])
 
 
-def _named(task: Callable[..., Any]) -> Callable[..., dict[str, str]]:
-    """`_run_task` under the name of the task, which Ray's processes and dashboard show."""
+def _named(task: Callable[..., Any], arguments: Sequence[Any]) -> Callable[[dict[str, str]], dict[str, str]]:
+    """`_run_task` of a task under its name, which Ray's processes and dashboard show."""
 
-    def run(line: dict[str, str], task: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, str]:
+    def run(line: dict[str, str]) -> dict[str, str]:
         return _run_task(line, task, arguments)
 
     run.__name__ = run.__qualname__ = task.__name__
