@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.artifacts.identity import Artifacts
-from pipeline.clips.library import ClipLibrary, artifacts_of, find_videos, open_clips
+from pipeline.clips.library import ClipLibrary, artifacts_of, open_clips
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.compute import best_device, ray_session
@@ -61,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
         _title(6, "register the students, pull the champion, segment a video")
         registered = [register_run(c, runs[n]["uri"], evaluations.get(n)) for n, c in configs.items()]
         models = {"teacher": teacher_uri} | {name: r["model"] for name, r in runs.items()}
-        shown = _show(artifacts, models)
+        shown = _show(artifacts, library, models)
         _closing(config, evaluations, shown)
     return {
         "uri": shown.champion,
@@ -105,7 +105,7 @@ class _Shown:
     segmented: dict[str, Any]
 
 
-def _show(artifacts: Artifacts, models: dict[str, str]) -> _Shown:
+def _show(artifacts: Artifacts, library: ClipLibrary, models: dict[str, str]) -> _Shown:
     """Pulls the champion, segments a video with it, and compares the models on that video."""
     config = artifacts.config
     root = config.storage.root
@@ -116,7 +116,7 @@ def _show(artifacts: Artifacts, models: dict[str, str]) -> _Shown:
     split = config.evaluate.split if config.evaluate.split is not None else config.dataset.split
     clips_uri = (artifacts.evaluation_clips if held_out else artifacts.clips).uri
     first = ClipSet(clips_uri).videos[0].video_id
-    video = next(v for v in find_videos(config, split) if v.video_id == first)
+    video = next(v for v in library.videos(config, split) if v.video_id == first)
     segmented = segment(load_slot_model(out / "champion").to(best_device()), video, out / "segmented")
     strip = comparison_strip(config, clips_uri, models, out / "comparison.png")
     return _Shown(champion, strip, segmented)
