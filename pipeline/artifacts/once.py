@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from pipeline import storage
+from pipeline.config import ConfigError
 from pipeline.log import log
 
 # Of a published folder the files that it can't do without, by their paths in it.
@@ -75,6 +76,19 @@ def missing_files(uri: str, files: Files | None) -> list[str]:
         return _missing(uri, files) if storage.is_complete(uri) else []
     except storage.IncompleteError:
         return []
+
+
+def require_files(uri: str, files: Files, stage: str) -> None:
+    """Makes sure that a published folder has all its files.
+
+    Raises:
+        ConfigError: it has lost some; the message names `stage`, which makes them again.
+    """
+    if missing := missing_files(uri, files):
+        raise ConfigError(
+            f"{uri} has lost {len(missing)} of its files ({missing[0]}, …); make them again: "
+            f"python -m jobs.{stage} CONFIG"
+        )
 
 
 def _missing(uri: str, files: Files | None) -> list[str]:

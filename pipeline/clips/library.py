@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pipeline import storage
 from pipeline.artifacts.identity import Artifact, Artifacts
 from pipeline.artifacts.manifests import ClipManifest, GeneratedManifest
-from pipeline.artifacts.once import missing_files, once
+from pipeline.artifacts.once import once, require_files
 from pipeline.clips.sources import VideoRef, list_videos
 from pipeline.clips.sources.synthetic import SyntheticSettings, video_file, write_dataset
 from pipeline.clips.sources.videos import list_videos as list_local
@@ -142,11 +142,7 @@ def open_clips(clips: Artifact) -> ClipSet:
         ConfigError: it has not been made, or has lost files.
     """
     require_clips(clips)
-    if missing := missing_files(clips.uri, clip_files):
-        raise ConfigError(
-            f"{clips.uri} has lost {len(missing)} of its files ({missing[0]}, …); make them again: "
-            "python -m jobs.shard CONFIG"
-        )
+    require_files(clips.uri, clip_files, "shard")
     return ClipSet(clips.uri)
 
 

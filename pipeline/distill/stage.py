@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline import storage, tracking
 from pipeline.artifacts.identity import MODEL_FOLDER, Artifacts, model_files
-from pipeline.artifacts.manifests import RunManifest
-from pipeline.artifacts.once import is_whole, missing_files, once
+from pipeline.artifacts.manifests import RunManifest, TargetManifest
+from pipeline.artifacts.once import is_whole, once, require_files
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
 from pipeline.config import Config, ConfigError
 from pipeline.distill.ray_train import fit
@@ -20,7 +20,6 @@ from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
 from pipeline.log import log
 from pipeline.targets.stage import target_files
-from pipeline.targets.table import TargetSet
 from pipeline.tracking.runs import git_revision
 
 
@@ -59,7 +58,8 @@ def distill(
     clips = open_clips(artifacts.clips)
     inputs = artifacts.student_inputs
     if inputs.targets_uri is not None:
-        _check_targets(inputs.targets_uri)
+        TargetManifest.read(inputs.targets_uri)
+        require_files(inputs.targets_uri, target_files, "cache")
     run = Run.student(
         config,
         artifacts.student.uri,
@@ -100,15 +100,6 @@ def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[st
     run = Run.teacher(config, artifacts.teacher_run.uri, clips.uri)
     tags = {"clips": clips.fingerprint, "method": "teacher", "trained_on": config.dataset.title}
     return _train(run, artifacts, tags)
-
-
-def _check_targets(uri: str) -> None:
-    TargetSet(uri)
-    if missing := missing_files(uri, target_files):
-        raise ConfigError(
-            f"{uri} has lost {len(missing)} of its files ({missing[0]}, …); make them again: "
-            "python -m jobs.cache CONFIG"
-        )
 
 
 def run_files(uri: str) -> list[str]:
