@@ -25,6 +25,7 @@ CUTS = (
     "answer lost",  # … after the server has done what was asked for
 )
 STALLS = ("stall", "stall in answer")  # nothing more comes, and the connection stays open
+PART = 256 << 10  # bytes of a part, where tests say how large they are
 FAULTS = (*ERRORS, *CUTS, *STALLS)
 LONGEST_STALL = 60.0  # seconds
 

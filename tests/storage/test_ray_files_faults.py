@@ -7,12 +7,12 @@ import sys
 
 import pyarrow.fs as arrow
 import pytest
-from fault_proxy import FAULTS
+from fault_proxy import FAULTS, PART
 
 from pipeline import storage
 from pipeline.compute import arrow_filesystem
 from pipeline.storage import client as s3_client
-from pipeline.storage import join, s3
+from pipeline.storage import join
 
 pytestmark = [
     pytest.mark.slow,  # what they share with all other requests is asked in test_storage_faults
@@ -22,19 +22,8 @@ pytestmark = [
         checked="tried as often as all else, whole objects or none; what can't be read is no empty folder",
     ),
 ]
-PART = 256 << 10
 BIG = os.urandom(2 * PART + 1000)  # three parts of an upload
 SMALL = b"some bytes"
-
-
-@pytest.fixture
-def proxy(faulty_s3, monkeypatch):
-    monkeypatch.setattr(s3_client, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(s3_client, "WAIT_FACTOR", 1.0)
-    monkeypatch.setattr(s3, "PART_BYTES", PART)
-    monkeypatch.setenv("SLOTMATCH_S3_TIMEOUT", "1")
-    yield faulty_s3
-    faulty_s3.calm()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from clip_sets import make_clip_set
-from fault_proxy import FAULTS
+from fault_proxy import FAULTS, PART
 
 from pipeline import storage
 from pipeline.clips.table import SHARD_FOLDER, ShardReader
@@ -18,21 +18,8 @@ from pipeline.storage import join, s3
 FAULT = "S3: 503, 429, 500, stalls, cut connections, no permission"
 CHECKED = "bounded retries, whole objects or none; at once with bucket and identity where it can't help"
 pytestmark = pytest.mark.fault(FAULT, "storage", CHECKED)
-PART = 256 << 10
 BIG = os.urandom(2 * PART + 1000)  # three parts of an upload, three blocks of a read
 SMALL = b"some bytes"
-
-
-@pytest.fixture
-def proxy(faulty_s3, monkeypatch):
-    monkeypatch.setattr(s3_client, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(s3_client, "WAIT_FACTOR", 1.0)
-    monkeypatch.setattr(s3, "PART_BYTES", PART)
-    monkeypatch.setattr(storage, "_BLOCK", PART)
-    monkeypatch.setenv("SLOTMATCH_S3_TIMEOUT", "1")
-    faulty_s3.reset()
-    yield faulty_s3
-    faulty_s3.calm()
 
 
 @pytest.fixture
