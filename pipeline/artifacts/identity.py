@@ -11,8 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
-from typing import Protocol as Interface
+from typing import Any, NamedTuple, Protocol
 
 from pipeline import storage
 from pipeline.artifacts.counted import (
@@ -25,7 +24,7 @@ from pipeline.artifacts.counted import (
 )
 from pipeline.artifacts.manifests import Rules, TargetManifest
 from pipeline.config import Config, ConfigError, Distill, Model, ViT
-from pipeline.config.protocols import Protocol, choose_protocol
+from pipeline.config.protocols import choose_protocol
 from pipeline.models import CheckpointHints, SlotModelConfig
 from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
@@ -48,7 +47,7 @@ class Artifact:
         return storage.name(self.uri)
 
 
-class Library(Interface):
+class Library(Protocol):
     """What has to be looked up in data sets and clip sets to know what is made of them."""
 
     def sources(self, config: Config, split: str) -> Sequence[tuple[str, str]]:
@@ -74,6 +73,7 @@ class Artifacts:
             clips_uri: a published clip set to train on, instead of the one that the config's videos make.
         """
         self.config, self.library = config, library
+        self._rules: dict[str, dict[str, Any]] = {}  # by the clip set's URI
         if clips_uri is not None:
             self.clips = Artifact(clips_uri, {})
 
@@ -162,7 +162,7 @@ class Artifacts:
         content: dict[str, Any] = {
             "format": TARGETS_FORMAT,
             "clips": self.clips.fingerprint,
-            "teacher": model_identity(self.teacher.uri, checkpoint_hints(self.config)),
+            "teacher": self._teacher_identity,
             "rollout": settings.rollout,
             "views": view_recipe(self.config),
             "student_features": None,
@@ -174,6 +174,10 @@ class Artifacts:
                 "dtype": settings.feature_dtype,
             }
         return self._place("targets", content)
+
+    @cached_property
+    def _teacher_identity(self) -> dict[str, Any]:
+        return model_identity(self.teacher.uri, checkpoint_hints(self.config))
 
     @cached_property
     def _known_teacher(self) -> str | None:
@@ -218,35 +222,30 @@ class Artifacts:
     @cached_property
     def student(self) -> Artifact:
         """The training run of the student; raises as `student_inputs`, or where it doesn't fit the teacher."""
-        return self._place("students", self._student_content(_what_distills(self.config.distill)))
-
-    @cached_property
-    def student_settings(self) -> str:
-        """A fingerprint of all that decides the student but its seed and name: equal for the seeds of one setting."""
-        settings = _what_distills(self.config.distill)
-        return storage.fingerprint(
-            self._student_content({k: v for k, v in settings.items() if k not in ("seed", "name")})
-        )
-
-    def _student_content(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        config, inputs = self.config, self.student_inputs
+        config = self.config
         content: dict[str, Any] = {
             "clips": self.clips.fingerprint,
             "student": counted(config.student, but={"backbone_weights", "num_slots", "slot_size"}),
             "sizes": student_sizes(config, self.teacher_config),
             "backbone": backbone_identity(config.student),
             "features": config.targets.feature_dtype if config.targets.student_features else None,
-            "distill": dict(settings),
+            "distill": _what_distills(config.distill),
             "views": view_recipe(config),
         }
-        identity = functools.partial(model_identity, inputs.teacher_uri or "", checkpoint_hints(config))
         if config.distill.distils and config.distill.live_teacher:
-            content["teacher"] = [identity(), config.targets.rollout]
+            content["teacher"] = [self._teacher_identity, config.targets.rollout]
         elif config.distill.distils:
             content["targets"] = self.targets.fingerprint
         elif config.distill.initial_slots_from_teacher:
-            content["teacher"] = identity()
-        return content
+            content["teacher"] = self._teacher_identity
+        return self._place("students", content)
+
+    @property
+    def student_settings(self) -> str:
+        """A fingerprint of all that decides the student but its seed and name: equal for the seeds of one setting."""
+        content = self.student.content
+        settings = {key: value for key, value in content["distill"].items() if key not in ("seed", "name")}
+        return storage.fingerprint({**content, "distill": settings})
 
     @property
     def student_model(self) -> str:
@@ -255,28 +254,25 @@ class Artifacts:
 
     def rules_on(self, clips_uri: str) -> Rules:
         """What two scores under this config's protocol on a clip set have in common."""
-        protocol = choose_protocol(self.config.evaluate)
-        content = self._rules_content(protocol, clips_uri)
-        return Rules(
-            **{**asdict(protocol), **content},
-            in_words=protocol.in_words(),
-            fingerprint=storage.fingerprint(content),
-        )
+        protocol, content = choose_protocol(self.config.evaluate), self._rules_on(clips_uri)
+        return Rules(**{**asdict(protocol), **content}, in_words=protocol.in_words())
 
-    def _rules_content(self, protocol: Protocol, clips_uri: str) -> dict[str, Any]:
-        ids = list(self.library.annotated(clips_uri))
-        return {
-            "format": SCORES_FORMAT,
-            **protocol_rules(protocol),
-            "clips": storage.name(clips_uri),
-            "videos": len(ids),
-            "video_ids": storage.fingerprint(ids),
-        }
+    def _rules_on(self, clips_uri: str) -> dict[str, Any]:
+        if clips_uri not in self._rules:
+            ids = list(self.library.annotated(clips_uri))
+            content = {
+                "format": SCORES_FORMAT,
+                **protocol_rules(choose_protocol(self.config.evaluate)),
+                "clips": storage.name(clips_uri),
+                "videos": len(ids),
+                "video_ids": storage.fingerprint(ids),
+            }
+            self._rules[clips_uri] = {**content, "fingerprint": storage.fingerprint(content)}
+        return self._rules[clips_uri]
 
     def scores_of(self, subject: Mapping[str, Any], clips_uri: str) -> Artifact:
         """The evaluation of a model or baseline, known by `model_subject` or `baseline_subject`, on a clip set."""
-        rules = self._rules_content(choose_protocol(self.config.evaluate), clips_uri)
-        return self._place("evaluations", {**rules, "fingerprint": storage.fingerprint(rules), **subject})
+        return self._place("evaluations", {**self._rules_on(clips_uri), **subject})
 
     @cached_property
     def evaluation(self) -> Artifact:
