@@ -158,7 +158,7 @@ def _conclude(config: Config, plan: Plan) -> dict[str, Any]:
     if not storage.is_complete(plan.uri):
         storage.write_bytes(storage.join(plan.uri, "config.yaml"), config.to_yaml().encode())
     with parent_run(config, plan.uri) as parent:
-        ended = run_trials(config, plan.uri, plan.artifacts.clips.uri, plan.trials, parent)
+        ended = run_trials(config, plan.uri, plan.artifacts.clips.uri, plan.trials, before, parent)
         nest_runs(config, parent, plan.uri, plan.trials, ended)
         if not any(e.status == "finished" for e in ended.values()):
             errors = "; ".join(f"{e.trial}: {e.error or e.status}" for e in ended.values())

@@ -17,7 +17,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.distill.stage import distill
 from pipeline.evaluate.scoring import TITLES
 from pipeline.log import log
-from pipeline.sweep.ended import Ended, failed, find_ended, finished, read_ended, write_ended
+from pipeline.sweep.ended import Ended, failed, finished, read_ended, write_ended
 from pipeline.sweep.ray_internals import has_dashboard, keep_aws_keys_from_tune, name_this_cluster
 from pipeline.sweep.runs import child_tags, end_child
 from pipeline.sweep.settings import Trial, grace_steps
@@ -27,11 +27,17 @@ WAITING_CPUS, TRAINING_CPUS = 0.1, 1.0
 
 
 def run_trials(
-    config: Config, sweep_uri: str, clips_uri: str, trials: Sequence[Trial], parent: str
+    config: Config,
+    sweep_uri: str,
+    clips_uri: str,
+    trials: Sequence[Trial],
+    before: Mapping[str, Ended],
+    parent: str,
 ) -> dict[str, Ended]:
     """Runs the trials that have not ended yet, in the connected Ray.
 
     Args:
+        before: how those have ended that have (`find_ended`).
         parent: the id of the MLflow run that their runs belong to.
 
     Returns how each ended, by `Trial.key`; a trial that failed does not end the sweep.
@@ -39,7 +45,7 @@ def run_trials(
     Raises:
         ConfigError: a trial that needs more than the cluster has.
     """
-    ended = find_ended(sweep_uri, trials)
+    ended = dict(before)
     pending = [trial for trial in trials if trial.key not in ended]
     if ended:
         names = "; ".join(trial.title for trial in trials if trial.key in ended)
