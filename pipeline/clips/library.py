@@ -58,11 +58,6 @@ def artifacts_of(
     return Artifacts(config, library or ClipLibrary(), clips_uri=clips_uri)
 
 
-def find_videos(config: Config, split: str) -> list[VideoRef]:
-    """As `ClipLibrary.videos`."""
-    return ClipLibrary().videos(config, split)
-
-
 def _list(config: Config, split: str) -> list[VideoRef]:
     dataset = config.dataset
     contents: dict[str, str] = {}

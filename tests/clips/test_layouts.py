@@ -20,7 +20,7 @@ from layouts import (
 from PIL import Image
 
 from pipeline import storage
-from pipeline.clips.library import find_videos
+from pipeline.clips.library import ClipLibrary
 from pipeline.clips.sources import list_videos, read_video
 from pipeline.config import ConfigError, Dataset, load_config, resolve_config
 from pipeline.report.tables import COCO, DAVIS, MOVI_E, OVIS, YTVIS
@@ -100,9 +100,9 @@ def test_slices_of_generated_videos(tmp_path):
     made = {"videos": 3, "validation_videos": 2, "frames": 2}
     settings = ["evaluate.split=validation[:1]", f"storage.root={tmp_path}"]
     config = resolve_config({"dataset": {"kind": "synthetic", "synthetic": made}}, settings)
-    assert len(find_videos(config, "")) == 3
-    assert len(find_videos(config, "[:2]")) == 2
-    assert [v.video_id for v in find_videos(config, "validation[:1]")] == ["video_00000"]
+    assert len(ClipLibrary().videos(config, "")) == 3
+    assert len(ClipLibrary().videos(config, "[:2]")) == 2
+    assert [v.video_id for v in ClipLibrary().videos(config, "validation[:1]")] == ["video_00000"]
 
 
 def test_an_empty_slice_is_an_error(tmp_path):

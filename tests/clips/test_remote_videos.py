@@ -6,7 +6,7 @@ from layout_sets import write_images
 from video_files import picture, write_noise
 
 from pipeline import storage
-from pipeline.clips.library import artifacts_of, find_videos
+from pipeline.clips.library import ClipLibrary, artifacts_of
 from pipeline.clips.sources import BadVideo, read_video
 from pipeline.clips.sources import videos as video_folders
 from pipeline.clips.sources.videos import list_videos
@@ -153,17 +153,17 @@ def generated(root, videos=3):
 
 def test_generated_videos_are_published_where_every_node_sees_them(proxy, tmp_path):
     remote, local = (generated(root) for root in (join("s3://bucket", tmp_path.name), tmp_path / "local"))
-    videos = find_videos(remote, "")
+    videos = ClipLibrary().videos(remote, "")
     assert all(v.path.startswith("s3://bucket/") for v in videos)
     folder = videos[0].path.rsplit("/", 1)[0]
     assert storage.is_complete(folder)
-    expected = find_videos(local, "")
+    expected = ClipLibrary().videos(local, "")
     assert [(v.video_id, v.content) for v in videos] == [(v.video_id, v.content) for v in expected]
     assert artifacts_of(remote).clips.fingerprint == artifacts_of(local).clips.fingerprint
     for one, two in zip(expected, videos, strict=True):
         assert_equal(read_video(one), read_video(two))
     proxy.reset()
-    assert find_videos(remote, "[:2]") == videos[:2]
+    assert ClipLibrary().videos(remote, "[:2]") == videos[:2]
     assert proxy.count("PUT") == 0, "they are found, not made again"
 
 
@@ -171,9 +171,9 @@ def test_generated_videos_are_not_complete_before_all_are_there(proxy, tmp_path)
     config = generated(join("s3://bucket", tmp_path.name), videos=2)
     proxy.denied = ["video_00001/00002.png"]
     with pytest.raises(storage.AccessError, match=r"video_00001/00002\.png: write refused"):
-        find_videos(config, "")
+        ClipLibrary().videos(config, "")
     proxy.calm()
     root = join(config.storage.root, "generated")
     (name,) = storage.list_names(root)
     assert not storage.is_complete(join(root, name))
-    assert len(find_videos(config, "")) == 2
+    assert len(ClipLibrary().videos(config, "")) == 2
