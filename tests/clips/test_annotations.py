@@ -23,6 +23,8 @@ def masks(draw):
 def test_run_lengths_are_decoded_as_pycocotools_encodes_them(mask):
     np.testing.assert_array_equal(decode_segmentation(compressed_rle(mask), *mask.shape), mask)
     np.testing.assert_array_equal(decode_segmentation(uncompressed_rle(mask), *mask.shape), mask)
+    as_bytes = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    np.testing.assert_array_equal(decode_segmentation(as_bytes, *mask.shape), mask)
 
 
 def test_long_runs():
@@ -54,8 +56,6 @@ def test_any_text_is_a_mask_or_an_error(text):
         {"counts": [1.5, 75.5]},
         {"counts": "0" * 77 + "P"},
         {"counts": "oooooooooo0"},
-        [[]],
-        [[1, 2, 3, 4]],
         [[1, 2, 3, 4, 5, 6, 7]],
         [[1, 2, 3, float("nan"), 5, 6]],
         [[1, 2, 3, "x", 5, 6]],
@@ -75,3 +75,32 @@ def test_polygons():
     expected = box_mask((1, 1, 4, 5), SIZE) | box_mask((5, 8, 7, 11), SIZE)
     np.testing.assert_array_equal(decode_segmentation(parts, *SIZE), expected)
     assert not decode_segmentation([], *SIZE).any()
+
+
+def test_a_list_of_run_lengths():
+    """As pycocotools' `annToMask` merges them."""
+    halves = [box_mask((0, 0, 3, 11), SIZE), box_mask((2, 4, 7, 6), SIZE)]
+    parts = [uncompressed_rle(mask) for mask in halves]
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(parts, *SIZE)))
+    np.testing.assert_array_equal(decode_segmentation(parts, *SIZE), expected)
+    assert expected.sum() == 33 + 10 - 2
+
+
+RING = [1, 1, 6, 1, 6, 9, 1, 9]
+
+
+@pytest.mark.parametrize("other", [[], [3], [3, 3], [3, 3, 4, 4], [3, 3, 4, 4, 5]])
+@pytest.mark.parametrize("first", [True, False])
+def test_rings_of_fewer_than_three_points_are_left_out(other, first):
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([RING], *SIZE)))
+    rings = [other, RING] if first else [RING, other]
+    np.testing.assert_array_equal(decode_segmentation(rings, *SIZE), expected)
+    assert decode_segmentation([other, other], *SIZE) is None
+
+
+@pytest.mark.parametrize(
+    "other", [[1, 1, 5, 1, 5, 5, 1], [1, 1, 5, float("nan"), 5, 5], [1, 1, 5, 1, 5, 1e9], 7]
+)
+def test_a_good_ring_hides_no_damaged_one(other):
+    with pytest.raises(ValueError, match="a polygon "):
+        decode_segmentation([RING, other], *SIZE)

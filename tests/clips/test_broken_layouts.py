@@ -153,7 +153,7 @@ DAMAGES = {
      "mask of object 1 in frame 00005"),
     "ytvis: run lengths that are no text": (first_segmentation({"size": [48, 64], "counts": "é~"}),
      "its counts are no run lengths"),
-    "ytvis: a polygon of two corners": (first_segmentation([[1, 1, 5, 5]]),
+    "ytvis: a polygon of seven numbers": (first_segmentation([[1, 1, 5, 5, 5, 9, 1]]),
      "a polygon is no list of three or more corners"),
     "ytvis: a polygon far away": (first_segmentation([[0, 0, 1e9, 0, 1e9, 1e9]]),
      "a polygon has corners far outside"),

@@ -257,6 +257,14 @@ def test_frame_folder_is_read_in_natural_order(tmp_path):
     assert read(folder, short_side=4)[0].pixels.shape == (4, 6, 3)
 
 
+@pytest.mark.fault("frames in WebP, BMP and PNG", "shard, videos", "read pixel by pixel")
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "png"])
+def test_frame_folder_in_every_picture_format(suffix, tmp_path):
+    (tmp_path / "v").mkdir()
+    Image.fromarray(picture(8, 12)).save(tmp_path / f"v/0.{suffix.upper()}", lossless=True)
+    np.testing.assert_array_equal(read(tmp_path / "v")[0].pixels, picture(8, 12))
+
+
 def test_frame_folder_with_grey_and_transparent_frames(tmp_path):
     folder = tmp_path / "v"
     folder.mkdir()

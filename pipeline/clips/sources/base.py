@@ -39,12 +39,14 @@ class VideoRef(NamedTuple):
 class Frame(NamedTuple):
     """Pixels `(H, W, 3)` uint8, the time in seconds, and masks by object id (None: no annotation).
 
-    Layouts without a clock count frames instead of seconds.
+    Layouts without a clock count frames instead of seconds. `orientation` is EXIF's, which the pixels have been
+    turned by.
     """
 
     pixels: np.ndarray
     seconds: float
     masks: dict[int, np.ndarray] | None
+    orientation: int = 1
 
 
 class BadVideo(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo
@@ -50,23 +50,40 @@ class HashMemo:
         state = [status.st_size, status.st_mtime_ns]
         return self._remember(str(path), state, lambda: storage.hash_file(str(path)))
 
-    def hash_or_error(self, path: Path) -> str:
-        """A file that can't be read is no reason to stop here: decoding it will say why."""
+    def hash_or_error(self, path: Path, mark: Callable[[IO[bytes]], str] | None = None) -> str:
+        """A file that can't be read is no reason to stop here: decoding it will say why.
+
+        Args:
+            mark: what tells apart files that are read otherwise than in earlier versions, "" for the others; it is
+                added to the hash.
+        """
+
+        def look(name: str) -> str:
+            with open(name, "rb") as file:
+                return mark(file) if mark else ""
+
         try:
-            return self.hash(path)
+            found, note = self.hash(path), self.look(path, "mark", look) if mark else ""
         except OSError as error:
             return f"unreadable: {error.strerror}"
+        return f"{found} {note}" if note else found
 
-    def content(self, folder: str, file: FileInfo) -> str:
-        """A hash of a local file's bytes; an object's ETag and size, so that it is not downloaded."""
+    def content(self, folder: str, file: FileInfo, mark: Callable[[IO[bytes]], str] | None = None) -> str:
+        """A hash of a local file's bytes, with its `mark`; an object's ETag and size: it is not downloaded."""
         if storage.is_remote(folder):
             return f"{file.version} {file.size}"
-        return self.hash_or_error(Path(folder) / file.name)
+        return self.hash_or_error(Path(folder) / file.name, mark)
 
-    def walk(self, folder: str, file: FileInfo, compute: Callable[[str, int], _T]) -> _T:
-        """`compute(uri, size)`, plain values that follow from the file's bytes."""
+    def look(self, path: Path, what: str, compute: Callable[[str], _T]) -> _T:
+        """`compute(path)`, a plain value that follows from a local file's bytes, remembered as `what`."""
+        status = path.stat()
+        state = [status.st_size, status.st_mtime_ns]
+        return self._remember(f"{path}#{what}", state, lambda: compute(str(path)))
+
+    def walk(self, folder: str, file: FileInfo, compute: Callable[[str, int], _T], what: str = "parts") -> _T:
+        """`compute(uri, size)`, plain values that follow from the file's bytes, remembered as `what`."""
         uri = storage.join(folder, file.name)
-        return self._remember(f"{uri}#parts", [file.size, file.version], lambda: compute(uri, file.size))
+        return self._remember(f"{uri}#{what}", [file.size, file.version], lambda: compute(uri, file.size))
 
     def _remember(self, key: str, state: list[Any], compute: Callable[[], _T]) -> _T:
         found = self._known.get(key)

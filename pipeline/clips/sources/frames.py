@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,33 +12,33 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator
-from pipeline.clips.sources.files import PICTURE_FORMATS, read_whole
-from pipeline.clips.views import nearest_resize
-
-VOID = 255
-# What Pillow raises for files that are damaged in one way or another.
-DECODING_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+from pipeline.clips.sources.files import HashMemo, read_whole
+from pipeline.clips.sources.pictures import (
+    DECODING_ERRORS,
+    VOID,
+    is_exchanged,
+    labels_of,
+    open_picture,
+    orientation_of,
+    png_depth,
+    rgb_of,
+    turn,
 )
+from pipeline.clips.views import nearest_resize
 
 
 class RawFrame(NamedTuple):
-    """A frame as stored, `(H, W, 3)` uint8, with `(H, W)` bool masks, and what messages call it.
+    """A frame in its own size, `(H, W, 3)` uint8, with `(H, W)` bool masks, and what messages call it.
 
-    Layouts without a clock give no time; then the frame's number stands for it.
+    Layouts without a clock give no time; then the frame's number stands for it. `orientation` is EXIF's, which the
+    pixels have been turned by.
     """
 
     name: str
     pixels: np.ndarray
     masks: dict[int, np.ndarray] | None = None
     seconds: float | None = None
+    orientation: int = 1
 
 
 def reason(error: Exception, path: object = "") -> str:
@@ -48,31 +47,71 @@ def reason(error: Exception, path: object = "") -> str:
     return text.splitlines()[0].replace(f" {str(path)!r}", "").split(" <_io.")[0]
 
 
-def decode_image(content: bytes, name: str) -> np.ndarray:
-    """Pixels (H, W, 3) of a picture, grey ones repeated; raises BadVideo, calling it `name`."""
+def decode_frame(content: bytes, name: str) -> RawFrame:
+    """A picture as viewers show it, turned by its EXIF orientation; raises BadVideo, calling it `name`."""
     try:
-        with Image.open(io.BytesIO(content), formats=tuple(PICTURE_FORMATS)) as image:
-            return np.asarray(image.convert("RGB"))
+        with open_picture(io.BytesIO(content)) as image:
+            pixels, orientation = rgb_of(image), orientation_of(image)
     except DECODING_ERRORS as error:
         raise BadVideo(f"frame {name} can't be decoded ({reason(error)})") from error
+    return RawFrame(name, turn(pixels, orientation), orientation=orientation)
 
 
 def decode_labels(content: bytes, name: str) -> np.ndarray:
     """The labels (H, W) uint8 of a palette or grey picture; raises BadVideo, calling it `name`."""
     try:
-        with Image.open(io.BytesIO(content), formats=tuple(PICTURE_FORMATS)) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise BadVideo(f"mask {name} is a {image.mode} image, not one of labels")
-            if image.format not in ("PNG", "BMP"):
-                raise BadVideo(f"mask {name} is a {image.format}, which does not keep labels; save it as PNG")
-            return np.asarray(image).astype(np.uint8)
+        file = io.BytesIO(content)
+        with open_picture(file) as image:
+            return labels_of(image, png_depth(file), name)
     except DECODING_ERRORS as error:
         raise BadVideo(f"mask {name} can't be decoded ({reason(error)})") from error
 
 
-def label_masks(labels: np.ndarray) -> dict[int, np.ndarray]:
-    """A mask for every label but 0 (background) and 255 (void)."""
+def label_masks(labels: np.ndarray, one_object: bool = False) -> dict[int, np.ndarray]:
+    """A mask for every label but 0 (background) and 255 (void).
+
+    Args:
+        one_object: of a video with no label but 255 (`is_one_object`), which then is object 1.
+    """
+    if one_object:
+        labels = (labels == VOID).astype(np.uint8)
     return {int(i): labels == i for i in np.unique(labels) if i not in (0, VOID)}
+
+
+def only_void(labels: np.ndarray) -> bool | None:
+    """Whether labels are 0 and 255 alone; None where all are 0."""
+    there = labels[labels != 0]
+    return bool((there == VOID).all()) if there.size else None
+
+
+def is_one_object(kinds: Iterable[bool | None]) -> bool:
+    """Whether 255 is an object in a video, given `only_void` of its label images: where there is no other label.
+
+    Most tools write the mask of a single object as 0 and 255, and void beside no object says nothing. Looks no
+    further than the first image with another label, which mostly is the first.
+    """
+    found = False
+    for kind in kinds:
+        if kind is False:
+            return False
+        found = found or kind is True
+    return found
+
+
+def marked_content(content: str, masks: Iterable[Path], memo: HashMemo) -> str:
+    """A video's content, another one where its local masks are one object: earlier versions took that for void."""
+
+    def kind(path: str) -> bool | None:
+        try:
+            return only_void(decode_labels(Path(path).read_bytes(), ""))
+        except BadVideo:
+            return False  # reading it will say why
+
+    try:
+        changed = is_one_object(memo.look(path, "kind", kind) for path in masks)
+    except OSError:
+        changed = False
+    return storage.fingerprint(["one object", content]) if changed else content
 
 
 def check_mask_size(mask: str, size: Sequence[int], frame: RawFrame) -> None:
@@ -82,11 +121,31 @@ def check_mask_size(mask: str, size: Sequence[int], frame: RawFrame) -> None:
         raise BadVideo(f"mask {mask} is {size[1]}x{size[0]}, its frame {frame.name} {width}x{height} pixels")
 
 
-def with_labels(frame: RawFrame, content: bytes, mask: str) -> RawFrame:
+def with_labels(frame: RawFrame, content: bytes, mask: str, one_object: bool) -> RawFrame:
     """The frame with the masks of a label image of its size; raises BadVideo, calling that `mask`."""
-    labels = decode_labels(content, mask)
+    labels = as_shown(decode_labels(content, mask), frame.pixels.shape[:2], frame.orientation)
     check_mask_size(mask, labels.shape, frame)
-    return frame._replace(masks=label_masks(labels))
+    return frame._replace(masks=label_masks(labels, one_object))
+
+
+def as_shown(labels: np.ndarray, size: Sequence[int], orientation: int) -> np.ndarray:
+    """Labels of a turned picture that is `size` (height, width) when shown, or of that shape.
+
+    Where their shape is that of the picture as stored, and not as shown, they are turned as the picture was. Where
+    both have one shape (squares, mirrored pictures) they are taken for those of the picture as shown, which is what
+    tools for annotation show.
+    """
+    exchanged = (size[1], size[0])
+    if not is_exchanged(orientation) or labels.shape == tuple(size):
+        return labels
+    if labels.shape == exchanged or (not fits(labels.shape, size) and fits(labels.shape, exchanged)):
+        return turn(labels, orientation)
+    return labels
+
+
+def fits(shape: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a mask's (height, width) are a frame's, up to a factor."""
+    return abs(shape[1] * size[0] / (shape[0] * size[1]) - 1) <= 0.02
 
 
 def target_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
@@ -100,8 +159,7 @@ def read_images(folder: str, files: Iterable[str]) -> Iterator[RawFrame]:
     """The frames in files below a folder, local or remote, without masks; raises BadVideo, naming the frame."""
     for file in files:
         name = storage.name(file)
-        content = read_whole(storage.join(folder, file), f"frame {name}")
-        yield RawFrame(name, decode_image(content, name))
+        yield decode_frame(read_whole(storage.join(folder, file), f"frame {name}"), name)
 
 
 def fitted(frames: Iterable[RawFrame], short_side: int | None) -> FrameIterator:
@@ -124,7 +182,8 @@ def fitted(frames: Iterable[RawFrame], short_side: int | None) -> FrameIterator:
             image = Image.fromarray(pixels).resize((target[1], target[0]), Image.Resampling.BICUBIC)
             pixels = np.asarray(image)
             masks = None if masks is None else {i: nearest_resize(m, target) for i, m in masks.items()}
-        yield Frame(pixels, float(index) if frame.seconds is None else frame.seconds, masks)
+        seconds = float(index) if frame.seconds is None else frame.seconds
+        yield Frame(pixels, seconds, masks, frame.orientation)
 
 
 def resample(frames: FrameIterator, fps: float | None, max_seconds: float | None) -> FrameIterator:

@@ -2,14 +2,15 @@
 
 A record is a `tf.train.Example` with `video`, a list of PNGs, and `segmentations`, a list of PNGs of
 labels (0 background). A file is a row of records: length (8 bytes, little endian), its checksum, data,
-its checksum. Listing reads the lengths only.
+its checksum. Listing reads the lengths, and of local files the headers of pictures.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,16 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, check_complete, in_threads, read_part
-from pipeline.clips.sources.frames import RawFrame, decode_image, fitted, with_labels
+from pipeline.clips.sources.frames import (
+    RawFrame,
+    decode_frame,
+    decode_labels,
+    fitted,
+    is_one_object,
+    only_void,
+    with_labels,
+)
+from pipeline.clips.sources.pictures import frame_mark, label_mark
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
 
@@ -65,16 +75,22 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
 def _references(root: str, file: FileInfo, stem: str, memo: HashMemo) -> list[VideoRef]:
     found = memo.walk(root, file, walk_records)
     content = memo.content(root, file)
+    records = found["records"]
+    # Those of earlier versions' clips that were read otherwise; on S3 nothing is read for it.
+    marks = [""] * len(records)
+    if not storage.is_remote(root):
+        marks = memo.walk(root, file, lambda uri, _: [_mark(uri, *record) for record in records], "marks")
+    contents = [storage.fingerprint(["movi", content, offset, length]) for offset, length in records]
     videos = [
         VideoRef(
             f"{stem}/{index:04d}",
             storage.join(root, file.name),
-            storage.fingerprint(["movi", content, offset, length]),
+            storage.fingerprint([marks[index], contents[index]]) if marks[index] else contents[index],
             length,
             "movi",
             {"offset": offset},
         )
-        for index, (offset, length) in enumerate(found["records"])
+        for index, (offset, length) in enumerate(records)
     ]
     if found["problem"]:
         problem = f"{file.name}: {found['problem']}"
@@ -123,9 +139,17 @@ def read(video: VideoRef, short_side: int | None) -> FrameIterator:
 
 
 def _decoded(video: VideoRef) -> Iterator[RawFrame]:
-    name = "the record"
-    content = read_part(video.path, video.details["offset"], video.bytes + _CHECKSUM.size, name)
-    data, (checksum,) = content[: video.bytes], _CHECKSUM.unpack(content[video.bytes :])
+    frames, masks = _parse(video.path, video.details["offset"], video.bytes)
+    one_object = is_one_object(_kinds(masks or []))
+    for index, png in enumerate(frames):
+        frame = decode_frame(png, str(index))
+        yield frame if masks is None else with_labels(frame, masks[index], str(index), one_object)
+
+
+def _parse(uri: str, offset: int, length: int) -> tuple[Sequence[bytes], Sequence[bytes] | None]:
+    """The pictures of a record's frames and of its masks; raises BadVideo."""
+    content = read_part(uri, offset, length + _CHECKSUM.size, "the record")
+    data, (checksum,) = content[:length], _CHECKSUM.unpack(content[length:])
     if _masked_crc(data) != checksum:
         raise BadVideo("its data is damaged (wrong checksum)")
     try:
@@ -138,9 +162,23 @@ def _decoded(video: VideoRef) -> Iterator[RawFrame]:
     masks = features["segmentations"].bytes_list.value if "segmentations" in features else None
     if masks is not None and len(masks) != len(frames):
         raise BadVideo(f"has {len(frames)} frames but {len(masks)} masks")
-    for index, png in enumerate(frames):
-        frame = RawFrame(str(index), decode_image(png, str(index)))
-        yield frame if masks is None else with_labels(frame, masks[index], str(index))
+    return frames, masks
+
+
+def _kinds(masks: Sequence[bytes]) -> Iterator[bool | None]:
+    return (only_void(decode_labels(mask, str(index))) for index, mask in enumerate(masks))
+
+
+def _mark(uri: str, offset: int, length: int) -> str:
+    """What of a record is read otherwise than in earlier versions: "" for most."""
+    try:
+        frames, masks = _parse(uri, offset, length)
+        marks = [frame_mark(io.BytesIO(frame)) for frame in frames]
+        marks += [label_mark(io.BytesIO(mask)) for mask in masks or []]
+        marks.append("one object" if is_one_object(_kinds(masks or [])) else "")
+    except BadVideo:
+        return ""  # reading it will say why
+    return " ".join(filter(None, marks))
 
 
 @cache

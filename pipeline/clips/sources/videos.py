@@ -2,7 +2,7 @@
 
 `FOLDER/a.mp4`, `FOLDER/deep/b.webm` and `FOLDER/c/0001.jpg …` are the videos `a`, `deep/b` and `c`;
 their masks, if any, are label images `FOLDER/masks/a/00000.png …`, one a frame in order, in which 0
-is background and 255 is void.
+is background and 255 is void, or in a video without any other label an object.
 """
 
 from __future__ import annotations
@@ -18,17 +18,23 @@ from av.stream import Disposition
 from PIL import Image
 
 from pipeline import storage
-from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
+from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, in_threads, is_image, natural_key, read_whole
 from pipeline.clips.sources.frames import (
     RawFrame,
+    as_shown,
     decode_labels,
+    fits,
     fitted,
+    is_one_object,
     label_masks,
+    marked_content,
+    only_void,
     read_images,
     reason,
     target_size,
 )
+from pipeline.clips.sources.pictures import frame_mark, label_mark
 from pipeline.storage import FileInfo
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
@@ -125,8 +131,10 @@ def _reference(video_id: str, path: Path, masks_path: Path, memo: HashMemo) -> V
     files = [path / name for name in _images(str(path))] if path.is_dir() else [path]
     size = sum(f.stat().st_size for f in files if f.exists())
     has_masks = masks_path.is_dir()
-    files += [masks_path / name for name in _images(str(masks_path))] if has_masks else []
-    content = storage.fingerprint([(f.name, memo.hash_or_error(f)) for f in files])
+    masks = [masks_path / name for name in _images(str(masks_path))] if has_masks else []
+    hashes = [(f.name, memo.hash_or_error(f, frame_mark if path.is_dir() else None)) for f in files]
+    hashes += [(f.name, memo.hash_or_error(f, label_mark)) for f in masks]
+    content = marked_content(storage.fingerprint(hashes), masks, memo)
     return VideoRef(
         video_id, str(path), content, size, details={"masks": str(masks_path)} if has_masks else {}
     )
@@ -228,24 +236,31 @@ def _decode(container: Any, stream: Any, short_side: int | None) -> Iterator[Raw
 def _with_masks(frames: FrameIterator, folder: str) -> FrameIterator:
     """Frames with the masks of a folder's label images, one each in order."""
     names = _images(folder)
+    one_object = is_one_object(only_void(_read_labels(folder, name)) for name in names)
     count = 0
     for frame in frames:
         if count >= len(names):
             raise BadVideo(f"has more frames than masks ({len(names)})")
-        yield frame._replace(masks=_read_masks(folder, names[count], frame.pixels.shape[:2]))
+        yield frame._replace(masks=_read_masks(folder, names[count], frame, one_object))
         count += 1
     if count != len(names):
         raise BadVideo(f"has {count} frames but {len(names)} masks")
 
 
-def _read_masks(folder: str, name: str, size: tuple[int, ...]) -> dict[int, np.ndarray]:
+def _read_labels(folder: str, name: str) -> np.ndarray:
+    return decode_labels(read_whole(storage.join(folder, name), f"mask {name}"), name)
+
+
+def _read_masks(folder: str, name: str, frame: Frame, one_object: bool) -> dict[int, np.ndarray]:
     """Masks (H, W) bool at a frame's size, of a label image that may have another one of the same shape.
 
     Where a pixel's centre falls between two of the label image, Pillow takes another one than `nearest_resize`: it
     stays Pillow, as what is written under a fingerprint does.
     """
-    labels = decode_labels(read_whole(storage.join(folder, name), f"mask {name}"), name)
+    size = frame.pixels.shape[:2]
+    labels = as_shown(_read_labels(folder, name), size, frame.orientation)
     (mask_height, mask_width), (height, width) = labels.shape, size
-    if abs(mask_width * height / (mask_height * width) - 1) > 0.02:
+    if not fits(labels.shape, size):
         raise BadVideo(f"mask {name} is {mask_width}x{mask_height}, its frame {width}x{height} pixels")
-    return label_masks(np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)))
+    resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+    return label_masks(np.asarray(resized), one_object)

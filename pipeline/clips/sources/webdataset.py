@@ -1,9 +1,9 @@
 """WebDataset tars as the public scripts of SlotContrast and VideoSAUR write them.
 
 `<name>-<split>-000000.tar` holds `<key>.video.npy` (T, H, W, 3) uint8, or `<key>.image.npy` (H, W, 3), and
-`<key>.segmentations.npy`: labels (T, H, W) or (T, H, W, 1), in which 0 is background and 255 void, or
-objects (T, H, W, N), for images (N, H, W), that are nonzero where they are. Listing reads the tars'
-headers only; a video is read frame by frame from where it lies.
+`<key>.segmentations.npy`: labels (T, H, W) or (T, H, W, 1), in which 0 is background and 255 void (an object, where
+a video has no other label), or objects (T, H, W, N), for images (N, H, W), that are nonzero where they are. Listing
+reads the tars' headers, and of local ones labels, mostly the first of a video.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from numpy.lib import format as npy_format
 from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, check_complete, in_threads, natural_key, read_part
-from pipeline.clips.sources.frames import RawFrame, check_mask_size, fitted, label_masks
+from pipeline.clips.sources.frames import (
+    RawFrame,
+    check_mask_size,
+    fitted,
+    is_one_object,
+    label_masks,
+    only_void,
+)
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
 
@@ -83,11 +90,21 @@ def _references(root: str, file: FileInfo, memo: HashMemo) -> list[VideoRef]:
         else:
             key = f"after {last}" if last is not None else "start"
             samples[key], problems[key] = {}, damage
+    contents = {
+        k: storage.fingerprint(["webdataset", content, k, s, problems[k]]) for k, s in samples.items()
+    }
+    if not storage.is_remote(root):
+        # Those whose 255 earlier versions took for void; on S3 nothing is read for it.
+        good = {key: sample for key, sample in samples.items() if not problems[key]}
+        changed = memo.walk(
+            root, file, lambda uri, _: [k for k, s in good.items() if _is_changed(uri, s)], "marks"
+        )
+        contents |= {key: storage.fingerprint(["one object", contents[key]]) for key in changed}
     return [
         VideoRef(
             f"{stem}/{key}",
             storage.join(root, file.name),
-            storage.fingerprint(["webdataset", content, key, sample, problems[key]]),
+            contents[key],
             sum(size for _, size in sample.values()),
             "webdataset",
             sample,
@@ -187,11 +204,28 @@ def _decoded(video: VideoRef) -> Iterator[RawFrame]:
     if _SEGMENTATIONS in video.details:
         segmentations = open_array(video.path, _SEGMENTATIONS, *video.details[_SEGMENTATIONS])
         segmentations = _check_segmentations(segmentations, frames, is_image)
+    one_object = segmentations is not None and _is_one_object(segmentations, is_image)
     for index in range(frames.shape[0]):
         frame = RawFrame(str(index), frames.step(index))
         if segmentations is not None:
-            frame = frame._replace(masks=_masks(segmentations.step(index), is_image))
+            frame = frame._replace(masks=_masks(segmentations.step(index), is_image, one_object))
         yield frame
+
+
+def _is_one_object(segmentations: Array, is_image: bool) -> bool:
+    if is_image or (len(segmentations.shape) == 4 and segmentations.shape[3] != 1):
+        return False  # each object has a channel
+    return is_one_object(only_void(segmentations.step(i)) for i in range(segmentations.shape[0]))
+
+
+def _is_changed(uri: str, sample: dict[str, list[int]]) -> bool:
+    if _VIDEO not in sample or _SEGMENTATIONS not in sample:
+        return False
+    try:
+        segmentations = open_array(uri, _SEGMENTATIONS, *sample[_SEGMENTATIONS])
+        return segmentations.dtype.kind in "iu" and _is_one_object(segmentations, False)
+    except BadVideo:
+        return False  # reading it will say why
 
 
 def _check_segmentations(array: Array, frames: Array, is_image: bool) -> Array:
@@ -209,7 +243,7 @@ def _check_segmentations(array: Array, frames: Array, is_image: bool) -> Array:
     return array
 
 
-def _masks(values: np.ndarray, is_image: bool) -> dict[int, np.ndarray]:
+def _masks(values: np.ndarray, is_image: bool, one_object: bool) -> dict[int, np.ndarray]:
     """Masks from labels (H, W) or (H, W, 1), or from objects (H, W, N), for images (N, H, W)."""
     if is_image:
         return {i: channel != 0 for i, channel in enumerate(values, 1) if channel.any()}
@@ -218,4 +252,4 @@ def _masks(values: np.ndarray, is_image: bool) -> dict[int, np.ndarray]:
     labels = values.reshape(values.shape[:2])
     if labels.min() < 0 or labels.max() >= _LABEL_LIMIT:
         raise BadVideo(f"{_SEGMENTATIONS} has labels from {labels.min()} to {labels.max()}")
-    return label_masks(labels.astype(np.uint8) if labels.dtype == bool else labels)
+    return label_masks(labels.astype(np.uint8) if labels.dtype == bool else labels, one_object)

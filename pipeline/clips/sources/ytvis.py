@@ -13,10 +13,18 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline import storage
-from pipeline.clips.sources.annotations import declared_size, find_json, read_annotations, with_objects
+from pipeline.clips.sources.annotations import (
+    declared_size,
+    find_json,
+    is_box_alone,
+    is_read_since,
+    read_annotations,
+    with_objects,
+)
 from pipeline.clips.sources.base import FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo, in_threads, natural_key
 from pipeline.clips.sources.frames import RawFrame, fitted, read_images
+from pipeline.clips.sources.pictures import frame_mark
 from pipeline.config import Dataset
 from pipeline.storage import FileInfo
 
@@ -32,7 +40,7 @@ def find(dataset: Dataset, split: str, memo: HashMemo) -> list[VideoRef]:
     places = [f"{split}/instances.json", f"{split}.json", f"annotations_{split}.json"]
     places.append(f"annotations/instances_{split}.json")
     uri = find_json([storage.join(root, place) for place in places], split, lambda: _splits(root))
-    videos, objects = read_annotations(uri, "videos", "video_id")
+    videos, objects = read_annotations(uri, "videos", "video_id", "segmentations")
     wanted = {name for video in videos.values() for name in _names(video)}
     images, files = _find_images(root, split, wanted)
 
@@ -86,12 +94,17 @@ def _reference(
     found = [files[name] for name in names if name in files]
     segmentations = None if objects is None else [entry.get("segmentations") for entry in objects]
     size = declared_size(video)
-    content = [(file.name, memo.content(images, file)) for file in found]
+    files_read = [(file.name, memo.content(images, file, frame_mark)) for file in found]
     problem = _problem(video, names, files, segmentations)
+    if not problem and objects and all(is_box_alone(entry, "segmentations") for entry in objects):
+        problem = f"its {len(objects)} objects have boxes, but no segmentations"
+    content = storage.fingerprint(["ytvis", names, files_read, segmentations, size, problem])
+    if not problem and any(is_read_since(part) for entries in segmentations or [] for part in entries or []):
+        content = storage.fingerprint(["rings", content])
     return VideoRef(
         f"{number}-{folder}" if folder else str(number),
         storage.join(images, folder),
-        storage.fingerprint(["ytvis", names, content, segmentations, size, problem]),
+        content,
         sum(file.size for file in found),
         kind,
         {"images": images, "frames": names, "objects": segmentations, "size": size},
