@@ -32,6 +32,7 @@ _T = TypeVar("_T")
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _TRANSIENT_CODES = {
     "BandwidthLimitExceeded",
+    "ConditionalRequestConflict",  # another is writing the same object
     "IncompleteBody",  # an upload was cut
     "InternalError",
     "OperationAborted",

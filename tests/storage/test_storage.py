@@ -3,10 +3,12 @@ import os
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from places import python
 
 from pipeline import storage
 from pipeline.storage import IncompleteError, join
+from pipeline.storage import s3 as s3_module
 
 MULTIPART = 12 << 20  # bytes; more than 8 MiB is sent in parts
 
@@ -25,7 +27,7 @@ def write_interrupted(uri, content):
         write()
 
 
-# --- the same promises, on a folder and on a real S3 server ---------------------------------------
+# --- the same promises, on a folder and on real S3 servers ---------------------------------------
 
 
 def test_write_and_read(place):
@@ -139,6 +141,37 @@ def test_hash_file_follows_the_content(place):
         storage.write_bytes(join(place, name), content)
     one, two, three = (storage.hash_file(join(place, name)) for name in ("one", "two", "three"))
     assert one == two != three
+
+
+def test_a_condition_says_who_writes(place, request):
+    uri = join(place, "note")
+    first = storage.write_if(uri, b"first", None)
+    assert storage.read_versioned(uri) == (b"first", first)
+    if heeded := request.node.callspec.params["place"] != "rclone":
+        assert storage.write_if(uri, b"late", None) is None
+        second = storage.write_if(uri, b"second", first)
+        assert storage.write_if(uri, b"late", first) is None
+        assert storage.read_versioned(uri) == (b"second", second)
+        assert storage.write_if(join(place, "nothing", "there"), b"late", first) is None
+        assert storage.list_names(place) == ["note"]
+    assert storage.heeds_conditions(uri, storage.read_bytes(uri)) == heeded
+
+
+def test_a_server_that_knows_no_conditions_is_written_to_all_the_same(monkeypatch):
+    class Client:
+        content = None
+
+        def put_object(self, Body, IfNoneMatch=None, IfMatch=None, **_):
+            if IfNoneMatch or IfMatch:
+                answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+                raise ClientError(answer, "PutObject")
+            Client.content = Body
+            return {"ETag": '"1"'}
+
+    monkeypatch.setattr(s3_module, "request", lambda operation, uri, call: call(Client()))
+    assert storage.write_if("s3://elsewhere/x", b"new", None) == '"1"'
+    assert Client.content == b"new"
+    assert not storage.heeds_conditions("s3://elsewhere/x", b"new")
 
 
 def test_local_copy_of_nothing(s3):
