@@ -304,11 +304,20 @@ def local_copy(uri: str) -> Iterator[str]:
         names = list_names(uri)
         if names:
             for entry in names:
-                _download(join(uri, entry), Path(folder) / entry)
+                _download(join(uri, entry), Path(folder) / _local_name(entry))
             yield folder
         else:
-            _download(uri, Path(folder) / name(uri))
-            yield str(Path(folder) / name(uri))
+            target = Path(folder) / _local_name(name(uri))
+            _download(uri, target)
+            yield str(target)
+
+
+def _local_name(entry: str) -> str:
+    """The same, but where it is longer than the 255 bytes that file systems take, as a name on S3 may be."""
+    if len(os.fsencode(entry)) <= 255:
+        return entry
+    suffix = os.path.splitext(entry)[1]
+    return fingerprint(entry) + (suffix if len(os.fsencode(suffix)) <= 32 else "")
 
 
 def _download(uri: str, target: Path) -> None:

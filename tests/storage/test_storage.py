@@ -122,6 +122,17 @@ def test_upload_folder_and_local_copy(place, tmp_path_factory):
         assert Path(path).read_bytes() == content["a.bin"]
 
 
+@pytest.mark.parametrize("place", ["moto"], indirect=True)  # whose names may be as long as on S3
+@pytest.mark.parametrize("long", ["动" * 100 + ".mp4", "a." + "b" * 300])
+def test_local_copy_of_a_name_that_is_too_long_for_a_local_file(place, long):
+    storage.write_bytes(join(place, long), b"content")
+    with storage.local_copy(join(place, long)) as path:
+        assert Path(path).read_bytes() == b"content"
+        assert path.endswith(".mp4") == long.endswith(".mp4")
+    with storage.local_copy(place) as folder:
+        assert [path.read_bytes() for path in Path(folder).iterdir()] == [b"content"]
+
+
 def test_upload_folder_that_fails_midway_is_incomplete(place, tmp_path_factory):
     """The manifest comes last even though its name does not."""
     local = tmp_path_factory.mktemp("local")
@@ -228,6 +239,14 @@ def test_unsupported_scheme(uri):
         with pytest.raises(ValueError, match=r"only local paths and s3:// are supported") as error:
             operation(uri)
         assert uri in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "operation", [storage.exists, storage.list_names, storage.read_bytes, storage.delete]
+)
+def test_a_name_that_cannot_be_on_s3(operation):
+    with pytest.raises(ValueError, match=r"'s3://bucket/caf\\xe9': it has bytes that are no UTF-8"):
+        operation("s3://bucket/caf\udce9")
 
 
 def test_absolute(tmp_path, monkeypatch):
