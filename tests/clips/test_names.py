@@ -74,6 +74,12 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(stage, "map_tasks", run)
 
 
+@pytest.mark.fault(
+    "names with unusual spaces, joiners, colons, 254 bytes", "shard", "read under their own names"
+)
+@pytest.mark.fault(
+    "a name with bytes that are no UTF-8", "shard", "set aside under a printable name, the rest is published"
+)
 def test_every_name_is_read_or_set_aside_and_the_job_ends_well(folder, tmp_path, in_this_process):
     config = config_of(folder, tmp_path)
     summary = stage.shard(config)
