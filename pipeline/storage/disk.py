@@ -64,10 +64,15 @@ def _alone(folder: Path) -> Iterator[bool]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            locked = True
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # which ends with the process at the latest
         except OSError:
-            locked = False
-        yield locked
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(
+                descriptor, fcntl.LOCK_UN
+            )  # closing would not, where a child has been forked meanwhile
     finally:
-        os.close(descriptor)  # which unlocks it, as the end of the process does
+        os.close(descriptor)
