@@ -133,7 +133,9 @@ def test_every_request_of_an_upload_in_parts_is_tried_again(root, proxy, method,
     assert storage.size(join(root, "new")) == len(BIG)
 
 
-def test_many_faults_at_once(root, proxy):
+@both_servers
+def test_many_faults_at_once(root, proxy, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "12")  # six in a row come now and then
     proxy.rates = {fault: 0.02 if "stall" in fault else 0.06 for fault in FAULTS}
     for _ in range(3):
         for operation in (read_file, read_range, read_in_order, list_folder, ask):
