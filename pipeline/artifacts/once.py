@@ -1,13 +1,16 @@
 """Making a folder once: it is found, or one job at a time fills it.
 
-The lease is a note in the folder, which the job renews while it works. A courtesy and not a lock, as no object store
-has one that all others have too: whatever two jobs do at once, what they publish is whole and, but for the rounding
-of GPUs, equal. The lease only keeps them from doing work twice.
+The lease is a note in the folder, which the job renews while it works. Where storage heeds conditions of writes (S3's
+`If-None-Match` and `If-Match`, locks of a local file system) one job alone can have it; elsewhere two that come within
+a moment may both work. So may a job that was silent for `ABANDONED_AFTER` seconds beside the one that took its place,
+so publishing doesn't rely on it: whatever two jobs do at once, what they publish is whole and, but for the rounding of
+GPUs, equal. The lease keeps them from doing work twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import threading
@@ -28,7 +31,7 @@ RENEWED_EVERY = 5.0  # seconds
 # Seconds without a renewal, on the waiter's own clock: a renewal is two requests, each of which may stall once for
 # `SLOTMATCH_S3_TIMEOUT`.
 ABANDONED_AFTER = 90.0
-SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 1.0, 60.0  # of who waits
 
 
 @contextlib.contextmanager
@@ -109,17 +112,10 @@ def lease(folder: str, label: str) -> Iterator[None]:
     Whoever has waited looks at the folder again: it may be complete by now. A job that was killed is not waited
     for if it ran on this machine, else for `ABANDONED_AFTER` seconds.
     """
-    uri = storage.join(folder, LEASE_FILE)
-    mine = {
-        "id": uuid.uuid4().hex,
-        "label": label,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": storage.timestamp(),
-    }
-    _acquire(uri, mine)
+    mine = _Lease(storage.join(folder, LEASE_FILE), label)
+    mine.acquire()
     ended = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(uri, mine, ended), name=f"lease {label}", daemon=True)
+    renewal = threading.Thread(target=_renew, args=(mine, ended), name=f"lease {label}", daemon=True)
     renewal.start()
     try:
         yield
@@ -128,56 +124,101 @@ def lease(folder: str, label: str) -> Iterator[None]:
         renewal.join()
         # Left behind it costs the next job some seconds, so it must not hide what went wrong in the block.
         with contextlib.suppress(Exception):
-            if _is_mine(uri, mine):
-                storage.delete(uri)
+            if mine.renew():  # so that nobody takes it for abandoned before it is deleted
+                storage.delete(mine.uri)
 
 
 def held_by(folder: str) -> str:
     """Who works in a local folder, in words; empty where nobody does."""
     uri = storage.join(folder, LEASE_FILE)
-    held = _read(uri)
+    held, _ = _read(uri)
     if held is None or _is_dead(held) or time.time() - os.path.getmtime(uri) > ABANDONED_AFTER:
         return ""
     return f"{held.get('label')} (process {held.get('pid')} on {held.get('host')}, since {held.get('since')})"
 
 
-def _acquire(uri: str, mine: dict[str, Any]) -> None:
-    # Two that write at once both read who came last; on a server that takes longer than this, both work.
-    settling = 0.5 if storage.is_remote(uri) else 0.05
-    seen: dict[str, Any] | None = None
-    seen_at = said_at = 0.0
-    while True:
-        held = _read(uri)
-        now = time.monotonic()
-        if held != seen:
-            seen, seen_at = held, now
-        if held is None or _is_dead(held) or now - seen_at > ABANDONED_AFTER:
-            storage.write_json(uri, mine)
-            time.sleep(settling)
-            if _is_mine(uri, mine):
-                return
-            continue
-        if now - said_at > SECONDS_BETWEEN_LINES or not said_at:
-            said_at = now
-            log(
-                f"{mine['label']}: another job is at this already (process {held.get('pid')} on {held.get('host')}, "
-                f"since {held.get('since')}); waiting for its end"
-            )
-        time.sleep(1.0)
+class _Lease:
+    """This job's note in a folder.
+
+    Attributes:
+        uri: of the note.
+        label: what messages call the job.
+    """
+
+    def __init__(self, uri: str, label: str) -> None:
+        self.uri, self.label = uri, label
+        self._id = uuid.uuid4().hex
+        self._since = storage.timestamp()
+        self._beat = 0
+        self._version: str | None = None  # of the note as we wrote it last
+        self._heeded = False  # whether storage is known to heed conditions
+
+    def acquire(self) -> None:
+        """Waits for it."""
+        seen: str | None = None
+        seen_at = said_at = 0.0
+        while True:
+            held, version = _read(self.uri)
+            now = time.monotonic()
+            if version != seen:
+                seen, seen_at = version, now
+            # It is ours where the answer to our request was lost.
+            if held is None or self._is(held) or _is_dead(held) or now - seen_at > ABANDONED_AFTER:
+                if self._take(version):
+                    return
+            elif now - said_at > SECONDS_BETWEEN_LINES or not said_at:
+                said_at = now
+                log(
+                    f"{self.label}: another job is at this already (process {held.get('pid')} on "
+                    f"{held.get('host')}, since {held.get('since')}); waiting for its end"
+                )
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def renew(self) -> bool:
+        """Whether the lease is ours still, which others then see anew."""
+        if not self._heeded and not self._is(_read(self.uri)[0]):
+            return False
+        if self._write(self._version):
+            return True
+        held, version = _read(self.uri)  # a renewal that failed may have been done all the same
+        return self._is(held) and self._write(version)
+
+    def _take(self, version: str | None) -> bool:
+        """Whether it is ours now, where the note was at `version`."""
+        if not self._write(version):
+            return False
+        self._heeded = storage.heeds_conditions(self.uri, self._content())
+        if self._heeded:
+            return True
+        # Of two that write at once both read who came last; on a server that takes longer than this, both work.
+        time.sleep(0.5 if storage.is_remote(self.uri) else 0.05)
+        return self._is(_read(self.uri)[0])
+
+    def _write(self, version: str | None) -> bool:
+        self._beat += 1
+        written = storage.write_if(self.uri, self._content(), version)
+        self._version = written or self._version
+        return written is not None
+
+    def _is(self, held: dict[str, Any] | None) -> bool:
+        return held is not None and held.get("id") == self._id
+
+    def _content(self) -> bytes:
+        note = {"id": self._id, "label": self.label, "host": socket.gethostname(), "pid": os.getpid()}
+        return json.dumps({**note, "since": self._since, "beat": self._beat}).encode()
 
 
-def _read(uri: str) -> dict[str, Any] | None:
-    """Who holds it; None where nobody does, or what is there is damaged."""
+def _read(uri: str) -> tuple[dict[str, Any] | None, str | None]:
+    """Who holds it, and the note's version; None where nobody does, or what is there is damaged."""
     try:
-        held = storage.read_json(uri)
-    except (FileNotFoundError, ValueError):
-        return None
-    return held if isinstance(held, dict) else None
-
-
-def _is_mine(uri: str, mine: dict[str, Any]) -> bool:
-    held = _read(uri)
-    return held is not None and held.get("id") == mine["id"]
+        data, version = storage.read_versioned(uri)
+    except FileNotFoundError:
+        return None, None
+    try:
+        held = json.loads(data)
+    except ValueError:
+        return None, version
+    return held if isinstance(held, dict) else None, version
 
 
 def _is_dead(held: dict[str, Any]) -> bool:
@@ -193,16 +234,11 @@ def _is_dead(held: dict[str, Any]) -> bool:
     return False
 
 
-def _renew(uri: str, mine: dict[str, Any], ended: threading.Event) -> None:
-    beat = 0
+def _renew(mine: _Lease, ended: threading.Event) -> None:
     while not ended.wait(RENEWED_EVERY):
-        beat += 1
         try:
-            if not _is_mine(uri, mine):
-                log(
-                    f"{mine['label']}: another job took this over, as this one was silent for long; both go on"
-                )
+            if not mine.renew():
+                log(f"{mine.label}: another job took this over, as this one was silent for long; both go on")
                 return
-            storage.write_json(uri, {**mine, "beat": beat})
         except Exception as error:  # the work matters more
-            log(f"{mine['label']}: the lease could not be renewed ({type(error).__name__}: {error})")
+            log(f"{mine.label}: the lease could not be renewed ({type(error).__name__}: {error})")

@@ -14,7 +14,7 @@ from pipeline.clips.sources.synthetic import SyntheticSettings, video_file, writ
 from pipeline.clips.sources.videos import list_videos as list_local
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet
 from pipeline.config import Config, ConfigError, parse_split
-from pipeline.log import Progress
+from pipeline.log import Progress, is_storable, printable
 
 
 class ClipLibrary:
@@ -54,7 +54,16 @@ def artifacts_of(
 
     Args:
         library: what has looked videos up before.
+
+    Raises:
+        ConfigError: `storage.root`, which is kept beside all that is made, has bytes that are no UTF-8.
     """
+    root = storage.absolute(config.storage.root)
+    if not is_storable(root):
+        raise ConfigError(
+            f"storage.root: '{printable(root)}' can't be used: it has bytes that are no UTF-8, which MLflow, Ray and "
+            "S3 can't hold; give it another name"
+        )
     return Artifacts(config, library or ClipLibrary(), clips_uri=clips_uri)
 
 

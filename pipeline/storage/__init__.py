@@ -15,7 +15,6 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from pipeline.storage import s3
+from pipeline.storage import disk, s3
 from pipeline.storage.errors import (
     AccessError,
     IncompleteError,
@@ -182,17 +181,8 @@ def atomic_write(uri: str) -> Iterator[IO[bytes]]:
             upload.abort()
             raise
         return
-    target = Path(absolute(uri))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk.atomic_write(Path(absolute(uri))) as file:
+        yield file
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -210,6 +200,45 @@ def read_json(uri: str) -> Any:
         return json.loads(read_bytes(uri))
     except ValueError as error:  # bytes that are no text included
         raise ValueError(f"{uri}: not JSON ({error})") from error
+
+
+class Content(NamedTuple):
+    """A file's bytes, and the version that `write_if` asks for."""
+
+    data: bytes
+    version: str
+
+
+def read_versioned(uri: str) -> Content:
+    if on_s3(uri):
+        return Content(*s3.get(uri))
+    data = read_bytes(uri)
+    return Content(data, disk.version(data))
+
+
+def write_if(uri: str, content: bytes, version: str | None) -> str | None:
+    """Writes a small file if the one that is there has still this version; with None, if there is none.
+
+    Returns:
+        The new version; None where the condition did not hold. On S3 it may be our own content that does not let it
+        hold: written by a try whose answer was lost.
+
+    Where `heeds_conditions` is False it may overwrite what others write at the same moment.
+    """
+    if on_s3(uri):
+        return s3.put_if(uri, content, version)
+    return disk.write_if(Path(absolute(uri)), content, version)
+
+
+def heeds_conditions(uri: str, content: bytes) -> bool:
+    """Whether a condition of `write_if` always counts, so that of several that write at once one alone does.
+
+    Args:
+        uri, content: a file that the caller has just written; a server that heeds no conditions writes it again.
+    """
+    if on_s3(uri):
+        return s3.heeds_conditions(uri, content)
+    return disk.can_lock(Path(absolute(uri)).parent)
 
 
 def publish(folder: str, manifest: dict[str, Any]) -> None:
@@ -275,11 +304,20 @@ def local_copy(uri: str) -> Iterator[str]:
         names = list_names(uri)
         if names:
             for entry in names:
-                _download(join(uri, entry), Path(folder) / entry)
+                _download(join(uri, entry), Path(folder) / _local_name(entry))
             yield folder
         else:
-            _download(uri, Path(folder) / name(uri))
-            yield str(Path(folder) / name(uri))
+            target = Path(folder) / _local_name(name(uri))
+            _download(uri, target)
+            yield str(target)
+
+
+def _local_name(entry: str) -> str:
+    """The same, but where it is longer than the 255 bytes that file systems take, as a name on S3 may be."""
+    if len(os.fsencode(entry)) <= 255:
+        return entry
+    suffix = os.path.splitext(entry)[1]
+    return fingerprint(entry) + (suffix if len(os.fsencode(suffix)) <= 32 else "")
 
 
 def _download(uri: str, target: Path) -> None:

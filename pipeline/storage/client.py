@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline.log import log
+from pipeline.log import is_storable, log, printable
 from pipeline.storage.errors import AccessError, MissingBucketError, StorageError, UnavailableError
 
 TRIES = 6
@@ -32,6 +32,7 @@ _T = TypeVar("_T")
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _TRANSIENT_CODES = {
     "BandwidthLimitExceeded",
+    "ConditionalRequestConflict",  # another is writing the same object
     "IncompleteBody",  # an upload was cut
     "InternalError",
     "OperationAborted",
@@ -122,7 +123,15 @@ def timeout() -> float:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Bucket and key."""
+    """Bucket and key.
+
+    Raises:
+        ValueError: bytes that are no UTF-8, such as a word of the command line may have.
+    """
+    if not is_storable(uri):
+        raise ValueError(
+            f"storage '{printable(uri)}': it has bytes that are no UTF-8, which no name on S3 has"
+        )
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return bucket, key
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline.log import log
 from pipeline.storage.client import endpoint, request, split, status
-from pipeline.storage.errors import StorageError
+from pipeline.storage.errors import MissingBucketError, StorageError
 
 PART_BYTES = 8 << 20  # of a multipart upload, at first; 5 MiB is the least that S3 takes
 # Then they are twice as large: S3 takes 10,000 parts, and so 8 TB, which is more than an object may have.
@@ -117,6 +117,52 @@ def get(uri: str, start: int | None = None, stop: int | None = None) -> Content:
 def put(uri: str, data: bytes) -> None:
     bucket, key = split(uri)
     request("write", uri, lambda c: c.put_object(Bucket=bucket, Key=key, Body=data))
+
+
+def put_if(uri: str, data: bytes, version: str | None) -> str | None:
+    """Writes an object if the one there has this ETag; with None, if there is none.
+
+    Returns:
+        The new ETag; None where the condition did not hold.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(uri)
+    condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version.removeprefix("W/")}
+
+    def call(client: Any) -> str | None:
+        content = {"Bucket": bucket, "Key": key, "Body": data}
+        try:
+            return str(client.put_object(**content, **condition)["ETag"])
+        except ClientError as error:
+            if status(error) == 412:
+                return None
+            if status(error) == 501:  # "a header you provided implies functionality that is not implemented"
+                return str(client.put_object(**content)["ETag"])
+            raise
+
+    try:
+        return request("write", uri, call)
+    except MissingBucketError:
+        raise
+    except FileNotFoundError:  # nothing there that could have the ETag
+        return None
+
+
+_HEEDS: dict[tuple[str, str], bool] = {}  # endpoint, bucket: what `heeds_conditions` has found out
+
+
+def heeds_conditions(uri: str, data: bytes) -> bool:
+    """Whether the server writes only where a condition of `put_if` holds; each is asked once a process.
+
+    Args:
+        uri, data: an object that is there, which a server that does not writes again.
+    """
+    place = (endpoint(), split(uri)[0])
+    if place not in _HEEDS:
+        of_nothing = f'"{"0" * 32}"'
+        _HEEDS[place] = put_if(uri, data, None) is None and put_if(uri, data, of_nothing) is None
+    return _HEEDS[place]
 
 
 class Object(NamedTuple):

@@ -57,6 +57,8 @@ def test_ranges(place):
 
 
 def test_a_network_that_fails_is_no_fault_of_the_video(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(storage.UnavailableError, match=r"^s3://bucket/a\.tar: read failed"):

@@ -16,7 +16,8 @@ from pipeline.clips import stage
 from pipeline.clips.sources import list_videos
 from pipeline.clips.sources.files import read_lines
 from pipeline.clips.table import ClipSet
-from pipeline.config import Dataset, resolve_config
+from pipeline.config import ConfigError, Dataset, resolve_config
+from pipeline.config.sections import Storage
 from pipeline.log import is_storable, log, printable, redact
 
 ORDINARY = [
@@ -73,6 +74,12 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(stage, "map_tasks", run)
 
 
+@pytest.mark.fault(
+    "names with unusual spaces, joiners, colons, 254 bytes", "shard", "read under their own names"
+)
+@pytest.mark.fault(
+    "a name with bytes that are no UTF-8", "shard", "set aside under a printable name, the rest is published"
+)
 def test_every_name_is_read_or_set_aside_and_the_job_ends_well(folder, tmp_path, in_this_process):
     config = config_of(folder, tmp_path)
     summary = stage.shard(config)
@@ -101,6 +108,14 @@ def test_a_data_set_in_a_folder_whose_name_is_no_text(tmp_path, in_this_process)
     assert (summary["videos"], summary["bad"]) == (2, [])
     sources = pq.read_table(f"{summary['uri']}/sources.parquet").to_pylist()
     assert sources[0]["path"] == f"{tmp_path}/caf\\xe9/a.mp4"
+
+
+@pytest.mark.parametrize("root", ["{}/caf\udce9/runs", "s3://bucket/caf\udce9"])
+def test_a_root_whose_name_is_no_text_is_refused_before_anything_is_written(tmp_path, root):
+    config = config_of(tmp_path, tmp_path).model_copy(update={"storage": Storage(root=root.format(tmp_path))})
+    with pytest.raises(ConfigError, match=r"storage\.root: '.*/caf\\xe9.*' .* no UTF-8"):
+        stage.shard(config)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_name_that_earlier_versions_set_aside_makes_another_clip_set(tmp_path):

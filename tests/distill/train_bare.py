@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import replace
 
-MISSING = ("ray", "mlflow", "matplotlib", "av", "botocore", "boto3", "s3fs", "google", "pandas", "requests")
+MISSING = ("ray", "mlflow", "matplotlib", "av", "botocore", "boto3", "google", "pandas", "requests")
 
 
 class _Installed:

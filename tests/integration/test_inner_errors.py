@@ -8,6 +8,7 @@ import pytest
 from pipeline.compute import map_tasks
 
 
+@pytest.mark.fault("an error in a task on Ray Data", "shard, cache, evaluate", "raised as it was there")
 def test_a_function_that_fails(tiny, tmp_path, local_ray):
     def fails_on_three(row, folder):  # workers can't import the tests, so that Ray sends what is defined here
         if row["n"] == 3:

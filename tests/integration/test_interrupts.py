@@ -21,6 +21,11 @@ ENDED = "ends in seconds, says how to go on, no MLflow run stays open"
 STUDENT = ["distill.method=no_kd", "evaluate.teacher=false", "ray.num_cpus=3"]
 
 
+def heed_interrupts():
+    """As at a terminal; what a script runs in the background ignores them, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Running:
     """A job as a terminal starts it: the leader of a process group of its own."""
 
@@ -34,6 +39,7 @@ class Running:
                 stderr=errors,
                 text=True,
                 start_new_session=True,
+                preexec_fn=heed_interrupts,
             )
 
     def errors(self):

@@ -32,6 +32,9 @@ def lose(uri, pattern):
     return file, content
 
 
+@pytest.mark.fault(
+    "a published shard was deleted", "shard, cache, distill", "named by the others, made again by shard"
+)
 def test_a_lost_shard_of_clips_is_made_again(line, capfd):
     file, content = lose(artifacts_of(line).clips.uri, "data/*.parquet")
     for stage in (cache, distill):

@@ -290,6 +290,9 @@ def damaged(state, *keys, value=float("nan")):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.fault(
+    "NaN or infinity in a checkpoint", "all that load a model", "refused, with the tensors' names"
+)
 def test_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path, value):
     path = tmp_path / "teacher.ckpt"
     save_public_checkpoint(make(), path)

@@ -3,10 +3,12 @@ import os
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from places import python
 
 from pipeline import storage
 from pipeline.storage import IncompleteError, join
+from pipeline.storage import s3 as s3_module
 
 MULTIPART = 12 << 20  # bytes; more than 8 MiB is sent in parts
 
@@ -25,7 +27,7 @@ def write_interrupted(uri, content):
         write()
 
 
-# --- the same promises, on a folder and on a real S3 server ---------------------------------------
+# --- the same promises, on a folder and on real S3 servers ---------------------------------------
 
 
 def test_write_and_read(place):
@@ -120,6 +122,17 @@ def test_upload_folder_and_local_copy(place, tmp_path_factory):
         assert Path(path).read_bytes() == content["a.bin"]
 
 
+@pytest.mark.parametrize("place", ["moto"], indirect=True)  # whose names may be as long as on S3
+@pytest.mark.parametrize("long", ["动" * 100 + ".mp4", "a." + "b" * 300])
+def test_local_copy_of_a_name_that_is_too_long_for_a_local_file(place, long):
+    storage.write_bytes(join(place, long), b"content")
+    with storage.local_copy(join(place, long)) as path:
+        assert Path(path).read_bytes() == b"content"
+        assert path.endswith(".mp4") == long.endswith(".mp4")
+    with storage.local_copy(place) as folder:
+        assert [path.read_bytes() for path in Path(folder).iterdir()] == [b"content"]
+
+
 def test_upload_folder_that_fails_midway_is_incomplete(place, tmp_path_factory):
     """The manifest comes last even though its name does not."""
     local = tmp_path_factory.mktemp("local")
@@ -139,6 +152,37 @@ def test_hash_file_follows_the_content(place):
         storage.write_bytes(join(place, name), content)
     one, two, three = (storage.hash_file(join(place, name)) for name in ("one", "two", "three"))
     assert one == two != three
+
+
+def test_a_condition_says_who_writes(place, request):
+    uri = join(place, "note")
+    first = storage.write_if(uri, b"first", None)
+    assert storage.read_versioned(uri) == (b"first", first)
+    if heeded := request.node.callspec.params["place"] != "rclone":
+        assert storage.write_if(uri, b"late", None) is None
+        second = storage.write_if(uri, b"second", first)
+        assert storage.write_if(uri, b"late", first) is None
+        assert storage.read_versioned(uri) == (b"second", second)
+        assert storage.write_if(join(place, "nothing", "there"), b"late", first) is None
+        assert storage.list_names(place) == ["note"]
+    assert storage.heeds_conditions(uri, storage.read_bytes(uri)) == heeded
+
+
+def test_a_server_that_knows_no_conditions_is_written_to_all_the_same(monkeypatch):
+    class Client:
+        content = None
+
+        def put_object(self, Body, IfNoneMatch=None, IfMatch=None, **_):
+            if IfNoneMatch or IfMatch:
+                answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+                raise ClientError(answer, "PutObject")
+            Client.content = Body
+            return {"ETag": '"1"'}
+
+    monkeypatch.setattr(s3_module, "request", lambda operation, uri, call: call(Client()))
+    assert storage.write_if("s3://elsewhere/x", b"new", None) == '"1"'
+    assert Client.content == b"new"
+    assert not storage.heeds_conditions("s3://elsewhere/x", b"new")
 
 
 def test_local_copy_of_nothing(s3):
@@ -195,6 +239,14 @@ def test_unsupported_scheme(uri):
         with pytest.raises(ValueError, match=r"only local paths and s3:// are supported") as error:
             operation(uri)
         assert uri in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "operation", [storage.exists, storage.list_names, storage.read_bytes, storage.delete]
+)
+def test_a_name_that_cannot_be_on_s3(operation):
+    with pytest.raises(ValueError, match=r"'s3://bucket/caf\\xe9': it has bytes that are no UTF-8"):
+        operation("s3://bucket/caf\udce9")
 
 
 def test_absolute(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ from pipeline.storage import join, s3
 FAULT = "S3: 503, 429, 500, stalls, cut connections, no permission"
 CHECKED = "bounded retries, whole objects or none; at once with bucket and identity where it can't help"
 pytestmark = pytest.mark.fault(FAULT, "storage", CHECKED)
+# What differs most between servers: listings, uploads in parts, what is not there.
+both_servers = pytest.mark.parametrize("faulty_s3", ["rclone", "moto"], indirect=True, scope="module")
 BIG = os.urandom(2 * PART + 1000)  # three parts of an upload, three blocks of a read
 SMALL = b"some bytes"
 
@@ -111,6 +113,7 @@ def test_what_may_pass_is_tried_again(root, proxy, operation, method, fault):
     assert proxy.injected[fault] >= 1
 
 
+@both_servers
 def test_parts_grow_with_their_number(root, proxy, monkeypatch):
     monkeypatch.setattr(s3, "PARTS_OF_A_SIZE", 2)
     content = os.urandom(9 * PART)
@@ -120,6 +123,7 @@ def test_parts_grow_with_their_number(root, proxy, monkeypatch):
     assert proxy.count("PUT", "partNumber") == 5  # of 1, 1, 2, 2 and 3 of at most 4
 
 
+@both_servers
 @pytest.mark.parametrize("query", ["uploads", "partNumber=2", "uploadId"])
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 @pytest.mark.parametrize("fault", ["503", "answer lost", "cut in upload"])
@@ -129,7 +133,9 @@ def test_every_request_of_an_upload_in_parts_is_tried_again(root, proxy, method,
     assert storage.size(join(root, "new")) == len(BIG)
 
 
-def test_many_faults_at_once(root, proxy):
+@both_servers
+def test_many_faults_at_once(root, proxy, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "12")  # six in a row come now and then
     proxy.rates = {fault: 0.02 if "stall" in fault else 0.06 for fault in FAULTS}
     for _ in range(3):
         for operation in (read_file, read_range, read_in_order, list_folder, ask):
@@ -195,6 +201,7 @@ def test_a_server_that_is_not_there(proxy, monkeypatch):
         storage.read_bytes("s3://bucket/x")
 
 
+@both_servers
 def test_an_object_that_is_replaced_while_it_is_read(root):
     with storage.open_read(join(root, "big")) as file:
         assert file.read(100) == BIG[:100]
@@ -212,6 +219,7 @@ def unfinished_uploads(root):
     return [u["Key"] for u in found.get("Uploads", ()) if join("s3://bucket", u["Key"]).startswith(root)]
 
 
+@both_servers
 @pytest.mark.parametrize("fault", ["503", "cut in upload"])
 @pytest.mark.parametrize("old", [True, False])
 def test_an_upload_that_fails_leaves_no_parts_and_what_was_there(root, proxy, tmp_path, old, fault):
@@ -230,6 +238,7 @@ def test_an_upload_that_fails_leaves_no_parts_and_what_was_there(root, proxy, tm
         assert storage.read_bytes(uri) == b"old"
 
 
+@both_servers
 def test_parts_that_cannot_be_removed_are_said(root, proxy, capsys):
     proxy.fail("503", times=1000, query="uploadId")
     with pytest.raises(storage.UnavailableError, match=r"new: write failed 6 times"):
@@ -237,6 +246,7 @@ def test_parts_that_cannot_be_removed_are_said(root, proxy, capsys):
     assert "parts of an unfinished upload are left behind" in capsys.readouterr().err
 
 
+@both_servers
 def test_a_folder_whose_upload_fails_is_not_complete(root, proxy, tmp_path):
     for name in ("a.bin", "b.bin", storage.MANIFEST):
         (tmp_path / name).write_bytes(b"{}")
@@ -253,6 +263,7 @@ def test_a_folder_whose_upload_fails_is_not_complete(root, proxy, tmp_path):
 AS_TESTKEY = r"as access key …tkey \(AWS_ACCESS_KEY_ID\)"
 
 
+@both_servers
 @pytest.mark.parametrize("operation", METHODS)
 def test_no_permission(root, proxy, operation):
     act, uri = failures(root)[operation]
@@ -269,6 +280,7 @@ def test_no_permission(root, proxy, operation):
     assert "testkey" not in str(error.value)
 
 
+@both_servers
 @pytest.mark.parametrize("operation", METHODS)
 def test_no_such_bucket(proxy, operation):
     act, uri = failures("s3://no-such-bucket/runs")[operation]
@@ -280,6 +292,7 @@ def test_no_such_bucket(proxy, operation):
     assert str(error.value).startswith(uri)
 
 
+@both_servers
 @pytest.mark.parametrize("ask_for", ["read_manifest", "is_complete", "list_files", "size", "open_read"])
 def test_no_such_bucket_is_not_an_unfinished_folder(proxy, ask_for):
     with pytest.raises(storage.MissingBucketError):

@@ -74,6 +74,9 @@ def content(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
 
 
+@pytest.mark.fault(
+    "storage.root was moved", "register", "nothing is written, the command that repairs it is named"
+)
 def test_a_job_says_so_before_it_writes(places, capsys):
     old, new = places
     before = content(new), content(old)
