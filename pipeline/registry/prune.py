@@ -85,6 +85,7 @@ def prune(
         ConfigError: nobody can know what is needed: no database, a damaged manifest, or as `made_of`.
         ServerUnavailable, AccessDenied: MLflow.
     """
+    _require_database(config)
     work = _Pruning(config, places_of(made_of(config)), older_than, versions)
     try:
         plan = work.plan()
@@ -113,18 +114,22 @@ def prune(
     }
 
 
+def _require_database(config: Config) -> None:
+    """Raises ConfigError where there is none: a new one would know of nothing that is needed."""
+    uri = config.tracking_uri
+    if uri.startswith("sqlite:///") and not storage.exists(uri.removeprefix("sqlite:///")):
+        raise ConfigError(
+            f"there is no MLflow database at {uri}, so nobody knows what is needed in {config.storage.root}; "
+            "give mlflow.tracking_uri=… of your jobs"
+        )
+
+
 class _Pruning:
     """What can go below a config's root, found as often as it is asked for."""
 
     def __init__(self, config: Config, own: set[str], older_than: float, versions: bool) -> None:
         self.config, self.own, self.older_than, self.versions = config, own, older_than, versions
         self.root = storage.absolute(config.storage.root)
-        uri = config.tracking_uri
-        if uri.startswith("sqlite:///") and not storage.exists(uri.removeprefix("sqlite:///")):
-            raise ConfigError(
-                f"there is no MLflow database at {uri}, so nobody knows what is needed in {self.root}; "
-                "give mlflow.tracking_uri=… of your jobs"
-            )
         self.client = tracking.connect(config)
         self.stock = Stock(self.root, {}, ())
 
