@@ -229,10 +229,7 @@ def _delete(plan: Sequence[Item], work: _Pruning) -> tuple[list[Item], dict[str,
                     log(f"prune: {path} stays: {error}")
                 except storage.UnavailableError:
                     raise
-                except (
-                    OSError,
-                    MlflowException,
-                ) as error:  # another user's files, as a rule; the others can go all the same
+                except (OSError, MlflowException) as error:  # such as another user's files
                     failed[path] = str(error)
                     log(f"prune: {path} could not be deleted: {error}")
                 progress.advance()

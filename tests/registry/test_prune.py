@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from places import python
 from services import free_port
 from students import evaluation, make_finished_run
 
+from jobs._main import run as run_job
+from jobs.prune import JOB
 from pipeline import storage, tracking
 from pipeline.artifacts import once as once_module
 from pipeline.artifacts.manifests import (
@@ -481,3 +484,26 @@ def test_what_can_not_be_deleted_is_named_and_the_rest_goes(world, monkeypatch):
     assert found["status"] == "incomplete"
     assert set(found["failed"]) == {old}
     assert not storage.exists(world.at("students/stopped"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["dataset.kind=videos", "dataset.path=/nowhere"], "/nowhere"),
+        (["dataset.kind=synthetic"], "generated videos of this config are not there .* python -m jobs.shard"),
+    ],
+)
+def test_a_config_whose_videos_are_not_there_is_refused(world, tmp_path, capsys, settings, why):
+    path = tmp_path / "config.yaml"
+    path.write_text(resolve_config({}, [*settings, f"storage.root={world.root}"]).to_yaml())
+    database = f"mlflow.tracking_uri={world.config.tracking_uri}"
+    before = storage.list_names(world.root)
+    assert run_job(JOB, [str(path), database, "--delete", "--older-than", "0"]) == 2
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert re.search(f"can't be known.*{why}", said)
+    assert storage.list_names(world.root) == before
+    assert storage.exists(world.at("students/old"))
+
+
+def test_days_that_are_no_number_keep_everything(world):
+    assert world.prune(days=float("nan"))[1] == {}
