@@ -1,4 +1,4 @@
-"""List what no registered version, finished sweep or recorded evaluation needs.
+"""List what nothing registered, swept or evaluated needs; delete it.
 
 Nothing is deleted but with --delete. What this config uses stays, and what a job is at work in, what was changed
 lately, what another MLflow has recorded, and all that these are made of.

@@ -1,5 +1,6 @@
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
