@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from students import evaluation, make_finished_run
 
 from jobs._main import run as run_job
 from jobs.prune import JOB
-from pipeline import storage
+from pipeline import storage, tracking
 from pipeline.artifacts.once import INPUTS_FILE
 from pipeline.clips.library import artifacts_of
 from pipeline.config import with_overrides
@@ -15,7 +16,8 @@ from pipeline.distill.stage import distill
 from pipeline.evaluate.stage import evaluate
 from pipeline.line import run, students_of
 from pipeline.registry.lineage import trace
-from pipeline.registry.stage import pull
+from pipeline.registry.prune import prune as prune_now
+from pipeline.registry.stage import pull, register_run
 from pipeline.sweep.stage import sweep
 
 CHAMPION = "models:/slotmatch@champion"
@@ -82,3 +84,23 @@ def test_an_unfinished_student_and_sweep_of_the_config_stay(tiny, local_ray, pru
     assert student not in [item["path"] for item in prune(config)["list"]]
     another = with_overrides(config, {"sweep.seeds": [2], "distill.seed": 3})
     assert student in [item["path"] for item in prune(another)["list"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_superseded_version_leaves_a_server_with_its_files(tiny, tmp_path, mlflow_server):
+    config = tiny(f"mlflow.tracking_uri={mlflow_server.uri}", "mlflow.model_name=pruned")
+    runs = [make_finished_run(config, str(tmp_path / "root" / "students" / (digit * 16))) for digit in "ab"]
+    for run_uri, score in zip(runs, (0.5, 0.4), strict=True):
+        register_run(config, run_uri, evaluation(score))
+    client = tracking.connect(config)
+    files = {v.version: v.run_id for v in client.search_model_versions("name = 'pruned'")}
+    found = prune_now(config, lambda config: runs, delete=True, older_than=0, versions=True)
+    assert {kind: n["items"] for kind, n in found["kinds"].items()} == {
+        "registered versions": 1,
+        "models in MLflow": 1,
+    }
+    assert [v.version for v in client.search_model_versions("name = 'pruned'")] == ["1"]
+    assert client.list_artifacts(files["1"], "model")
+    assert not client.list_artifacts(files["2"], "model")
+    pull("models:/pruned@champion", tmp_path / "pulled", config.tracking_uri)
