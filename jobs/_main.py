@@ -32,7 +32,7 @@ from pipeline.tracking.moved import check_not_moved
 STAGES = (
     *("shard", "teacher", "cache", "distill", "evaluate", "register", "pipeline"),  # in the order of the flow
     *("pull", "segment", "lineage"),  # what to do with a registered model
-    "relocate",  # a storage.root that was moved
+    *("relocate", "prune"),  # a storage.root that was moved, or is full
     *("sweep", "evidence", "report"),  # comparisons
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.artifacts.identity import Artifacts
-from pipeline.clips.library import ClipLibrary, artifacts_of, open_clips
+from pipeline.clips.library import ClipLibrary, artifacts_of, open_clips, require_generated
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.compute import best_device, ray_session
-from pipeline.config import Config, with_overrides
+from pipeline.config import Config, ConfigError, with_overrides
 from pipeline.distill.stage import distill, train_teacher
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES, score_table
@@ -27,6 +28,7 @@ from pipeline.registry.stage import CHAMPION, pull, register_run
 from pipeline.report.gallery import GROUND_TRUTH, video_panel
 from pipeline.segment.figures import comparison, to_png
 from pipeline.segment.stage import segment
+from pipeline.sweep.stage import sweep_places
 from pipeline.targets.stage import cache
 
 NO_KD = "student, no KD"
@@ -52,10 +54,7 @@ def run(config: Config) -> dict[str, Any]:
         _title(3, "cache the teacher's slots")
         targets = cache(config, artifacts)
         _title(4, "train a student without distillation, then one with SlotMatch")
-        configs = {
-            NO_KD: with_overrides(config, {"distill.method": "no_kd", "distill.name": NO_KD}),
-            SLOTMATCH: with_overrides(config, {"distill.name": config.distill.name or SLOTMATCH}),
-        }
+        configs = students_of(config)
         runs = {name: distill(c, artifacts.of(c)) for name, c in configs.items()}
         evaluations = _evaluate(artifacts, teacher_uri, {name: r["uri"] for name, r in runs.items()})
         _title(6, "register the students, pull the champion, segment a video")
@@ -80,6 +79,48 @@ def run(config: Config) -> dict[str, Any]:
         "overlay": shown.segmented["overlay"],
         "comparison": str(shown.comparison),
     }
+
+
+def students_of(config: Config) -> dict[str, Config]:
+    """The line's students by their names: one without distillation, one with SlotMatch."""
+    return {
+        NO_KD: with_overrides(config, {"distill.method": "no_kd", "distill.name": NO_KD}),
+        SLOTMATCH: with_overrides(config, {"distill.name": config.distill.name or SLOTMATCH}),
+    }
+
+
+def made_of(config: Config) -> set[str]:
+    """URIs of what the stages, the line and the sweep of a config make and use; nothing is made here.
+
+    Raises:
+        ConfigError: they can't be known, as the videos or the teacher's file are not there.
+    """
+    splits = [split for split in (config.dataset.split, config.evaluate.split) if split is not None]
+    try:
+        found = {require_generated(config, s) for s in splits if config.dataset.kind == "synthetic"}
+        artifacts = artifacts_of(config)
+        found |= {artifacts.clips_of(split).uri for split in splits}
+        for one in (config, *students_of(config).values()):
+            found |= _made_of(artifacts.of(one))
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"what this config uses can't be known, so nothing is looked for: {error}"
+        ) from error
+    with contextlib.suppress(ConfigError):  # which has no sweep that could be run
+        found |= {uri for uri in sweep_places(artifacts) if uri is not None}
+    return found
+
+
+def _made_of(artifacts: Artifacts) -> set[str]:
+    found = {artifacts.teacher.uri}
+    for find in (lambda: artifacts.targets.uri, lambda: artifacts.student.uri):
+        try:
+            found.add(find())
+        except ConfigError:
+            # Before a teacher has been trained there is nothing that was made of it.
+            if artifacts.config.teacher.checkpoint or storage.exists(artifacts.teacher.uri):
+                raise
+    return found
 
 
 def _evaluate(artifacts: Artifacts, teacher_uri: str, runs: dict[str, str]) -> dict[str, Evaluation]:

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from pipeline import storage
@@ -27,6 +27,7 @@ from pipeline.log import log
 Files = Callable[[str], Collection[str]]
 
 LEASE_FILE = "lease.json"
+INPUTS_FILE = "inputs.json"
 RENEWED_EVERY = 5.0  # seconds
 # Seconds without a renewal, on the waiter's own clock: a renewal is two requests, each of which may stall once for
 # `SLOTMATCH_S3_TIMEOUT`.
@@ -35,18 +36,27 @@ SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 1.0, 60.0  # of who waits
 
 
 @contextlib.contextmanager
-def once(uri: str, label: str, *, files: Files | None = None) -> Iterator[bool]:
+def once(
+    uri: str, label: str, *, files: Files | None = None, inputs: Iterable[str | None] | None = None
+) -> Iterator[bool]:
     """Says whether a folder has to be filled and published, which the block then does while other jobs wait.
 
     Args:
         files: what `missing_files` looks for; a published folder that lacks one of them is filled again.
+        inputs: see `say_inputs`.
     """
-    with all_once([uri], label, files=files) as left:
+    with all_once([uri], label, files=files, inputs=inputs) as left:
         yield bool(left)
 
 
 @contextlib.contextmanager
-def all_once(uris: Collection[str], label: str, *, files: Files | None = None) -> Iterator[list[str]]:
+def all_once(
+    uris: Collection[str],
+    label: str,
+    *,
+    files: Files | None = None,
+    inputs: Iterable[str | None] | None = None,
+) -> Iterator[list[str]]:
     """`once` for several folders that are filled together: those that have to be."""
     with contextlib.ExitStack() as leases:
         left = []
@@ -56,6 +66,8 @@ def all_once(uris: Collection[str], label: str, *, files: Files | None = None) -
                 left.append(uri)
         left = [uri for uri in left if not is_whole(uri, files)]  # others may have filled them meanwhile
         for uri in left:
+            if inputs is not None:
+                say_inputs(uri, inputs)
             if missing := missing_files(uri, files):
                 log(
                     f"{label}: {uri} was published, but {_listed(missing)} not there (any more); making it again"
@@ -63,6 +75,11 @@ def all_once(uris: Collection[str], label: str, *, files: Files | None = None) -
                 # No reader shall take it for whole meanwhile.
                 storage.delete(storage.join(uri, storage.MANIFEST))
         yield left
+
+
+def say_inputs(uri: str, inputs: Iterable[str | None]) -> None:
+    """Notes in a folder that is not published yet what it is made of, so that nobody prunes that meanwhile."""
+    storage.write_json(storage.join(uri, INPUTS_FILE), sorted({one for one in inputs if one is not None}))
 
 
 def is_whole(uri: str, files: Files | None) -> bool:
@@ -129,10 +146,13 @@ def lease(folder: str, label: str) -> Iterator[None]:
 
 
 def held_by(folder: str) -> str:
-    """Who works in a local folder, in words; empty where nobody does."""
+    """Who works in a folder, in words; empty where nobody does."""
     uri = storage.join(folder, LEASE_FILE)
     held, _ = _read(uri)
-    if held is None or _is_dead(held) or time.time() - os.path.getmtime(uri) > ABANDONED_AFTER:
+    try:
+        if held is None or _is_dead(held) or storage.age(uri) > ABANDONED_AFTER:
+            return ""
+    except FileNotFoundError:  # given back just now
         return ""
     return f"{held.get('label')} (process {held.get('pid')} on {held.get('host')}, since {held.get('since')})"
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pipeline import storage
 from pipeline.artifacts.identity import Artifact, Artifacts
 from pipeline.artifacts.manifests import ClipManifest, GeneratedManifest
-from pipeline.artifacts.once import once, require_files
+from pipeline.artifacts.once import is_whole, once, require_files
 from pipeline.clips.sources import VideoRef, list_videos
 from pipeline.clips.sources.synthetic import SyntheticSettings, video_file, write_dataset
 from pipeline.clips.sources.videos import list_videos as list_local
@@ -81,7 +81,7 @@ def _list(config: Config, split: str) -> list[VideoRef]:
     return [v._replace(content=contents.get(v.video_id, v.content)) for v in videos]
 
 
-def _generate(config: Config, split: str) -> str:
+def _synthetic(config: Config, split: str) -> SyntheticSettings:
     settings = config.dataset.synthetic
     kind = parse_split(split)[0] or "train"
     counts = {
@@ -89,15 +89,37 @@ def _generate(config: Config, split: str) -> str:
         "validation": settings.validation_videos,
         "test": settings.test_videos,
     }
-    synthetic = SyntheticSettings(
+    return SyntheticSettings(
         videos=counts[kind],
         frames=settings.frames,
         size=settings.size,
         seed=len(counts) * settings.seed + list(counts).index(kind),  # no split shares a video with another
     )
+
+
+def _video_files(settings: SyntheticSettings) -> list[str]:
+    return [video_file(i) for i in range(settings.videos)]
+
+
+def require_generated(config: Config, split: str) -> str:
+    """The folder of a split's generated videos, which is not made here.
+
+    Raises:
+        ConfigError: they have not been made, or some are gone.
+    """
+    synthetic = _synthetic(config, split)
     folder = artifacts_of(config).generated(synthetic).uri
-    label, files = f"generate {split or 'videos'}", [video_file(i) for i in range(synthetic.videos)]
-    with once(folder, label, files=lambda uri: files) as needed:
+    if not is_whole(folder, lambda uri: _video_files(synthetic)):
+        raise ConfigError(
+            f"the generated videos of this config are not there ({folder}); make them: python -m jobs.shard CONFIG"
+        )
+    return folder
+
+
+def _generate(config: Config, split: str) -> str:
+    synthetic = _synthetic(config, split)
+    folder, label = artifacts_of(config).generated(synthetic).uri, f"generate {split or 'videos'}"
+    with once(folder, label, files=lambda uri: _video_files(synthetic)) as needed:
         if not needed:
             return folder
         contents: dict[str, str] = {}

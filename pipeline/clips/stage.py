@@ -67,7 +67,8 @@ def shard_split(config: Config, split: str, library: ClipLibrary | None = None) 
     clips = artifacts_of(config, library=library).clips_of(split)
     label = f"shard {split or 'videos'}"
     work = _Sharding(config, split, videos, clips, label)
-    with once(clips.uri, label, files=clip_files) as needed:
+    generated = [videos[0].path] if config.dataset.kind == "synthetic" else []
+    with once(clips.uri, label, files=clip_files, inputs=generated) as needed:
         if needed:
             work.fill()
     if not needed:

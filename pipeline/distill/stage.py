@@ -116,7 +116,10 @@ def _train(
     train_callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Trains and publishes a run, or finds it finished."""
-    with once(run.uri, run.label, files=run_files) as needed:
+    inputs = [run.clips_uri, run.targets_uri, run.teacher_uri]
+    if run.settings.validate_every and run.config.evaluate.split is not None:
+        inputs.append(artifacts.evaluation_clips.uri)
+    with once(run.uri, run.label, files=run_files, inputs=inputs) as needed:
         if needed:
             run, tags = _begin(run, artifacts, tags, run_tags)
             started = time.monotonic()

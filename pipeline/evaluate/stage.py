@@ -76,7 +76,8 @@ def score_subjects(
             f"dataset.masks = {config.dataset.masks!r})"
         )
     uris = {name: artifacts.scores_of(s.identity(), clips.uri).uri for name, s in subjects.items()}
-    with all_once(uris.values(), "evaluate", files=lambda uri: [VIDEOS_FILE]) as left:
+    inputs = [clips.uri, *(subject.model_uri for subject in subjects.values())]
+    with all_once(uris.values(), "evaluate", files=lambda uri: [VIDEOS_FILE], inputs=inputs) as left:
         # Two names may be one model.
         missing = {uri: name for name, uri in uris.items() if uri in left}
         work = _Scoring(config, clips, [(subjects[name], uri) for uri, name in missing.items()])

@@ -34,6 +34,8 @@ from pipeline.tracking.client import ServerUnavailable, error_code, slow_transfe
 from pipeline.tracking.versions import fetch_version, find_version
 
 CHAMPION = "champion"
+MODEL_ARTIFACT = "model"  # in the files of a run in MLflow
+UPLOAD_TAG = "slotmatch.uploaded"  # when a run's model was sent there
 
 
 def register(config: Config) -> dict[str, Any]:
@@ -175,12 +177,13 @@ def _upload(client: Any, run_uri: str, run_id: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         packed = Path(scratch) / "packed"
         _pack(storage.join(run_uri, MODEL_FOLDER), packed)
-        client.log_artifacts(run_id, str(packed), "model")
+        client.set_tag(run_id, UPLOAD_TAG, storage.timestamp())
+        client.log_artifacts(run_id, str(packed), MODEL_ARTIFACT)
     with tempfile.TemporaryDirectory() as scratch:
         config_file = Path(scratch) / "config.yaml"
         config_file.write_bytes(storage.read_bytes(storage.join(run_uri, "config.yaml")))
         client.log_artifact(run_id, str(config_file))
-    return f"{client.get_run(run_id).info.artifact_uri}/model"
+    return f"{client.get_run(run_id).info.artifact_uri}/{MODEL_ARTIFACT}"
 
 
 def _pack(model_uri: str, folder: Path) -> None:

@@ -107,6 +107,20 @@ def version(uri: str) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
+def age(uri: str) -> float:
+    """Seconds since a file was last written, on the clock of what stores it.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    return s3.age(uri) if on_s3(uri) else time.time() - os.path.getmtime(absolute(uri))
+
+
+def is_link(uri: str) -> bool:
+    """Whether a local path leads to another place."""
+    return not on_s3(uri) and os.path.islink(absolute(uri))
+
+
 def list_names(uri: str) -> list[str]:
     """Sorted names in a folder; empty where there is none."""
     if on_s3(uri):
@@ -120,11 +134,12 @@ def list_names(uri: str) -> list[str]:
 
 
 class FileInfo(NamedTuple):
-    """A file in a listing: its path below the folder, its bytes, and what changes when they do."""
+    """A file in a listing: its path below the folder, its bytes, what changes when they do, and when they did."""
 
     name: str
     size: int
     version: str
+    changed: float = 0.0  # seconds since 1970, on the clock of what stores it
 
 
 def list_files(uri: str) -> list[FileInfo]:
@@ -145,7 +160,7 @@ def _list_local(folder: str) -> Iterator[FileInfo]:
             with contextlib.suppress(FileNotFoundError):
                 status = os.stat(path)
                 relative = os.path.relpath(path, folder).replace(os.sep, "/")
-                yield FileInfo(relative, status.st_size, str(status.st_mtime_ns))
+                yield FileInfo(relative, status.st_size, str(status.st_mtime_ns), status.st_mtime)
 
 
 def open_read(uri: str, *, size: int | None = None) -> IO[bytes]:
@@ -336,6 +351,33 @@ def delete(uri: str) -> None:
             shutil.rmtree(absolute(uri))
         else:
             os.unlink(absolute(uri))
+
+
+def empty_folder(uri: str, *, but: str) -> None:
+    """Removes all that a folder holds except for one file directly in it; links, and not what they lead to."""
+    if on_s3(uri):
+        s3.delete_objects(uri, [found.name for found in s3.objects(uri, deep=True) if found.name != but])
+        return
+    top = absolute(uri)
+    for folder, below, names in os.walk(top, topdown=False):
+        for entry in names:
+            path = os.path.join(folder, entry)
+            if path != os.path.join(top, but):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        for entry in below:
+            path = os.path.join(folder, entry)
+            if os.path.islink(path):
+                os.unlink(path)
+            else:
+                remove_if_empty(path)
+
+
+def remove_if_empty(uri: str) -> None:
+    """Removes a local folder in which nothing is; in S3 there is none then."""
+    if not on_s3(uri):
+        with contextlib.suppress(OSError):  # somebody has begun to fill it
+            os.rmdir(absolute(uri))
 
 
 def fingerprint(content: Any) -> str:

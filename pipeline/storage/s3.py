@@ -6,7 +6,7 @@ import contextlib
 import functools
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.log import log
@@ -27,6 +27,15 @@ def size(uri: str) -> int:
 def version(uri: str) -> str:
     """An object's ETag; raises as `size`."""
     return str(_head_or_reason(uri)["ETag"])
+
+
+def age(uri: str) -> float:
+    """Seconds since an object was written, by the server's clock; raises as `size`."""
+    from email.utils import parsedate_to_datetime
+
+    head = _head_or_reason(uri)
+    now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return float((now - head["LastModified"]).total_seconds())
 
 
 def _head_or_reason(uri: str) -> dict[str, Any]:
@@ -171,6 +180,7 @@ class Object(NamedTuple):
     name: str
     bytes: int
     version: str
+    changed: float = 0.0  # seconds since 1970, by the server's clock
 
 
 def objects(uri: str, *, deep: bool) -> Iterator[Object]:
@@ -186,7 +196,7 @@ def objects(uri: str, *, deep: bool) -> Iterator[Object]:
             relative = entry["Key"][len(prefix) :]
             if relative and not relative.endswith("/"):  # which some tools put where a folder shall be
                 version = str(entry.get("ETag") or entry.get("LastModified")).strip('"')
-                yield Object(relative, int(entry["Size"]), version)
+                yield Object(relative, int(entry["Size"]), version, entry["LastModified"].timestamp())
         if not page.get("IsTruncated"):
             return
         options["ContinuationToken"] = page["NextContinuationToken"]
@@ -199,9 +209,16 @@ def _list_page(options: dict[str, Any], client: Any) -> dict[str, Any]:
 def delete(uri: str) -> None:
     """Removes an object, and all that lies below a folder of this name; nothing there is no error."""
     bucket, key = split(uri)
-    keys = [key] if is_object(uri) else []
+    if is_object(uri):
+        request("delete", uri, functools.partial(_delete_keys, bucket, [key]))
+    delete_objects(uri, [found.name for found in objects(uri, deep=True)])
+
+
+def delete_objects(uri: str, names: Sequence[str]) -> None:
+    """Removes objects by their paths below a folder."""
+    bucket, key = split(uri)
     prefix = key.rstrip("/") + "/" if key else ""
-    keys += [prefix + found.name for found in objects(uri, deep=True)]
+    keys = [prefix + name for name in names]
     for start in range(0, len(keys), 1000):  # the most that one request takes
         request("delete", uri, functools.partial(_delete_keys, bucket, keys[start : start + 1000]))
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.artifacts.identity import Artifacts
 from pipeline.artifacts.manifests import SweepManifest, TrialEntry
-from pipeline.artifacts.once import is_whole, lease
+from pipeline.artifacts.once import is_whole, lease, say_inputs
 from pipeline.clips.library import ClipLibrary, artifacts_of, check_disjoint, open_clips
 from pipeline.clips.stage import shard
 from pipeline.compute import gpus_to_use, ray_session
@@ -153,10 +153,25 @@ def _locate(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan:
     return Plan(uri, artifacts, located)
 
 
+def places_of_trials(artifacts: Artifacts, trials: Sequence[Trial]) -> list[str | None]:
+    """All that the trials (with their run folders) are made of, and are."""
+    uris: list[str | None] = [artifacts.clips.uri, artifacts.evaluation_clips.uri]
+    for one in _one_a_setting(artifacts, trials).values():
+        uris += one.student_inputs
+    return [*uris, *(trial.run_uri for trial in trials)]
+
+
+def sweep_places(artifacts: Artifacts) -> list[str | None]:
+    """The sweep of a config that has one, and `places_of_trials`; raises ConfigError as `plan_trials`, `_locate`."""
+    plan = _locate(artifacts, plan_trials(artifacts.config))
+    return [plan.uri, *places_of_trials(artifacts, plan.trials)]
+
+
 def _conclude(config: Config, plan: Plan) -> dict[str, Any]:
     before = find_ended(plan.uri, plan.trials)
     if not storage.is_complete(plan.uri):
         storage.write_bytes(storage.join(plan.uri, "config.yaml"), config.to_yaml().encode())
+        say_inputs(plan.uri, places_of_trials(plan.artifacts, plan.trials))
     with parent_run(config, plan.uri) as parent:
         ended = run_trials(config, plan.uri, plan.artifacts.clips.uri, plan.trials, before, parent)
         nest_runs(config, parent, plan.uri, plan.trials, ended)

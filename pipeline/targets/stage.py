@@ -43,7 +43,7 @@ def cache(config: Config, artifacts: Artifacts | None = None) -> dict[str, Any]:
     artifacts = artifacts or artifacts_of(config)
     clips = open_clips(artifacts.clips)
     work = _Caching(config, clips, artifacts.require_teacher(), artifacts.targets)
-    with once(work.uri, "cache", files=target_files) as needed:
+    with once(work.uri, "cache", files=target_files, inputs=[clips.uri, work.teacher_uri]) as needed:
         if needed:
             work.fill()
     if not needed:

@@ -36,6 +36,7 @@ READS = frozenset(
         "get_registered_model",
         "get_run",
         "list_artifacts",
+        "search_experiments",
         "search_model_versions",
         "search_registered_models",
         "search_runs",

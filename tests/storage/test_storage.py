@@ -1,5 +1,6 @@
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,29 @@ def test_fingerprint_is_the_same_in_another_process():
     code = "from pipeline import storage; print(storage.fingerprint({'a': [1, 'x'], 'b': None}))"
     outputs = {python("-c", code, PYTHONHASHSEED=seed)[0].strip() for seed in ("1", "2")}
     assert outputs == {storage.fingerprint({"a": [1, "x"], "b": None})}
+
+
+def test_a_listing_says_when_each_file_was_written_and_age_how_long_ago(place):
+    before = time.time()
+    storage.write_bytes(storage.join(place, "below", "a"), b"x")
+    (found,) = storage.list_files(place)
+    assert before - 2 < found.changed < time.time() + 2
+    assert -2 < storage.age(storage.join(place, "below", "a")) < 60
+    with pytest.raises(FileNotFoundError):
+        storage.age(storage.join(place, "b"))
+
+
+def test_a_folder_is_emptied_but_for_one_file(place, tmp_path):
+    for name in ("a", "keep", "below/keep", "below/deeper/b"):
+        storage.write_bytes(storage.join(place, name), b"x")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "c").write_bytes(b"x")
+    if not storage.is_remote(place):
+        os.symlink(other, os.path.join(place, "below", "link"))
+    storage.empty_folder(place, but="keep")
+    assert [file.name for file in storage.list_files(place)] == ["keep"]
+    assert storage.list_names(place) == ["keep"]
+    assert (other / "c").exists()
+    storage.remove_if_empty(place)
+    assert storage.exists(storage.join(place, "keep"))

@@ -1,0 +1,89 @@
+"""Models that were sent to MLflow and belong to no registered version: found, and deleted through MLflow."""
+
+from __future__ import annotations
+
+import posixpath
+import time
+from calendar import timegm
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pipeline import tracking
+from pipeline.config import Config
+from pipeline.registry.lock import registry_lock
+from pipeline.registry.needed import Known
+from pipeline.registry.stage import MODEL_ARTIFACT, UPLOAD_TAG
+from pipeline.registry.stock import Spared
+from pipeline.tracking.client import patiently
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A run's packed model in MLflow."""
+
+    run_id: str
+    uri: str
+    tracking_uri: str
+    size: int  # bytes
+    changed: float  # seconds since 1970
+
+
+def find_uploads(config: Config, known: Known, root: str) -> Iterator[Upload]:
+    """Those of students below `root` that no version has: it was deleted, was never made, or is to go."""
+    registered = {version.run_id for version in known.versions}
+    for run in known.runs:
+        tags = run.data.tags
+        own = tags.get(tracking.RUN_TAG, "").startswith(f"{root.rstrip('/')}/")
+        if not own or tags.get("role") != "student" or run.info.run_id in registered:
+            continue
+        files = patiently(config.tracking_uri, partial(_sizes, run.info.artifact_uri, config))
+        if files:
+            uri = f"{run.info.artifact_uri}/{MODEL_ARTIFACT}"
+            yield Upload(run.info.run_id, uri, config.tracking_uri, sum(files), _changed(run))
+
+
+def _sizes(artifact_uri: str, config: Config) -> list[int]:
+    """Of the files of a run's model."""
+    repository = _repository(artifact_uri, config.tracking_uri)
+    found, folders = [], [MODEL_ARTIFACT]
+    while folders:
+        for entry in repository.list_artifacts(folders.pop()):
+            if entry.is_dir:
+                folders.append(entry.path)
+            else:
+                found.append(entry.file_size or 0)
+    return found
+
+
+def _repository(artifact_uri: str, tracking_uri: str) -> Any:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
+
+
+def _changed(run: Any) -> float:
+    """When the upload began; of one by an earlier version, which did not say it, the end of the training."""
+    times = [(run.info.end_time or run.info.start_time or 0) / 1000]
+    if UPLOAD_TAG in run.data.tags:
+        times.append(timegm(time.strptime(run.data.tags[UPLOAD_TAG], "%Y-%m-%dT%H:%M:%SZ")))
+    return max(times)
+
+
+def delete_upload(client: Any, upload: Upload) -> None:
+    """Raises Spared where a version has the run by now, or is about to have it."""
+    run = client.get_run(upload.run_id)
+    if client.search_model_versions(f"run_id = '{upload.run_id}'") or _changed(run) > upload.changed:
+        raise Spared("it is being registered")
+    artifacts = posixpath.dirname(upload.uri)
+    _repository(artifacts, upload.tracking_uri).delete_artifacts(MODEL_ARTIFACT)
+
+
+def delete_version(client: Any, version: Any) -> None:
+    """Raises Spared where an alias names the version by now. Its files go with those that no version has."""
+    with registry_lock(client, version.name) as held:
+        aliases = held.get_registered_model(version.name).aliases
+        if str(version.version) in {str(number) for number in aliases.values()}:
+            raise Spared("an alias names it now")
+        held.delete_model_version(version.name, str(version.version))
