@@ -96,6 +96,7 @@ class VideoWriter:
         self._container, self._stream = self._open(width, height)
         self.encoder = self._stream.codec_context.codec.name
         self.codec = self._stream.codec_context.codec.canonical_name
+        self._start = min(Fraction(0), Fraction(seconds))  # a player shows nothing before 0
         if self._video is not None:
             self._original = Original(self._video)
             self._start = min(self._original.start, Fraction(seconds))
