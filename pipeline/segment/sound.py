@@ -5,15 +5,26 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import av
 
-COPIED = ("aac", "ac3", "alac", "eac3", "flac", "mp2", "mp3", "opus")  # that players know in MP4
+COPIED = ("aac", "ac3", "alac", "eac3", "flac", "mp3", "opus")  # that players know in MP4
 ENCODERS = ("aac", "libfdk_aac")
 BIT_RATE = 96_000  # a channel
+LAYOUTS = (
+    "mono",
+    "stereo",
+    "2.1",
+    "4.0",
+    "5.0",
+    "5.1",
+    "6.1",
+    "7.1",
+)  # what 1, 2 … channels are if nobody says
 
 
 class Encoding(NamedTuple):
@@ -38,7 +49,8 @@ class Sound:
         context = stream.codec_context
         self._codec = context.codec.canonical_name if context is not None else "an unknown codec"
         self._copies = self._codec in COPIED and _mp4_takes(stream, first)
-        self._encoding = None if self._copies or context is None else _find_encoding(context)
+        can_decode = not self._copies and context is not None and _name_channels(stream, first)
+        self._encoding = _find_encoding(context) if can_decode else None
         self._output: Any = None
         self._count = 0
 
@@ -66,10 +78,13 @@ class Sound:
         if self._output is None:
             return
         base, after, end = self._output.time_base, None, 0
+        offset = start if self._copies else Fraction(0)
         for packet in self._packets if self._copies else self._encoded(start):
             stamp = packet.pts if packet.pts is not None else packet.dts
-            offset = start if self._copies else 0
             tick = end if stamp is None else round((stamp * packet.time_base - offset) / base)
+            if tick < end - 1 / base:  # more than a second back: the clock starts again
+                offset -= (end - tick) * base
+                tick = end
             tick = tick if after is None else max(tick, after)  # MP4 knows no time twice
             duration = round((packet.duration or 0) * packet.time_base / base)
             packet.time_base, packet.stream = base, self._output
@@ -89,17 +104,20 @@ class Sound:
     def _resampled(self, start: Fraction) -> Iterator[Any]:
         """Decoded frames as the encoder takes them; how they are stored may change in mid-stream."""
         resampler, stored, end = None, None, Fraction(0)
+        _, kind, rate, layout = self._encoding  # type: ignore[misc]
         for frame in self._decoded():
             if (frame.format.name, frame.layout.name, frame.sample_rate) != stored:
                 stored = (frame.format.name, frame.layout.name, frame.sample_rate)
                 yield from resampler.resample(None) if resampler else ()
-                _, kind, rate, layout = self._encoding  # type: ignore[misc]
                 resampler = av.AudioResampler(kind, layout, rate)
             seconds = end if frame.pts is None else frame.pts * frame.time_base - start
             frame.time_base = Fraction(1, frame.sample_rate)
             frame.pts = round(seconds * frame.sample_rate)
             end = seconds + Fraction(frame.samples, frame.sample_rate)
-            yield from resampler.resample(frame)  # type: ignore[union-attr]
+            with contextlib.suppress(
+                av.error.FFmpegError
+            ):  # channels that can't be mixed to the others are silence
+                yield from resampler.resample(frame)  # type: ignore[union-attr]
         yield from resampler.resample(None) if resampler else ()
 
     def _decoded(self) -> Iterator[Any]:
@@ -119,6 +137,24 @@ def _mp4_takes(stream: Any, packet: Any) -> bool:
             container.mux(trial)
     except (av.error.FFmpegError, ValueError):
         return False
+    return True
+
+
+def _name_channels(stream: Any, packet: Any) -> bool:
+    """Names the channels of a decoder where its file doesn't, or in an order of its own; False where it can't."""
+    context = stream.codec_context
+    if context.codec.name.startswith("pcm_") and "mov" in stream.container.format.name:
+        # To ask PyAV for a layout of the file's own ends the process: it is freed twice.
+        bits = int((re.findall(r"\d+", context.codec.name) or [8])[0])
+        seconds = packet.duration * packet.time_base
+        channels = round(packet.size * 8 / (bits * context.sample_rate * seconds)) if seconds else 0
+    elif context.layout.name.endswith(" channels"):
+        channels = context.layout.nb_channels
+    else:
+        return True
+    if not 0 < channels <= len(LAYOUTS):
+        return False
+    context.layout = LAYOUTS[channels - 1]
     return True
 
 

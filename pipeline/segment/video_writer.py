@@ -74,10 +74,7 @@ class VideoWriter:
             format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
         )
         frame.color_primaries, frame.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        # Damaged files have times that stand still or go back, which MP4 can't.
-        self._tick = max(self._tick + 1, round((Fraction(seconds) - self._start) * TICKS))
-        self._seconds = seconds
-        frame.pts, frame.time_base = self._tick, Fraction(1, TICKS)
+        frame.pts, frame.time_base = self._next_tick(seconds), Fraction(1, TICKS)
         self._mux(self._stream.encode(frame))
 
     def __exit__(self, failure: object, *_: object) -> None:
@@ -107,6 +104,15 @@ class VideoWriter:
         if sound:
             self._sound = sound.packets(self._start)
             self._next_sound = next(self._sound, None)
+
+    def _next_tick(self, seconds: float) -> int:
+        """When a frame is shown. Damaged files have times that stand still or go back, which MP4 can't."""
+        tick = round((Fraction(seconds) - self._start) * TICKS)
+        if tick < self._tick - TICKS:  # the clock starts again, as where recordings were joined
+            tick = self._tick + max(1, round(TICKS / self._rate))
+            self._start = Fraction(seconds) - Fraction(tick, TICKS)
+        self._seconds, self._tick = seconds, max(self._tick + 1, tick)
+        return self._tick
 
     def _open(self, width: int, height: int) -> tuple[Any, Any]:
         """The container, and its video stream by the first encoder that works here."""
