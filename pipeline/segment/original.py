@@ -46,9 +46,8 @@ class Original:
         """How long the frame of that time is shown by the file's own account; None where it doesn't say."""
         with contextlib.suppress(av.error.FFmpegError), _opened(self._video) as container:
             stream = container.streams.best("video")
-            if (
-                stream.duration and "mp4" in container.format.name
-            ):  # FFmpeg makes up its packets' durations for VP9
+            if stream.duration and "mp4" in container.format.name:
+                # As FFmpeg makes up the durations of some codecs' packets.
                 end = ((stream.start_time or 0) + stream.duration) * stream.time_base
                 return max(end - Fraction(seconds), Fraction(0))
             container.seek(math.floor(seconds / stream.time_base), stream=stream)

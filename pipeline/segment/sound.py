@@ -15,16 +15,7 @@ import av
 COPIED = ("aac", "ac3", "alac", "eac3", "flac", "mp3", "opus")  # that players know in MP4
 ENCODERS = ("aac", "libfdk_aac")
 BIT_RATE = 96_000  # a channel
-LAYOUTS = (
-    "mono",
-    "stereo",
-    "2.1",
-    "4.0",
-    "5.0",
-    "5.1",
-    "6.1",
-    "7.1",
-)  # what 1, 2 … channels are if nobody says
+LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")  # of 1, 2 … channels by default
 
 
 class Encoding(NamedTuple):
@@ -114,9 +105,7 @@ class Sound:
             frame.time_base = Fraction(1, frame.sample_rate)
             frame.pts = round(seconds * frame.sample_rate)
             end = seconds + Fraction(frame.samples, frame.sample_rate)
-            with contextlib.suppress(
-                av.error.FFmpegError
-            ):  # channels that can't be mixed to the others are silence
+            with contextlib.suppress(av.error.FFmpegError):  # channels that nobody can mix are silence
                 yield from resampler.resample(frame)  # type: ignore[union-attr]
         yield from resampler.resample(None) if resampler else ()
 

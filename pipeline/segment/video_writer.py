@@ -17,9 +17,7 @@ from pipeline import storage
 from pipeline.clips.sources import VideoRef
 from pipeline.segment.original import Original
 
-TICKS = (
-    90_000  # a second: whole numbers at the usual frame rates, and finer than any container's milliseconds
-)
+TICKS = 90_000  # a second: whole numbers at the usual frame rates, and finer than milliseconds
 # The best first, with its options. Without B-frames, decoding's order is showing's, whatever the times.
 ENCODERS = {
     "libx264": {"crf": "20", "bf": "0"},
@@ -166,9 +164,7 @@ class VideoWriter:
         self._held.duration = max(1, round((shown or 1 / self._rate) * TICKS))
         self._mux_sound(self._held.pts * self._held.time_base)
         self._container.mux(self._held)
-        self._mux_sound(
-            None
-        )  # a sound that is longer than the pictures is heard to its end, as in the original
+        self._mux_sound(None)  # one that is longer than the pictures is heard to its end, as in the original
         if self._original and self._original.sound:
             self.audio = self._original.sound.said()
 
@@ -180,12 +176,11 @@ def _describe(context: Any) -> None:
 
 
 def _open_encoder(context: Any) -> None:
+    """SVT-AV1 makes root's thread a real-time one, which would starve all others from then on."""
     if not hasattr(os, "sched_getscheduler"):
         context.open()
         return
     policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
     context.open()
-    if (
-        os.sched_getscheduler(0) != policy
-    ):  # SVT-AV1 makes root's thread a real-time one, which starves all others
+    if os.sched_getscheduler(0) != policy:
         os.sched_setscheduler(0, policy, priority)
