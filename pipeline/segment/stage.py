@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,9 +18,10 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.clips.sources import Frame, VideoRef, read_video
-from pipeline.log import Progress, printable
+from pipeline.log import Progress, log, printable
 from pipeline.models import SlotModel
 from pipeline.segment.figures import overlay, slot_colours
+from pipeline.segment.video_writer import VideoWriter
 
 SHEET_FRAMES = 12
 KINDS = {"overlay": "overlay.mp4", "labels": "labels", "sheet": "sheet.png"}  # what is written of a video
@@ -47,6 +49,7 @@ def segment(
     Raises:
         FileNotFoundError: no such video.
         BadVideo: it can't be decoded.
+        ValueError: the installed PyAV has no encoder for the overlay.
     """
     reference = video if isinstance(video, VideoRef) else _reference(str(video))
     if storage.is_remote(str(out)):
@@ -61,14 +64,14 @@ def segment(
     out.mkdir(parents=True, exist_ok=True)
     # Written aside and moved when whole, so that an error leaves an earlier result as it was.
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out) as scratch:
-        frames = _write_all(model, reference, Path(scratch), max_side, chunk_frames)
+        written = _write_all(model, reference, Path(scratch), max_side, chunk_frames)
         results = {kind: out / f"{name}_{file}" for kind, file in KINDS.items()}
         shutil.rmtree(results["labels"], ignore_errors=True)
         for kind, target in results.items():
             (Path(scratch) / KINDS[kind]).replace(target)
     return {
         "uri": str(out.absolute()),
-        "frames": frames,
+        **written,
         **{kind: str(target) for kind, target in results.items()},
     }
 
@@ -83,27 +86,43 @@ def _output_name(video_id: str) -> str:
     return name.encode()[: most - len(ending)].decode(errors="ignore") + ending
 
 
-def _write_all(model: SlotModel, video: VideoRef, folder: Path, max_side: int, chunk_frames: int) -> int:
-    """Writes overlay, labels and sheet of a video into a folder; returns its number of frames."""
+def _write_all(
+    model: SlotModel, video: VideoRef, folder: Path, max_side: int, chunk_frames: int
+) -> dict[str, Any]:
+    """Writes overlay, labels and sheet of a video into a folder; returns what the summary says of them."""
     fps, expected, short_side = _probe(video, max_side)
+    has_clock = _is_file(video)
     frames = read_video(video, short_side=short_side)
+    times: deque[float] = deque()  # of the frames that are in the model
     sheet = _Sheet(expected or 240)
     labels_folder = folder / KINDS["labels"]
     labels_folder.mkdir()
     with (
         Progress(f"segment {printable(video.name)}", expected, "frames") as progress,
-        _VideoWriter(folder / KINDS["overlay"], fps) as writer,
+        VideoWriter(folder / KINDS["overlay"], fps, video if has_clock else None) as writer,
     ):
-        for pixels, _, masks in model.stream(_chunks(frames, chunk_frames)):
+        for pixels, _, masks in model.stream(_chunks(frames, chunk_frames, times)):
             labels = model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
             for frame, label in zip(pixels, labels, strict=True):
                 picture = overlay(frame, label, model.config.num_slots)
-                writer.write(picture)
+                seconds = times.popleft()
+                writer.write(picture, seconds if has_clock else seconds / float(fps))
                 _save_labels(label, labels_folder / f"{progress.done:06d}.png")
                 sheet.add(progress.done, frame, picture)
                 progress.advance()
     sheet.draw().save(folder / KINDS["sheet"])
-    return progress.done
+    log(f"{progress.label}: overlay in {writer.codec} ({writer.encoder}), audio: {writer.audio}")
+    return {
+        "frames": progress.done,
+        "overlay_codec": writer.codec,
+        "overlay_encoder": writer.encoder,
+        "overlay_audio": writer.audio,
+    }
+
+
+def _is_file(video: VideoRef) -> bool:
+    """Whether it has a clock, which folders of frames and other layouts lack."""
+    return video.kind == "videos" and not video.details.get("folder") and not Path(video.path).is_dir()
 
 
 def _reference(video: str) -> VideoRef:
@@ -124,7 +143,7 @@ def _save_labels(labels: np.ndarray, path: Path) -> None:
 
 def _probe(video: VideoRef, max_side: int) -> tuple[Fraction, int | None, int | None]:
     """Frame rate, number of frames where the file declares it, and the short side to decode to."""
-    if video.kind != "videos" or video.details.get("folder") or Path(video.path).is_dir():
+    if not _is_file(video):
         return Fraction(12), None, None
     try:
         remote = storage.is_remote(video.path)
@@ -143,41 +162,17 @@ def _probe(video: VideoRef, max_side: int) -> tuple[Fraction, int | None, int | 
         return Fraction(25), None, None  # decoding it will say what is wrong
 
 
-def _chunks(frames: Iterator[Frame], size: int) -> Iterator[np.ndarray]:
+def _chunks(frames: Iterator[Frame], size: int, times: deque[float]) -> Iterator[np.ndarray]:
+    """Their pixels, so many at a time; their times go into `times`."""
     chunk: list[np.ndarray] = []
     for frame in frames:
         chunk.append(frame.pixels)
+        times.append(frame.seconds)
         if len(chunk) == size:
             yield np.stack(chunk)
             chunk = []
     if chunk:
         yield np.stack(chunk)
-
-
-class _VideoWriter:
-    """H.264 at a constant rate; frames of odd size lose their last row or column, which H.264 requires."""
-
-    def __init__(self, path: Path, fps: Fraction) -> None:
-        self._container = av.open(str(path), "w", format="mp4")
-        self._fps = fps
-        self._stream: Any = None
-
-    def __enter__(self) -> _VideoWriter:
-        return self
-
-    def write(self, picture: np.ndarray) -> None:
-        height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
-        if self._stream is None:
-            self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "20"})
-            self._stream.width, self._stream.height = width, height
-            self._stream.pix_fmt = "yuv420p"
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
-        self._container.mux(self._stream.encode(frame))
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
 
 
 class _Sheet:
