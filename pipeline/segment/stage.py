@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline import storage
-from pipeline.clips.sources import Frame, VideoRef, read_video
+from pipeline.clips.sources import BadVideo, Frame, VideoRef, read_video
+from pipeline.clips.sources.container import outline
+from pipeline.clips.sources.videos import is_folder
 from pipeline.log import Progress, printable
 from pipeline.models import SlotModel
 from pipeline.segment.figures import overlay, slot_colours
@@ -24,7 +26,6 @@ from pipeline.segment.figures import overlay, slot_colours
 SHEET_FRAMES = 12
 KINDS = {"overlay": "overlay.mp4", "labels": "labels", "sheet": "sheet.png"}  # what is written of a video
 LONGEST_NAME = 255  # bytes, of a file on Linux, macOS and in most others
-_HEADER = 1 << 20  # bytes that are read at a time of a remote file to find its frame rate
 
 
 def segment(
@@ -124,23 +125,15 @@ def _save_labels(labels: np.ndarray, path: Path) -> None:
 
 def _probe(video: VideoRef, max_side: int) -> tuple[Fraction, int | None, int | None]:
     """Frame rate, number of frames where the file declares it, and the short side to decode to."""
-    if video.kind != "videos" or video.details.get("folder") or Path(video.path).is_dir():
+    if video.kind != "videos" or is_folder(video):
         return Fraction(12), None, None
     try:
-        remote = storage.is_remote(video.path)
-        file = (
-            storage.RangeFile(video.path, 0, video.bytes, ahead=_HEADER)
-            if remote
-            else storage.absolute(video.path)
-        )
-        with av.open(file) as container:
-            stream = container.streams.video[0]
-            rate = Fraction(stream.average_rate or 25).limit_denominator(60_000)
-            sides = sorted((stream.codec_context.width, stream.codec_context.height))
-            short = round(sides[0] * max_side / sides[1]) if sides[1] > max_side else None
-            return rate, stream.frames or None, short
-    except (av.error.FFmpegError, IndexError):
+        found = outline(video)
+    except BadVideo:
         return Fraction(25), None, None  # decoding it will say what is wrong
+    sides = sorted(found.size)
+    short = round(sides[0] * max_side / sides[1]) if sides[1] > max_side else None
+    return found.rate, found.frames, short
 
 
 def _chunks(frames: Iterator[Frame], size: int) -> Iterator[np.ndarray]:

@@ -63,10 +63,10 @@ class HashMemo:
             return f"{file.version} {file.size}"
         return self.hash_or_error(Path(folder) / file.name)
 
-    def walk(self, folder: str, file: FileInfo, compute: Callable[[str, int], _T]) -> _T:
-        """`compute(uri, size)`, plain values that follow from the file's bytes."""
+    def walk(self, folder: str, file: FileInfo, compute: Callable[[str, int], _T], what: str = "parts") -> _T:
+        """`compute(uri, size)`, plain values that follow from the file's bytes, known as `what` of it."""
         uri = storage.join(folder, file.name)
-        return self._remember(f"{uri}#parts", [file.size, file.version], lambda: compute(uri, file.size))
+        return self._remember(f"{uri}#{what}", [file.size, file.version], lambda: compute(uri, file.size))
 
     def _remember(self, key: str, state: list[Any], compute: Callable[[], _T]) -> _T:
         found = self._known.get(key)
