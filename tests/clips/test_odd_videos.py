@@ -1,5 +1,6 @@
 """Videos as a player shows them: turned, of unusual pixels, without times, in containers of all kinds."""
 
+import gc
 import io
 import math
 from fractions import Fraction
@@ -161,10 +162,24 @@ def test_a_matrix_of_zeros_is_none(tmp_path):
     assert_shows(read(path)[0].pixels, QUARTERS)
 
 
+def test_frames_are_not_kept(tmp_path):
+    """PyAV's side data and its frame hold each other: 4K frames would pile up until Python collects garbage."""
+    path = write_odd(tmp_path / "a.mp4", ODD["transposed"])
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+        kept = [
+            sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()) - before
+            for _ in read_video(VideoRef("a", str(path)))
+        ]
+    finally:
+        gc.enable()
+    assert kept[-1] <= kept[1] + 1
+
+
 def test_frames_with_exif_data_are_read(tmp_path):
     """As cameras write Motion JPEG; PyAV has no name for this kind of side data."""
-    content = io.BytesIO()
-    Image.fromarray(paint(QUARTERS, (48, 64))).save(content, "JPEG", exif=Image.Exif())
     exif = Image.Exif()
     exif[0x010F] = "a camera"
     content = io.BytesIO()

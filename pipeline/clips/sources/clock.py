@@ -9,11 +9,6 @@ from typing import Any
 _JUMP = 0.1  # seconds back that are no slip but another beginning, as where recordings have been joined
 
 
-def _seconds(time: int, unit: Fraction) -> float:
-    """To the last bit what PyAV says of a frame."""
-    return float(time) * unit.numerator / unit.denominator
-
-
 class Clock:
     """Times of frames, which always grow.
 
@@ -25,11 +20,12 @@ class Clock:
         packets: of the stream that hold something.
         places: those, and the ones that an AVI file counts between them and that hold nothing.
         reach: seconds up to which any stream has data.
-        doubtful: whether times may be made up.
+        doubtful: whether the time of the last frame may have been made up.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._unit = stream.time_base
         rate = stream.average_rate or stream.guessed_rate or 25
         self._step = float(1 / Fraction(rate))
         self._waiting: list[float] = []  # times of packets whose frames have not come out yet
@@ -51,7 +47,9 @@ class Clock:
         self.packets += 1
         self.places = self.packets if packet.dts is None else max(self.packets, packet.dts + 1)
         if time is not None:
-            shown = _seconds(time, packet.time_base)
+            shown = (
+                float(time) * self._unit.numerator / self._unit.denominator
+            )  # to the last bit as PyAV says it
         else:
             shown = 0.0 if self._latest is None else self._latest + self._length(packet)
         self._ordered = self._ordered and (self._latest is None or shown > self._latest)
@@ -65,27 +63,28 @@ class Clock:
         while len(self._waiting) > depth + 2:  # these gave no frame
             heapq.heappop(self._waiting)
         earliest = heapq.heappop(self._waiting) if self._waiting else None
-        made_up = self._ordered and (depth > 0 or frame.time is None)
-        self.doubtful = self.doubtful or made_up or frame.time is None
-        time = earliest if made_up and earliest is not None else frame.time
-        return self._grown(time, self._length(frame))
+        time = frame.time
+        made_up = self._ordered and (depth > 0 or time is None)
+        self.doubtful = made_up or time is None
+        return self._grown(earliest if made_up and earliest is not None else time, frame)
 
     def _length(self, of: Any) -> float:
         """Seconds that a packet or frame is shown for."""
-        return float(of.duration * of.time_base) if of.duration else self._step
+        return float(of.duration * self._unit) if of.duration else self._step
 
-    def _grown(self, time: float | None, step: float) -> float:
-        if self._shown is None:
-            self._shown = 0.0 if time is None else time
-            return self._shown
-        if time is None:
-            time = self._shown + step
+    def _grown(self, time: float | None, frame: Any) -> float:
+        """The time, or where it is none, or does not grow, one behind the last."""
+        last = self._shown
+        if last is None:
+            time = 0.0 if time is None else time
+        elif time is None:
+            time = last + self._length(frame)
         else:
             time += self._shift
-            if time <= self._shown - _JUMP:
-                self._shift += self._shown + step - time
-                time = self._shown + step
-            elif time <= self._shown:
-                time = self._shown + step / 2
+            if time <= last - _JUMP:
+                self._shift += last + self._length(frame) - time
+                time = last + self._length(frame)
+            elif time <= last:
+                time = last + self._length(frame) / 2
         self._shown = time
         return time

@@ -26,7 +26,9 @@ from pipeline.clips.sources.frames import RawFrame, reason, target_size
 
 AHEAD = 1 << 20  # bytes that are read at a time of a remote video
 HEADER = 1 << 18  # the same where its header and first frames are all that is needed
-_LOOKED_AT = 32  # frames of a file whose times have to be looked at to know how it was read before
+_LOOKED_AT = (
+    32  # frames at most, to know how a file was read before: where times are wrong, so are early ones
+)
 
 # PyAV's logging callback takes the GIL from FFmpeg's threads and can deadlock inside Ray workers.
 # FFmpeg's own callback does not; `set_level` would bring PyAV's back.
@@ -78,10 +80,13 @@ def read_file(video: VideoRef, short_side: int | None, *, square: bool = True) -
     """
     with _opened(video, AHEAD) as (container, stream):
         aspect = _pixel_aspect(stream) if square else Fraction(1)
+        orientation, angle = Orientation(), None
         for index, (frame, seconds) in enumerate(_decode(container, stream)):
-            orientation = _orientation(frame)
-            height, width = _shown_size(frame, orientation, aspect)
-            height, width = target_size(height, width, short_side)
+            if (
+                frame.rotation != angle
+            ):  # PyAV keeps a frame whose side data is looked at until Python collects garbage
+                orientation, angle = _orientation(frame), frame.rotation
+            height, width = target_size(*_shown_size(frame, orientation, aspect), short_side)
             if orientation.transposed:
                 height, width = width, height
             image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1)
@@ -111,14 +116,16 @@ def reads_differently(video: VideoRef) -> bool:
             if _counts_too_many(container, stream):
                 return True
             clock = Clock(stream)
-            frames = _timed(container, stream, clock)
-            first = next(frames)
-            if _orientation(first[0]) != _quarter_turns(first[0]):
-                return True
-            shown = [first, *islice(frames, _LOOKED_AT if clock.doubtful else 0)]
-            return any(frame.time is None or abs(frame.time - seconds) > 1e-6 for frame, seconds in shown)
-    except (BadVideo, StopIteration):
-        return False
+            for index, (frame, seconds) in enumerate(islice(_timed(container, stream, clock), _LOOKED_AT)):
+                if index == 0 and _orientation(frame) != _quarter_turns(frame):
+                    return True
+                if frame.time is None or abs(frame.time - seconds) > 1e-6:
+                    return True
+                if not clock.doubtful:
+                    break
+    except BadVideo:
+        pass
+    return False
 
 
 @contextmanager
@@ -172,7 +179,7 @@ def _shown_size(frame: Any, orientation: Orientation, aspect: Fraction) -> tuple
     height, width = frame.height, frame.width
     if orientation.transposed:
         height, width, aspect = width, height, 1 / aspect
-    return height, max(1, int(width * aspect))
+    return height, width if aspect == 1 else max(1, int(width * aspect))
 
 
 def _orientation(frame: Any) -> Orientation:
@@ -183,7 +190,7 @@ def _orientation(frame: Any) -> Orientation:
         return _quarter_turns(frame)
     if data is None:
         return Orientation()
-    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(data, np.int32, 5).tolist()
     across, down = math.hypot(a, c), math.hypot(b, d)
     if not across or not down:  # as writers leave it that fill in nothing
         return Orientation()
