@@ -297,6 +297,14 @@ def test_every_other_frame_of_b_frames(tmp_path, suffix, rate):
     np.testing.assert_allclose(np.diff([f.seconds for f in kept]), 2 / rate)
 
 
+def test_b_frames_in_an_mp4_without_times_of_display(tmp_path):
+    """As broken muxers write it: of each frame just how long it is there (`stts`, without `ctts`)."""
+    path = write_video(tmp_path / "a.mp4", grey(30), rate=10)
+    path.write_bytes(path.read_bytes().replace(b"ctts", b"free").replace(b"edts", b"free"))
+    frames = read(path, fps=5)
+    np.testing.assert_allclose([f.pixels.mean() for f in frames], np.arange(0, 30, 2) * 8, atol=3)
+
+
 def test_times_grow_where_recordings_are_joined(tmp_path):
     parts = [write_video(tmp_path / f"{n}.ts", grey(10)).read_bytes() for n in (1, 2)]
     (tmp_path / "joined.ts").write_bytes(b"".join(parts))

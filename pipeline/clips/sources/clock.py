@@ -21,6 +21,7 @@ class Clock:
         places: those, and the ones that an AVI file counts between them and that hold nothing.
         reach: seconds up to which any stream has data.
         doubtful: whether the time of the last frame may have been made up.
+        skipped: whether the file begins with packets that can't be decoded.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -35,7 +36,7 @@ class Clock:
         self._shift = 0.0
         self.packets = self.places = 0
         self.reach = 0.0
-        self.doubtful = False
+        self.doubtful = self.skipped = False
 
     def pass_packet(self, packet: Any) -> None:
         """Takes note of a packet of any stream before it is decoded."""
@@ -47,9 +48,8 @@ class Clock:
         self.packets += 1
         self.places = self.packets if packet.dts is None else max(self.packets, packet.dts + 1)
         if time is not None:
-            shown = (
-                float(time) * self._unit.numerator / self._unit.denominator
-            )  # to the last bit as PyAV says it
+            # To the last bit as PyAV says it of a frame.
+            shown = float(time) * self._unit.numerator / self._unit.denominator
         else:
             shown = 0.0 if self._latest is None else self._latest + self._length(packet)
         self._ordered = self._ordered and (self._latest is None or shown > self._latest)
@@ -59,11 +59,11 @@ class Clock:
 
     def time_of(self, frame: Any) -> float:
         """The seconds of the frame that was decoded next."""
-        depth = self._stream.codec_context.reorder_depth
-        while len(self._waiting) > depth + 2:  # these gave no frame
-            heapq.heappop(self._waiting)
-        earliest = heapq.heappop(self._waiting) if self._waiting else None
-        time = frame.time
+        depth, time, waiting = self._stream.codec_context.reorder_depth, frame.time, self._waiting
+        before = self._shown is None and time is not None  # packets of before the first key frame
+        while len(waiting) > depth + 2 or (before and waiting and waiting[0] < time):
+            heapq.heappop(waiting)  # it gave no frame
+        earliest = heapq.heappop(waiting) if waiting else None
         made_up = self._ordered and (depth > 0 or time is None)
         self.doubtful = made_up or time is None
         return self._grown(earliest if made_up and earliest is not None else time, frame)

@@ -82,9 +82,8 @@ def read_file(video: VideoRef, short_side: int | None, *, square: bool = True) -
         aspect = _pixel_aspect(stream) if square else Fraction(1)
         orientation, angle = Orientation(), None
         for index, (frame, seconds) in enumerate(_decode(container, stream)):
-            if (
-                frame.rotation != angle
-            ):  # PyAV keeps a frame whose side data is looked at until Python collects garbage
+            # Not of every frame: PyAV keeps one whose side data is looked at until Python collects garbage.
+            if frame.rotation != angle:
                 orientation, angle = _orientation(frame), frame.rotation
             height, width = target_size(*_shown_size(frame, orientation, aspect), short_side)
             if orientation.transposed:
@@ -119,7 +118,7 @@ def reads_differently(video: VideoRef) -> bool:
             for index, (frame, seconds) in enumerate(islice(_timed(container, stream, clock), _LOOKED_AT)):
                 if index == 0 and _orientation(frame) != _quarter_turns(frame):
                     return True
-                if frame.time is None or abs(frame.time - seconds) > 1e-6:
+                if clock.skipped or frame.time is None or abs(frame.time - seconds) > 1e-6:
                     return True
                 if not clock.doubtful:
                     break
@@ -230,7 +229,8 @@ def _timed(container: Any, stream: Any, clock: Clock) -> Iterator[tuple[Any, flo
         except av.error.InvalidDataError:
             if begun:
                 raise
-            continue  # a recording begins anywhere, and is shown from its first key frame
+            clock.skipped = True  # a recording begins anywhere, and is shown from its first key frame
+            continue
         for frame in frames:
             yield frame, clock.time_of(frame)
 
