@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.clips import table
-from pipeline.clips.sources import videos
+from pipeline.clips.sources import container
 from pipeline.config import Config, load_config
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.report.costs import config_models
@@ -298,12 +298,12 @@ def workloads() -> list[Workload]:
     movi, ytvis, folder = (
         load_config(ROOT / "configs" / f"{name}.yaml") for name in ("movi_e", "ytvis2021", "videos")
     )
-    # A record holds 24 PNGs of 256² and their labels. Videos of ten minutes at 5 Mbit/s, in reads of `videos.AHEAD`.
+    # A record holds 24 PNGs of 256² and their labels. Videos of ten minutes at 5 Mbit/s, in reads of `container.AHEAD`.
     record, minutes = 24 * 1.2e5, 10
     length, size = 60 * minutes, 60 * minutes * 5e6 / 8
     million = 10**6 * 60 // minutes
     every = Workload(
-        "10⁶ hours, 24 fps", folder, million, 24 * length, 16 / 9, size, ceil(size / videos.AHEAD)
+        "10⁶ hours, 24 fps", folder, million, 24 * length, 16 / 9, size, ceil(size / container.AHEAD)
     )
     return [
         Workload("MOVi-E", movi, 9749, 24, 1.0, record, 2, scored_videos=250),

@@ -104,7 +104,11 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
     """Writes one video's clips as record batches of about a row group; returns its counts."""
     limit = settings.row_group_mb * 2**20
     frames = read_video(
-        video, short_side=settings.short_side, fps=settings.fps, max_seconds=settings.max_seconds
+        video,
+        short_side=settings.short_side,
+        fps=settings.fps,
+        max_seconds=settings.max_seconds,
+        square=settings.pixel_aspect == "square",
     )
     rows: list[dict[str, Any]] = []
     pending = clips = full = total = 0
@@ -112,13 +116,7 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
     annotated = False
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as sink:
         for group in _group(frames, settings.clip_frames):
-            for frame in group:
-                shape = shape or frame.pixels.shape[:2]
-                if frame.pixels.shape[:2] != shape:
-                    raise BadVideo(
-                        f"its frame size changes from {shape} to {frame.pixels.shape[:2]} (height, width)"
-                    )
-            assert shape is not None
+            shape = group[0].pixels.shape[:2]  # of all frames: readers raise where it changes
             encoded = [encode_frame(f.pixels, settings.codec, settings.quality) for f in group]
             annotated = group[0].masks is not None
             rows.append(

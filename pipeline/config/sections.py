@@ -73,6 +73,8 @@ class Clips(Section):
     """frames of a clip"""
     short_side: PositiveInt | None = None
     """pixels; null keeps the size"""
+    pixel_aspect: Literal["square", "stored"] = "square"
+    """square shows video files as a player does; stored keeps their columns, whatever shape their pixels have"""
     fps: PositiveFloat | None = None
     """null keeps every frame; frames without a clock count as seconds"""
     max_seconds: PositiveFloat | None = None

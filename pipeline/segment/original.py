@@ -14,9 +14,8 @@ from av.stream import Discard
 
 from pipeline import storage
 from pipeline.clips.sources import VideoRef
+from pipeline.clips.sources.container import AHEAD, shown_stream
 from pipeline.segment.sound import Sound
-
-AHEAD = 1 << 20  # bytes that are read at a time of a remote file
 
 
 class Original:
@@ -45,7 +44,7 @@ class Original:
     def duration_of(self, seconds: float) -> Fraction | None:
         """How long the frame of that time is shown by the file's own account; None where it doesn't say."""
         with contextlib.suppress(av.error.FFmpegError), _opened(self._video) as container:
-            stream = container.streams.best("video")
+            stream = shown_stream(container)
             if stream.duration and "mp4" in container.format.name:
                 # As FFmpeg makes up the durations of some codecs' packets.
                 end = ((stream.start_time or 0) + stream.duration) * stream.time_base
@@ -73,7 +72,7 @@ def _opened(video: VideoRef) -> Iterator[Any]:
 
 def _find_sound(container: Any) -> Sound | None:
     """The audio that FFmpeg would play; None where there is none, or not a packet of it."""
-    stream = container.streams.best("audio", related=container.streams.best("video"))
+    stream = container.streams.best("audio", related=shown_stream(container))
     if stream is None:
         return None
     for other in container.streams:

@@ -12,12 +12,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
 
 from pipeline import storage
-from pipeline.clips.sources import Frame, VideoRef, read_video
+from pipeline.clips.sources import BadVideo, Frame, VideoRef, read_video
+from pipeline.clips.sources.container import outline
+from pipeline.clips.sources.videos import is_folder
 from pipeline.log import Progress, log, printable
 from pipeline.models import SlotModel
 from pipeline.segment.figures import overlay, slot_colours
@@ -26,7 +27,6 @@ from pipeline.segment.video_writer import VideoWriter
 SHEET_FRAMES = 12
 KINDS = {"overlay": "overlay.mp4", "labels": "labels", "sheet": "sheet.png"}  # what is written of a video
 LONGEST_NAME = 255  # bytes, of a file on Linux, macOS and in most others
-_HEADER = 1 << 20  # bytes that are read at a time of a remote file to find its frame rate
 
 
 def segment(
@@ -122,7 +122,7 @@ def _write_all(
 
 def _is_file(video: VideoRef) -> bool:
     """Whether it has a clock, which folders of frames and other layouts lack."""
-    return video.kind == "videos" and not video.details.get("folder") and not Path(video.path).is_dir()
+    return video.kind == "videos" and not is_folder(video)
 
 
 def _reference(video: str) -> VideoRef:
@@ -146,20 +146,12 @@ def _probe(video: VideoRef, max_side: int) -> tuple[Fraction, int | None, int | 
     if not _is_file(video):
         return Fraction(12), None, None
     try:
-        remote = storage.is_remote(video.path)
-        file = (
-            storage.RangeFile(video.path, 0, video.bytes, ahead=_HEADER)
-            if remote
-            else storage.absolute(video.path)
-        )
-        with av.open(file) as container:
-            stream = container.streams.video[0]
-            rate = Fraction(stream.average_rate or 25).limit_denominator(60_000)
-            sides = sorted((stream.codec_context.width, stream.codec_context.height))
-            short = round(sides[0] * max_side / sides[1]) if sides[1] > max_side else None
-            return rate, stream.frames or None, short
-    except (av.error.FFmpegError, IndexError):
+        found = outline(video)
+    except BadVideo:
         return Fraction(25), None, None  # decoding it will say what is wrong
+    sides = sorted(found.size)
+    short = round(sides[0] * max_side / sides[1]) if sides[1] > max_side else None
+    return found.rate, found.frames, short
 
 
 def _chunks(frames: Iterator[Frame], size: int, times: deque[float]) -> Iterator[np.ndarray]:

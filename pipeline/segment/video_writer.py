@@ -106,9 +106,6 @@ class VideoWriter:
     def _next_tick(self, seconds: float) -> int:
         """When a frame is shown. Damaged files have times that stand still or go back, which MP4 can't."""
         tick = round((Fraction(seconds) - self._start) * TICKS)
-        if tick < self._tick - TICKS:  # the clock starts again, as where recordings were joined
-            tick = self._tick + max(1, round(TICKS / self._rate))
-            self._start = Fraction(seconds) - Fraction(tick, TICKS)
         self._seconds, self._tick = seconds, max(self._tick + 1, tick)
         return self._tick
 

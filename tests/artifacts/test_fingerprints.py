@@ -151,6 +151,7 @@ DECIDES = [
     ("clips.clip_frames=2", ALL),
     ("clips.quality=50", ALL),
     ("clips.videos_per_shard=2", ALL),
+    ("clips.pixel_aspect=stored", ALL),
     ("dataset.seed=1", FROM_TEACHER),
     ("dataset.name=other", set()),
     ("teacher.train.steps=5000", {"teacher"}),

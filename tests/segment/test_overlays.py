@@ -120,7 +120,7 @@ def boxes_of(content):
     "segment",
     "its overlay plays while it downloads, each frame at its time",
 )
-@pytest.mark.parametrize("start", [0.0, 0.7])
+@pytest.mark.parametrize("start", [0.0, 0.7, 6.0])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv"])
 def test_frames_are_shown_when_the_video_shows_them(model, tmp_path, name, start):
     write(tmp_path / name, [start + time for time in UNEVEN])

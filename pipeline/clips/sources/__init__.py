@@ -114,6 +114,7 @@ def read_video(
     short_side: int | None = None,
     fps: float | None = None,
     max_seconds: float | None = None,
+    square: bool = True,
 ) -> FrameIterator:
     """Yields a video's frames in the order they are shown, at most a few at a time in memory.
 
@@ -122,11 +123,15 @@ def read_video(
         fps: frames a second to keep, each the one on display at that time; None keeps them all.
             Layouts without a clock count frames instead of seconds.
         max_seconds: stop there.
+        square: show square pixels where a video file says that its own are none.
 
     Raises:
         BadVideo: what can't be decoded to its end, or masks that don't fit the frames.
     """
     if video.problem:
         raise BadVideo(video.problem)
-    read = _SOURCES[video.kind].read if video.kind in _SOURCES else videos.read
-    yield from resample(read(video, short_side), fps, max_seconds)
+    if video.kind in _SOURCES:
+        frames = _SOURCES[video.kind].read(video, short_side)
+    else:
+        frames = videos.read(video, short_side, square=square)
+    yield from resample(frames, fps, max_seconds)

@@ -143,7 +143,7 @@ def as_shown(labels: np.ndarray, size: Sequence[int], orientation: int) -> np.nd
     return labels
 
 
-def fits(shape: Sequence[int], size: Sequence[int]) -> bool:
+def fits(shape: Sequence[float], size: Sequence[float]) -> bool:
     """Whether a mask's (height, width) are a frame's, up to a factor."""
     return abs(shape[1] * size[0] / (shape[0] * size[1]) - 1) <= 0.02
 
