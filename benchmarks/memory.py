@@ -61,7 +61,7 @@ def write_video(folder: Path, frames: int, side: int) -> None:
         "kind": "clips",
         "fingerprint": "benchmark",
         "settings": settings,
-        "shards": [{"name": SHARD}],
+        "shards": [{"name": SHARD, "rows": clips}],
     }
     storage.publish(str(folder), manifest)
 

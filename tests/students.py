@@ -14,8 +14,8 @@ def make_finished_run(config, uri, *, clips="c", **manifest):
     save_slot_model(tiny_model(seed=len(name), image_size=16), f"{uri}/model")
     storage.write_bytes(f"{uri}/config.yaml", config.to_yaml().encode())
     storage.write_json(f"{uri}/history.json", [])
-    run_id = tracking.start_run(config, uri, name, {"role": "student"})
     tags = {"seed": "1", "clips": clips, "method": "slotmatch", "beta": "0.2", "teacher": "SlotContrast"}
+    run_id = tracking.start_run(config, uri, name, {"role": "student", **tags})
     storage.publish(
         uri, {"kind": "student", "fingerprint": name, "mlflow_run": run_id, "tags": tags, **manifest}
     )

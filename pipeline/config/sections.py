@@ -210,6 +210,10 @@ class MLflow(Section):
     """the experiment of all runs"""
     model_name: str = "slotmatch"
     """the registered model"""
+    weights_licence: str = ""
+    """of the students' weights, as their model cards say it: CC-BY-4.0; empty: not stated"""
+    system_metrics: bool = False
+    """log how busy the machine is while it trains; needs psutil"""
 
 
 class Ray(Section):

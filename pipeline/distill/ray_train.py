@@ -20,6 +20,7 @@ from pipeline.distill.run import OnValidation, Run
 from pipeline.distill.trainer import Hooks, Outcome, Trainer
 from pipeline.segment.figures import Panel, comparison
 from pipeline.tracking import RunLogger
+from pipeline.tracking.system_metrics import system_metrics
 
 
 def fit(run: Run, on_validation: OnValidation | None = None, train_callbacks: Sequence[Any] = ()) -> Outcome:
@@ -34,7 +35,8 @@ def fit(run: Run, on_validation: OnValidation | None = None, train_callbacks: Se
     """
     if run.settings.workers == 0:
         hooks = Hooks(on_validation=on_validation) if on_validation else Hooks()
-        return Trainer(run, hooks=hooks, logger=RunLogger(run.config, run.mlflow_run), draw=_draw).train()
+        with system_metrics(run.config, run.mlflow_run):
+            return Trainer(run, hooks=hooks, logger=RunLogger(run.config, run.mlflow_run), draw=_draw).train()
     with ray_session(run.config):
         return _fit_on_ray(run, train_callbacks)
 
@@ -52,21 +54,23 @@ def _worker(options: dict[str, Any]) -> Outcome:
     context = ray.train.get_context()
     run: Run = options["run"]
     rank = context.get_world_rank()
+    mlflow_run = run.mlflow_run if rank == 0 else None
     # `report` is a barrier: every worker reports as often.
     hooks = Hooks(
         after_checkpoint=lambda step: ray.train.report({"step": step}),
         on_validation=lambda step, scores: ray.train.report({"step": step, **scores}),
         preempted=lambda: ray.train.get_preemption_info() is not None,
     )
-    return Trainer(
-        run,
-        rank=rank,
-        world_size=context.get_world_size(),
-        device=ray.train.torch.get_device(),
-        hooks=hooks,
-        logger=RunLogger(run.config, run.mlflow_run if rank == 0 else None),
-        draw=_draw,
-    ).train()
+    with system_metrics(run.config, mlflow_run):
+        return Trainer(
+            run,
+            rank=rank,
+            world_size=context.get_world_size(),
+            device=ray.train.torch.get_device(),
+            hooks=hooks,
+            logger=RunLogger(run.config, mlflow_run),
+            draw=_draw,
+        ).train()
 
 
 def _fit_on_ray(run: Run, callbacks: Sequence[Any]) -> Outcome:

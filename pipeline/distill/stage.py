@@ -20,7 +20,10 @@ from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
 from pipeline.log import log
 from pipeline.targets.stage import target_files
+from pipeline.tracking.client import optional
+from pipeline.tracking.datasets import log_training_data
 from pipeline.tracking.runs import git_revision
+from pipeline.tracking.system_metrics import check_system_metrics
 
 
 class NonFiniteLoss(RuntimeError):
@@ -158,6 +161,7 @@ def _begin(
             f"{run.label}: WARNING, warm-up ({settings.warmup_steps} steps) outlasts training "
             f"({settings.steps} steps); set warmup_steps to a tenth of it or less"
         )
+    check_system_metrics(config)
     build(run)  # what can't be built is said here and now, not by every worker several times over
     validation_uri = _validation_clips(run, artifacts)
     storage.write_bytes(storage.join(run.uri, "config.yaml"), config.to_yaml().encode())
@@ -171,6 +175,9 @@ def _begin(
     }
     name = run.title or run.run_name
     run_id = tracking.start_run(config, run.uri, name, {**tags, "mlflow.runName": name, **run_tags})
+    with optional("the data sets of this run"):
+        mlflow = tracking.connect(config)
+        log_training_data(mlflow, mlflow.get_run(run_id), run.clips_uri, run.targets_uri, validation_uri)
     return replace(run, validation_uri=validation_uri, mlflow_run=run_id), tags
 
 

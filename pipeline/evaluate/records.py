@@ -15,11 +15,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline import storage, tracking
+from pipeline.artifacts.identity import MODEL_FOLDER
 from pipeline.artifacts.manifests import Rules
 from pipeline.config import Config
 from pipeline.evaluate.scoring import SCORES
 from pipeline.log import log
 from pipeline.models import CheckpointHints
+from pipeline.tracking.client import optional
+from pipeline.tracking.datasets import EVALUATION, clips_dataset, log_inputs
+from pipeline.tracking.logged import link_scores, logged_model
 
 ROLE = "evaluation"
 VIDEOS_FILE = "videos.parquet"  # in the evaluation folder, one row a video
@@ -86,21 +90,25 @@ class Record:
             return pq.read_table(file).to_pylist()
 
 
-def find_records(config: Config) -> list[Record]:
+def find_records(config: Config, clips_uri: str | None = None) -> list[Record]:
     """All evaluations of the config's MLflow experiment, the latest first.
 
     Empty where the experiment is not there yet.
+
+    Args:
+        clips_uri: only those on this clip set.
     """
     mlflow = tracking.connect(config)
     experiment = mlflow.get_experiment_by_name(config.mlflow.experiment)
     if experiment is None:
         return []
     records: list[Record] = []
+    same_clips = f" and {tracking.tag_filter(clips_uri, 'clips_uri')}" if clips_uri is not None else ""
     token = None
     while True:
         page = mlflow.search_runs(
             [experiment.experiment_id],
-            f"tags.role = '{ROLE}' and attributes.status = 'FINISHED'",
+            f"tags.role = '{ROLE}' and attributes.status = 'FINISHED'{same_clips}",
             max_results=1000,
             page_token=token,
         )
@@ -135,9 +143,20 @@ def record_evaluations(
 
 
 def _record_one(config: Config, name: str, result: Evaluation, tags: dict[str, str]) -> None:
+    mlflow, experiment = tracking.connect(config), tracking.experiment_id(config)
+    run_id = _evaluation_run(config, mlflow, experiment, name, result, tags)
+    with optional(f"the data set and the logged model of evaluate {name}"):
+        link_evaluation(
+            mlflow, mlflow.get_run(run_id), tags["clips_uri"], tags.get("model_uri"), result.scores
+        )
+
+
+def _evaluation_run(
+    config: Config, mlflow: Any, experiment: str, name: str, result: Evaluation, tags: dict[str, str]
+) -> str:
+    """The id of an evaluation's run, which has its scores and tags."""
     from mlflow.entities import Metric
 
-    mlflow, experiment = tracking.connect(config), tracking.experiment_id(config)
     tags = {
         tracking.RUN_TAG: result.uri,
         "role": ROLE,
@@ -154,15 +173,50 @@ def _record_one(config: Config, name: str, result: Evaluation, tags: dict[str, s
     if found:
         known = found[0].data.tags
         if tags["method"] == "other" != known.get("method"):
-            return  # the same weights, of which more was known then
+            return str(found[0].info.run_id)  # the same weights, of which more was known then
         for key, value in tags.items():
             if known.get(key) != value:
                 mlflow.set_tag(found[0].info.run_id, key, value)
-        return
+        return str(found[0].info.run_id)
     run_id = mlflow.create_run(experiment, run_name=f"evaluate {name}", tags=tags).info.run_id
     now = int(time.time() * 1000)
     mlflow.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in result.scores.items()])
     mlflow.set_terminated(run_id, "FINISHED")
+    return str(run_id)
+
+
+def link_evaluation(
+    mlflow: Any, run: Any, clips_uri: str, model_uri: str | None, scores: Mapping[str, float]
+) -> None:
+    """Records what an evaluation was made on as an input of its run, and its scores as those of the logged model.
+
+    Args:
+        run: of the evaluation, as MLflow has it (`get_run`).
+        model_uri: what was scored; None for a baseline. Of a model that was not trained here there is no record.
+
+    Raises:
+        storage.IncompleteError, ValueError: the clip set is not there.
+        As MLflow's client.
+    """
+    dataset = clips_dataset(clips_uri)
+    log_inputs(mlflow, run, [(dataset, EVALUATION)])
+    trained_in = _training_run(model_uri) if model_uri else None
+    if trained_in is None:
+        return
+    found = mlflow.search_runs([run.info.experiment_id], tracking.tag_filter(trained_in), max_results=1)
+    if found:
+        link_scores(mlflow, logged_model(mlflow, found[0]), run, dataset, scores)
+
+
+def _training_run(model_uri: str) -> str | None:
+    """The run folder that a model comes from: its own, or that of the version that was pulled."""
+    folder, name = model_uri.rstrip("/"), f"/{MODEL_FOLDER}"
+    place = folder.removesuffix(name)
+    try:
+        manifest = storage.read_manifest(place)
+    except (storage.IncompleteError, OSError, ValueError):
+        return None
+    return place if folder.endswith(name) else manifest.get("tags", {}).get(tracking.RUN_TAG)
 
 
 def _record(run: Any) -> Record:

@@ -23,7 +23,9 @@ from pipeline.artifacts.manifests import (
 )
 from pipeline.clips.table import INDEX_FILE, SOURCES_FILE
 from pipeline.evaluate.scoring import SCORES
-from pipeline.tracking.client import client_of, error_code
+from pipeline.tracking.client import client_of, error_code, optional
+from pipeline.tracking.datasets import TRAINING, inputs_of
+from pipeline.tracking.logged import find_model
 from pipeline.tracking.versions import find_version
 
 SHOWN_VIDEOS = 5  # of a clip set, where not all are asked for
@@ -47,6 +49,7 @@ class Lineage:
     clips: dict[str, Any]
     evaluation: dict[str, Any] | None
     evaluation_clips: dict[str, Any] | None
+    mlflow: dict[str, Any] | None  # what MLflow holds of the run: its data sets, its logged model with scores
     missing: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ class Lineage:
         return {"status": status, "uri": self.version["uri"], "missing": self.missing, **links}
 
     def _links(self) -> list[tuple[str, dict[str, Any] | None]]:
-        names = ("version", "run", "targets", "teacher", "clips", "evaluation", "evaluation_clips")
+        names = ("version", "run", "targets", "teacher", "clips", "evaluation", "evaluation_clips", "mlflow")
         return [(name, getattr(self, name)) for name in names]
 
     def tree(self, *, all_videos: bool = False) -> str:
@@ -73,6 +76,7 @@ class Lineage:
         lines += ["    from targets", *_lines(self.targets, "      ")] if self.targets else []
         lines += ["      of the teacher", *_lines(self.teacher, "        ")] if self.teacher else []
         lines += ["      of the clips", *_clip_lines(self.clips, "        ", all_videos)]
+        lines += _mlflow_lines(self.mlflow) if self.mlflow else []
         if self.missing:
             lines += ["missing:", *(f"  {what}" for what in self.missing)]
         return "\n".join(lines)
@@ -97,15 +101,11 @@ def trace(model_uri: str, tracking_uri: str) -> Lineage:
     run_uri = tags[tracking.RUN_TAG]
     manifest = _read(RunManifest, run_uri, "the training run", missing)
     run = _run(run_uri, manifest, tags)
-    run["mlflow_run"] = _mlflow_run(client, version.run_id, tracking_uri, missing)
-    # A run folder that is gone leaves the fingerprints, by which the folders beside it are named.
-    root = run_uri.rstrip("/").rsplit("/", 2)[0]
-    targets_uri = manifest.targets_uri if manifest else None
-    if manifest is None and tags.get("targets", _NO_TARGETS) != _NO_TARGETS:
-        targets_uri = storage.join(root, "targets", tags["targets"])
+    run["mlflow_run"] = version.run_id
+    mlflow = _mlflow(client, version.run_id, tracking_uri, missing)
+    clips_uri, targets_uri = _inputs(run_uri, manifest, tags, mlflow)
     targets = _read(TargetManifest, targets_uri, "the targets", missing) if targets_uri else None
     teacher_uri = (targets and targets.teacher_uri) or (manifest and manifest.teacher_uri)
-    clips_uri = manifest.clips_uri if manifest else storage.join(root, "clips", tags.get("clips", "unknown"))
     evaluation = _evaluation(tags, missing)
     evaluation_clips = (evaluation or {}).get("clips_uri")
     return Lineage(
@@ -122,6 +122,7 @@ def trace(model_uri: str, tracking_uri: str) -> Lineage:
         clips=_clips(clips_uri, missing),
         evaluation=evaluation,
         evaluation_clips=_clips(evaluation_clips, missing) if evaluation_clips else None,
+        mlflow=mlflow,
         missing=missing,
     )
 
@@ -157,14 +158,49 @@ def _run(uri: str, manifest: RunManifest | None, tags: dict[str, str]) -> dict[s
     }
 
 
-def _mlflow_run(client: Any, run_id: str | None, tracking_uri: str, missing: list[str]) -> str | None:
+def _mlflow(client: Any, run_id: str | None, tracking_uri: str, missing: list[str]) -> dict[str, Any] | None:
+    """What MLflow holds of a run; earlier versions of this pipeline recorded neither data sets nor models there."""
     try:
-        client.get_run(run_id)
+        run = client.get_run(run_id)
     except Exception as error:
         if error_code(error) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         missing.append(f"the MLflow run {run_id}: it is not on {tracking_uri} (any more)")
-    return run_id
+        return None
+    held: dict[str, Any] = {"inputs": inputs_of(run), "logged_model": None}
+    with optional("the logged model", "read"):
+        if (model := find_model(client, run)) is not None:
+            scores = [
+                {
+                    "score": one.key,
+                    "value": one.value,
+                    "dataset": one.dataset_name,
+                    "digest": one.dataset_digest,
+                }
+                for one in model.metrics or ()
+            ]
+            known = {"id": model.model_id, "name": model.name, "status": model.status.value}
+            held["logged_model"] = {**known, "scores": scores}
+    return held
+
+
+def _inputs(
+    run_uri: str, manifest: RunManifest | None, tags: dict[str, str], mlflow: dict[str, Any] | None
+) -> tuple[str, str | None]:
+    """The clips and targets of a run; where its folder does not name them, MLflow's inputs or its tags do.
+
+    Tags hold fingerprints, by which the folders beside the run's are named.
+    """
+    root = run_uri.rstrip("/").rsplit("/", 2)[0]
+    held = [one for one in (mlflow or {}).get("inputs", ()) if one["context"] == TRAINING and "uri" in one]
+    by_kind = {storage.name(one["uri"].rpartition("/")[0]): one["uri"] for one in held}
+
+    def place(kind: str) -> str | None:
+        named = tags.get(kind, _NO_TARGETS)
+        return by_kind.get(kind) or (storage.join(root, kind, named) if named != _NO_TARGETS else None)
+
+    clips_uri = (manifest and manifest.clips_uri) or place("clips") or storage.join(root, "clips", "unknown")
+    return clips_uri, manifest.targets_uri if manifest else place("targets")
 
 
 def _targets(uri: str, manifest: TargetManifest | None) -> dict[str, Any]:
@@ -229,6 +265,19 @@ def _score_lines(evaluation: dict[str, Any]) -> list[str]:
     lines = [f"  scores: {scores or 'none'}"]
     if rules["name"]:
         lines.append(f"    protocol {rules['name']} ({rules['in_words']}), {evaluation['videos']} videos")
+    return lines
+
+
+def _mlflow_lines(held: dict[str, Any]) -> list[str]:
+    lines = ["  in MLflow"]
+    for one in held["inputs"]:
+        lines.append(f"    {one['context'] or 'input'}: {one['name']} ({one['digest']})")
+    model = held["logged_model"]
+    if model is None:
+        return [*lines, "    no logged model"]
+    lines.append(f"    logged model {model['name']} ({model['id']}), {model['status'].lower()}")
+    for one in (one for one in model["scores"] if one["score"] in SCORES):
+        lines.append(f"      {one['score']} {100 * one['value']:.1f} on {one['dataset']} ({one['digest']})")
     return lines
 
 

@@ -29,8 +29,12 @@ from pipeline.evaluate.subjects import finished_student, student_subject
 from pipeline.log import log
 from pipeline.models.backbone import check_finite, read_state_dict
 from pipeline.models.checkpoints import WEIGHTS_FILE
+from pipeline.registry.card import describe_model
+from pipeline.registry.example import input_example
 from pipeline.registry.lock import registry_lock
-from pipeline.tracking.client import ServerUnavailable, error_code, slow_transfers
+from pipeline.registry.recorded import Recorded, describe, record
+from pipeline.tracking.client import ServerUnavailable, error_code, optional, slow_transfers
+from pipeline.tracking.logged import store_files
 from pipeline.tracking.versions import fetch_version, find_version
 
 CHAMPION = "champion"
@@ -108,22 +112,26 @@ def _register(
         for key, value in evaluation.scores.items():
             # The latest score to look at, and one for each evaluation to compare by.
             tags |= {f"score.{key}": f"{value:.6f}", f"score.{protocol}.{key}": f"{value:.6f}"}
-    source = run_id = None
-    if _version_of_run(client, name, run_uri) is None:  # uploads keep nobody else waiting
-        run_id = _mlflow_run(config, run_uri, manifest)
-        with slow_transfers():
-            source = _upload(client, run_uri, run_id)
+    known, source = _version_of_run(client, name, run_uri), None
+    run_id = known.run_id if known else _mlflow_run(config, run_uri, manifest)
+    recorded = record(config, client, run_id, manifest, evaluation, known.tags if known else {})
+    tags |= recorded.tags
+    if known is None:  # uploads keep nobody else waiting
+        source = _upload(client, run_uri, recorded)
     champion, reason = False, "it does not contend for the alias"
     with registry_lock(client, name) as client:
-        version = _version_of_run(client, name, run_uri)
-        if version is None:
-            version = str(client.create_model_version(name, source=source, run_id=run_id, tags=tags).version)
-            log(f"register: {name} version {version}")
+        known = _version_of_run(client, name, run_uri)
+        if known is None:
+            made_of = {"run_id": run_id, "model_id": recorded.model.model_id if recorded.model else None}
+            known = client.create_model_version(name, source, tags=tags, **made_of)
+            log(f"register: {name} version {known.version}")
         else:
-            log(f"register: this run is {name} version {version} already")
-            _set_tags(client, name, version, tags)
+            log(f"register: this run is {name} version {known.version} already")
+            _set_tags(client, known, tags)
+        version = str(known.version)
         if contend:
             champion, reason = _contend(client, name, version, tags, config.evaluate.score)
+        describe(client, name, version, recorded, CHAMPION)
     if contend:
         log(f"register: {reason}")
     return {
@@ -147,9 +155,13 @@ def set_champion(config: Config, version: int, rivals: Collection[int]) -> tuple
         if holder is not None and int(holder) != version and int(holder) in rivals:
             client.set_registered_model_alias(name, CHAMPION, str(version))
             reason = f"version {version} is the new champion: chosen among versions that {holder} is one of"
-            return True, reason
-        tags = dict(client.get_model_version(name, str(version)).tags)
-        return _contend(client, name, str(version), tags, config.evaluate.score)
+            champion = True
+        else:
+            tags = dict(client.get_model_version(name, str(version)).tags)
+            champion, reason = _contend(client, name, str(version), tags, config.evaluate.score)
+        with optional("the model card"):
+            describe_model(client, name, CHAMPION)
+        return champion, reason
 
 
 def _create_model(client: Any, name: str) -> None:
@@ -160,30 +172,31 @@ def _create_model(client: Any, name: str) -> None:
             raise
 
 
-def _version_of_run(client: Any, name: str, run_uri: str) -> str | None:
+def _version_of_run(client: Any, name: str, run_uri: str) -> Any | None:
     found = client.search_model_versions(f"name = '{name}' and {tracking.tag_filter(run_uri)}")
-    return str(min(int(version.version) for version in found)) if found else None
+    return min(found, key=lambda version: int(version.version), default=None)
 
 
-def _set_tags(client: Any, name: str, version: str, tags: Mapping[str, str]) -> None:
-    known = client.get_model_version(name, version).tags
+def _set_tags(client: Any, version: Any, tags: Mapping[str, str]) -> None:
+    known = client.get_model_version(version.name, version.version).tags
     for key, value in tags.items():
         if known.get(key) != value:
-            client.set_model_version_tag(name, version, key, value)
+            client.set_model_version_tag(version.name, version.version, key, value)
 
 
-def _upload(client: Any, run_uri: str, run_id: str) -> str:
-    """Sends what a version consists of to MLflow; returns where it is."""
-    with tempfile.TemporaryDirectory() as scratch:
-        packed = Path(scratch) / "packed"
-        _pack(storage.join(run_uri, MODEL_FOLDER), packed)
-        client.set_tag(run_id, UPLOAD_TAG, storage.timestamp())
-        client.log_artifacts(run_id, str(packed), MODEL_ARTIFACT)
-    with tempfile.TemporaryDirectory() as scratch:
+def _upload(client: Any, run_uri: str, recorded: Recorded) -> str:
+    """Sends what a version consists of to MLflow; returns where it is: with the logged model, else with the run."""
+    with tempfile.TemporaryDirectory() as scratch, slow_transfers():
         config_file = Path(scratch) / "config.yaml"
         config_file.write_bytes(storage.read_bytes(storage.join(run_uri, "config.yaml")))
-        client.log_artifact(run_id, str(config_file))
-    return f"{client.get_run(run_id).info.artifact_uri}/{MODEL_ARTIFACT}"
+        client.log_artifact(recorded.run_id, str(config_file))
+        packed = Path(scratch) / "packed"
+        _pack(storage.join(run_uri, MODEL_FOLDER), packed)
+        client.set_tag(recorded.run_id, UPLOAD_TAG, storage.timestamp())
+        if recorded.model is not None:
+            return store_files(client, recorded.model, packed)
+        client.log_artifacts(recorded.run_id, str(packed), MODEL_ARTIFACT)
+    return f"{client.get_run(recorded.run_id).info.artifact_uri}/{MODEL_ARTIFACT}"
 
 
 def _pack(model_uri: str, folder: Path) -> None:
@@ -208,12 +221,12 @@ def _pack(model_uri: str, folder: Path) -> None:
         check_finite(read_state_dict(Path(model) / WEIGHTS_FILE), storage.join(model_uri, WEIGHTS_FILE))
         code = Path(scratch) / package.name
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
-        warnings.filterwarnings("ignore", message=".*input example.*")
         save_model(
             path=str(folder),
             python_model=pyfunc.__file__,
             artifacts={pyfunc.ARTIFACT: model},
             signature=signature,
+            input_example=input_example(),
             code_paths=[str(code)],
             pip_requirements=[
                 f"{p}=={installed_version(p).split('+')[0]}"

@@ -16,14 +16,16 @@ from pipeline.registry.lock import registry_lock
 from pipeline.registry.needed import Known
 from pipeline.registry.stage import MODEL_ARTIFACT, UPLOAD_TAG
 from pipeline.registry.stock import Spared
-from pipeline.tracking.client import patiently
+from pipeline.tracking.client import optional, patiently
+from pipeline.tracking.logged import EXTERNAL_TAG, find_model
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A run's packed model in MLflow."""
+    """A run's packed model in MLflow: among the run's files, or those of its logged model."""
 
     run_id: str
+    model_id: str | None  # of the logged model
     uri: str
     tracking_uri: str
     size: int  # bytes
@@ -38,16 +40,25 @@ def find_uploads(config: Config, known: Known, root: str) -> Iterator[Upload]:
         own = tags.get(tracking.RUN_TAG, "").startswith(f"{root.rstrip('/')}/")
         if not own or tags.get("role") != "student" or run.info.run_id in registered:
             continue
-        files = patiently(config.tracking_uri, partial(_sizes, run.info.artifact_uri, config))
-        if files:
-            uri = f"{run.info.artifact_uri}/{MODEL_ARTIFACT}"
-            yield Upload(run.info.run_id, uri, config.tracking_uri, sum(files), _changed(run))
+        for uri, model_id in _places(config, run):
+            files = patiently(config.tracking_uri, partial(_sizes, uri, config))
+            if files:
+                yield Upload(run.info.run_id, model_id, uri, config.tracking_uri, sum(files), _changed(run))
 
 
-def _sizes(artifact_uri: str, config: Config) -> list[int]:
-    """Of the files of a run's model."""
-    repository = _repository(artifact_uri, config.tracking_uri)
-    found, folders = [], [MODEL_ARTIFACT]
+def _places(config: Config, run: Any) -> Iterator[tuple[str, str | None]]:
+    """Where a run's model may be, with the id of the logged model whose place it is."""
+    yield f"{run.info.artifact_uri}/{MODEL_ARTIFACT}", None
+    with optional("a logged model"):
+        model = find_model(tracking.connect(config), run)
+        if model is not None:
+            yield str(model.artifact_location), model.model_id
+
+
+def _sizes(uri: str, config: Config) -> list[int]:
+    """Of the files in a folder of MLflow's."""
+    repository = _repository(posixpath.dirname(uri), config.tracking_uri)
+    found, folders = [], [posixpath.basename(uri)]
     while folders:
         for entry in repository.list_artifacts(folders.pop()):
             if entry.is_dir:
@@ -76,8 +87,10 @@ def delete_upload(client: Any, upload: Upload) -> None:
     run = client.get_run(upload.run_id)
     if client.search_model_versions(f"run_id = '{upload.run_id}'") or _changed(run) > upload.changed:
         raise Spared("it is being registered")
-    artifacts = posixpath.dirname(upload.uri)
-    _repository(artifacts, upload.tracking_uri).delete_artifacts(MODEL_ARTIFACT)
+    repository = _repository(posixpath.dirname(upload.uri), upload.tracking_uri)
+    repository.delete_artifacts(posixpath.basename(upload.uri))
+    if upload.model_id is not None:  # its record stays, as of the model in the run's folder
+        client.set_logged_model_tags(upload.model_id, {EXTERNAL_TAG: "true"})
 
 
 def delete_version(client: Any, version: Any) -> None:

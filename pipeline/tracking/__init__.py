@@ -1,11 +1,11 @@
-"""MLflow: clients that wait for a server that is away, runs and their metrics, and registered versions."""
+"""MLflow: clients that wait for a server that is away, runs with metrics and data sets, logged models, versions."""
 
 from pipeline.tracking.client import client_of
+from pipeline.tracking.completion import complete_run
 from pipeline.tracking.runs import (
     HISTORY_FILE,
     RUN_TAG,
     RunLogger,
-    complete_run,
     connect,
     experiment_id,
     start_run,

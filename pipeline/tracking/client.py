@@ -23,12 +23,14 @@ _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _T = TypeVar("_T")
 
 # What may be sent again though it may have arrived: reads, and writes that leave the same behind when done twice.
-# Not so `create_run` and `create_model_version`, which make something new each time, `log_metric`, which takes the time
-# anew, and `delete_registered_model`, in between which and its repetition another job may have taken the name.
+# Not so `create_run`, `create_logged_model` and `create_model_version`, which make something new each time,
+# `log_outputs`, which fails when done twice, `log_metric`, which takes the time anew, and `delete_registered_model`, in
+# between which and its repetition another job may have taken the name.
 READS = frozenset(
     {
         "download_artifacts",
         "get_experiment_by_name",
+        "get_logged_model",
         "get_metric_history",
         "get_model_version",
         "get_model_version_by_alias",
@@ -37,6 +39,7 @@ READS = frozenset(
         "get_run",
         "list_artifacts",
         "search_experiments",
+        "search_logged_models",
         "search_model_versions",
         "search_registered_models",
         "search_runs",
@@ -47,15 +50,21 @@ IDEMPOTENT_WRITES = frozenset(
         "create_experiment",  # by a name that is unique: done already, it says RESOURCE_ALREADY_EXISTS,
         "create_registered_model",  # for which the caller looks
         "delete_run",
+        "finalize_logged_model",
         "log_artifact",
         "log_artifacts",
         "log_batch",  # values come with their step and time
+        "log_inputs",  # those that a run has are known by name and digest
+        "log_model_artifacts",
         "log_param",
         "rename_registered_model",  # to a name that nothing else gets
+        "set_logged_model_tags",
         "set_model_version_tag",
         "set_registered_model_alias",
         "set_tag",
         "set_terminated",
+        "update_model_version",
+        "update_registered_model",
         "update_run",
     }
 )
@@ -109,7 +118,7 @@ def plain_client(tracking_uri: str) -> Any:
     # We try again ourselves: MLflow repeats also what may have been done already, and takes minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault(_TIMEOUT, str(ANSWER_WITHIN))
-    for name in ("alembic", "mlflow.store.db.utils"):
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
@@ -128,6 +137,22 @@ def plain_client(tracking_uri: str) -> Any:
             log(f"mlflow: creating {database}")
             made.search_experiments(max_results=1)
     return made
+
+
+@contextlib.contextmanager
+def optional(what: str, done: str = "recorded") -> Iterator[None]:
+    """For records that nothing depends on: whatever goes wrong in the block is said, and the job goes on.
+
+    Args:
+        what, done: what the block does, with what.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = (
+            error.problem if isinstance(error, ServerUnavailable) else why_denied(error) or _first_line(error)
+        )
+        log(f"mlflow: {what} could not be {done} ({reason.removeprefix('mlflow: ')}); the job goes on")
 
 
 @contextlib.contextmanager
@@ -285,4 +310,8 @@ def in_words(error: Exception) -> str:
     if known:
         return next(filter(None, known.groups())).strip()
     status = _status(error)
-    return f"HTTP {status}" if status else redact(str(error).splitlines()[0][:200])
+    return f"HTTP {status}" if status else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return redact(next(iter(str(error).splitlines()), type(error).__name__)[:200])

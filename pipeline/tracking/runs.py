@@ -17,8 +17,6 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.log import log, redact
 from pipeline.tracking.client import (
-    PatientClient,
-    ServerUnavailable,
     client_of,
     error_code,
     in_words,
@@ -55,10 +53,10 @@ def experiment_id(config: Config) -> str:
         return mlflow.get_experiment_by_name(config.mlflow.experiment).experiment_id  # another job was faster
 
 
-def tag_filter(run_uri: str) -> str:
-    """MLflow's filter for what belongs to a run folder."""
-    quote = '"' if "'" in run_uri else "'"
-    return f"tags.`{RUN_TAG}` = {quote}{run_uri}{quote}"
+def tag_filter(uri: str, tag: str = RUN_TAG) -> str:
+    """MLflow's filter for what belongs to a run folder, or has another folder's URI as a tag."""
+    quote = '"' if "'" in uri else "'"
+    return f"tags.`{tag}` = {quote}{uri}{quote}"
 
 
 def start_run(config: Config, run_uri: str, name: str, tags: dict[str, str]) -> str:
@@ -104,6 +102,8 @@ class RunLogger:
     at the end of a run are sent by `complete_run`.
     """
 
+    what, left = "metrics", "which the run's end will try again"
+
     def __init__(self, config: Config, run_id: str | None) -> None:
         self.config, self.run_id = config, run_id
         self._client: Any = None
@@ -142,11 +142,9 @@ class RunLogger:
         while self._pending:
             part = self._pending[:1000]  # the most that one request may hold
             send = functools.partial(_send, run_id=self.run_id, metrics=part)
-            if not self._call("metrics", send, last=last):
+            if not self._call(self.what, send, last=last):
                 if last:
-                    log(
-                        f"mlflow: {len(self._pending)} metrics were not sent, which the run's end will try again"
-                    )
+                    log(f"mlflow: {len(self._pending)} {self.what} were not sent, {self.left}")
                 return
             self._pending = self._pending[len(part) :]
 
@@ -155,54 +153,6 @@ class RunLogger:
 
     def end(self, status: str) -> None:
         self._call("the end of the run", lambda c: c.set_terminated(self.run_id, status), last=True)
-
-
-def complete_run(config: Config, run_uri: str, run_id: str, *, wait: bool = True) -> None:
-    """Ends the MLflow run of a finished run folder, after sending the metrics that had not reached the server.
-
-    A run that has ended so is left alone, and so is one that this server does not know. An error is only said: the
-    folder is whole without MLflow.
-
-    Args:
-        wait: for a server that is away.
-    """
-    try:
-        plain = plain_client(config.tracking_uri)
-        mlflow = PatientClient(plain, config.tracking_uri) if wait else plain
-        if mlflow.get_run(run_id).info.status == "FINISHED":
-            return
-        history_uri = storage.join(run_uri, HISTORY_FILE)
-        missing = _missing(mlflow, run_id, storage.read_json(history_uri))
-        for start in range(0, len(missing), 1000):
-            mlflow.log_batch(run_id, metrics=missing[start : start + 1000])
-        mlflow.set_terminated(run_id, "FINISHED")
-        if missing:
-            log(f"mlflow: sent {len(missing)} metrics of {storage.name(run_uri)} that it had missed")
-    except Exception as error:  # whatever the server or the network does, the run is done
-        if error_code(error) == "RESOURCE_DOES_NOT_EXIST":
-            return
-        reason = (
-            error.problem if isinstance(error, ServerUnavailable) else why_denied(error) or in_words(error)
-        )
-        log(
-            f"mlflow: the end of this run could not be sent to {config.tracking_uri} ({reason}); the run is published "
-            f"in {run_uri}, with all its metrics in {HISTORY_FILE}; the same command sends them once the server is back"
-        )
-
-
-def _missing(mlflow: Any, run_id: str, history: list[dict[str, float]]) -> list[Any]:
-    """The metrics of a history that the MLflow run does not have."""
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    names = {name for row in history for name in row} - {"step"}
-    known = {name: {m.step for m in mlflow.get_metric_history(run_id, name)} for name in sorted(names)}
-    return [
-        Metric(name, float(value), now, int(row["step"]))
-        for row in history
-        for name, value in row.items()
-        if name != "step" and row["step"] not in known[name]
-    ]
 
 
 def git_revision() -> str:

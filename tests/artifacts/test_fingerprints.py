@@ -184,6 +184,8 @@ RUN_DETAILS = [
     "targets.batch_size=2",
     "targets.verify=0.5",
     "mlflow.experiment=other",
+    "mlflow.weights_licence=MIT",
+    "mlflow.system_metrics=true",
     "ray.gpus=1",
     "sweep.max_concurrent=1",
     *(

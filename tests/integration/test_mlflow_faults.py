@@ -1,5 +1,6 @@
 """MLflow that goes away, refuses, or is asked by several at once: real servers, really killed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from clip_sets import random_clips
+from mlflow import MlflowClient
 from services import MLflowServer
 from students import make_finished_run
 
@@ -124,6 +126,43 @@ def test_a_student_is_registered_once_the_server_is_there(no_kd, mlflow_server, 
     config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"model_name": name})})
     assert [register_run(config, uri, None)["version"] for _ in range(2)] == [1, 1]
     assert len(tracking.connect(config).search_model_versions(f"name = '{name}'")) == 1
+
+
+@pytest.mark.fault(
+    "MLflow killed while a model is stored", "register", "registered later, nothing is there twice"
+)
+def test_a_server_killed_while_it_stores_a_model(no_kd, mlflow_server, monkeypatch, tmp_path):
+    config, artifacts = no_kd
+    config = config.model_copy(update={"mlflow": config.mlflow.model_copy(update={"model_name": "cut off"})})
+    made_of = {"clips_uri": artifacts.clips.uri}
+    uri = make_finished_run(config, str(tmp_path / "root" / "students" / "cut"), **made_of)
+    monkeypatch.setattr(mlflow_client, "SECONDS_TO_WAIT", 0.5)
+    with monkeypatch.context() as cut:
+        finalize = MlflowClient.finalize_logged_model
+
+        def killed(client, *arguments):
+            finalize(client, *arguments)
+            mlflow_server.kill()
+
+        cut.setattr(MlflowClient, "finalize_logged_model", killed)
+        with pytest.raises(ServerUnavailable, match=r"python -m jobs\.register"):
+            register_run(config, uri, None)
+    mlflow_server.start()
+    monkeypatch.setattr(mlflow_client, "SECONDS_TO_WAIT", 120)
+    assert [register_run(config, uri, None)["version"] for _ in range(2)] == [1, 1]
+    client = MlflowClient(mlflow_server.uri)
+    version = client.get_model_version("cut off", "1")
+    run = client.get_run(version.run_id)
+    assert [one.dataset.digest for one in run.inputs.dataset_inputs] == ["c"]
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert [one["version"] for one in json.loads(model.tags["mlflow.modelVersions"])] in ([1], ["1"])
+    assert version.source == model.artifact_location
+    assert "Load it" in version.description
+    stored = list((mlflow_server.folder / "files").rglob("model.safetensors"))
+    assert len([path for path in stored if model.model_id in str(path)]) == 1
+    same = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{version.run_id}'")
+    assert len(same) == 1
 
 
 @pytest.mark.fault("wrong MLflow password", "a job's start", "fails at once, without saying it")

@@ -69,9 +69,16 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     assert second["versions"] == first["versions"]
 
 
-def test_mlflow_holds_curves_config_and_pictures(tiny, local_ray):
-    config = tiny()
+@pytest.fixture(scope="module")
+def line(shared_tiny, local_ray):
+    """The config of a line that has run, with system metrics."""
+    config = shared_tiny("mlflow.system_metrics=true")
     run(config)
+    return config
+
+
+def test_mlflow_holds_curves_config_and_pictures(line):
+    config = line
     client = tracking.connect(config)
     runs = client.search_runs([tracking.experiment_id(config)])
     assert {run.info.status for run in runs} == {"FINISHED"}
@@ -87,13 +94,44 @@ def test_mlflow_holds_curves_config_and_pictures(tiny, local_ray):
         assert all(tag in version.tags for version in versions.values())
     assert "targets" in versions["slotmatch"].tags
     assert "targets" not in versions["no_kd"].tags, "it learned from none"
-    files = _files(client, student.info.run_id)
+    (output,) = student.outputs.model_outputs
+    files = _files(client, output.model_id)
     assert any(name.endswith("model.safetensors") for name in files)
     assert not any(name.endswith((".pkl", ".pickle", ".pt", ".pth")) for name in files)
 
 
-def _files(client, run_id, path=None):
+@pytest.mark.fault("MLflow's own tables empty", "pipeline", "those of the champion, by plain MLflow calls")
+def test_mlflow_shows_the_champion_by_its_own_calls(line):
+    mlflow.set_tracking_uri(line.tracking_uri)
+    client = mlflow.MlflowClient()
+    champion = client.get_model_version_by_alias("slotmatch", "champion")
+    trained = mlflow.get_run(champion.run_id)
+    assert {one.dataset.name for one in trained.inputs.dataset_inputs} >= {"synthetic"}
+    assert "system/system_memory_usage_percentage" in trained.data.metrics
+    (output,) = trained.outputs.model_outputs
+    model = mlflow.get_logged_model(output.model_id)
+    assert model.status.value == "READY"
+    scores = {metric.key: metric for metric in model.metrics if metric.dataset_name == "synthetic"}
+    assert set(SCORES) <= set(scores)
+    evaluated = mlflow.get_run(scores["video_mbo"].run_id)
+    assert evaluated.data.metrics["video_mbo"] == scores["video_mbo"].value
+    assert [one.dataset.digest for one in evaluated.inputs.dataset_inputs] == [
+        scores["video_mbo"].dataset_digest
+    ]
+    example = mlflow.models.Model.load("models:/slotmatch@champion").load_input_example()
+    assert mlflow.pyfunc.load_model("models:/slotmatch@champion").predict(example).shape == example.shape[:3]
+    for words in ("| grid", "| colour k-means", "| one slot", "10 videos", "Licence of the weights"):
+        assert words in champion.description
+    assert "is the champion" in client.get_registered_model("slotmatch").description
+    models = {one.model_type: one for one in client.search_logged_models([trained.info.experiment_id])}
+    taught = models["teacher"]
+    assert taught.status.value == "READY"
+    assert "video_mbo" in {metric.key for metric in taught.metrics}
+    assert taught.params["method"] == "teacher"
+
+
+def _files(client, model_id, path=None):
     found = []
-    for entry in client.list_artifacts(run_id, path):
-        found += _files(client, run_id, entry.path) if entry.is_dir else [entry.path]
+    for entry in client.list_logged_model_artifacts(model_id, path):
+        found += _files(client, model_id, entry.path) if entry.is_dir else [entry.path]
     return found

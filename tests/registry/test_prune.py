@@ -376,8 +376,8 @@ def test_versions_that_no_alias_names_go_where_that_is_asked_for(world, tmp_path
     assert found["kinds"]["models in MLflow"]["bytes"] > 1000
     client = tracking.connect(world.config)
     assert [version.version for version in client.search_model_versions()] == [1]
-    model = next(path for path in listed if path.endswith("/artifacts/model"))
-    assert not storage.exists(model.removeprefix("file://"))
+    model = next(path for path in listed if "/mlartifacts/" in path).removeprefix("file://")
+    assert not storage.exists(storage.join(model, "MLmodel"))
     pull(CHAMPION, tmp_path / "pulled", world.config.tracking_uri)
 
 

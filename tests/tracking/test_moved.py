@@ -142,8 +142,8 @@ def test_relocate_lets_all_of_it_follow(places, tmp_path, capsys):
     assert found.evaluation["uri"] == str(new / "evaluations" / "e")
     assert register_run(config, str(new / "students" / "first"), None)["version"] == 1, "its run is known"
     assert register_run(config, str(new / "students" / "second"), None)["version"] == 2
-    run_id = tracking.connect(config).get_model_version("slotmatch", "2").run_id
-    assert (new / "mlartifacts" / run_id / "artifacts" / "model").is_dir()
+    model = tracking.connect(config).get_model_version("slotmatch", "2").tags["logged_model"]
+    assert (new / "mlartifacts" / "models" / model / "artifacts" / "MLmodel").is_file()
     assert content(old) == left, "a copy's original stays as it was"
     with sqlite3.connect(summary["backup"]) as backup:
         assert backup.execute("SELECT source FROM model_versions").fetchone()[0].startswith(old.as_uri())
