@@ -35,6 +35,8 @@ class Training(Section):
     """of the slot-slot contrastive loss"""
     seed: NonNegativeInt = 42
     """of the initial weights and the order of the clips"""
+    contrast: Literal["global", "local"] = "global"
+    """the slots to contrast: of the whole batch, or of each worker's share alone"""
     workers: NonNegativeInt = 1
     """Ray Train workers; 0: in this process, for tests"""
     cpus_per_worker: PositiveFloat = run_detail(0.8)
