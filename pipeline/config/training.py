@@ -42,7 +42,7 @@ class Training(Section):
     cpus_per_worker: PositiveFloat = run_detail(0.8)
     """on a small machine leave some for Ray's own work"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on GPUs, fp32 on CPUs"""
+    """auto: bf16 where the machine is good at it (GPUs from Ampere on, some CPUs), else fp32"""
     loader_threads: PositiveInt = run_detail(2)
     """threads of a worker that read clips and targets"""
     log_every: PositiveInt = run_detail(50)
