@@ -8,7 +8,7 @@ own fingerprints.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +23,7 @@ from pipeline.artifacts.counted import (
     view_recipe,
 )
 from pipeline.artifacts.manifests import Rules, TargetManifest
-from pipeline.config import Config, ConfigError, Distill, Model, ViT
+from pipeline.config import Config, ConfigError, Distill, Model, Training, ViT
 from pipeline.config.protocols import choose_protocol
 from pipeline.models import CheckpointHints, SlotModelConfig
 from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
@@ -122,7 +122,7 @@ class Artifacts:
                 **section.sizes,
             },
             "backbone": backbone_identity(section),
-            "train": counted(section.train),
+            "train": _what_trains(section.train),
             "views": view_recipe(self.config),
         }
         return self._place("teachers", content)
@@ -303,6 +303,16 @@ class Artifacts:
         return self._place("generated", {**content, "format": CLIPS_FORMAT, "av": _decoder()["av"]})
 
 
+def _what_trains(settings: Training, *, but: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings that decide what is learned.
+
+    Of several workers each contrasted its own share before there was a choice; for one it makes no difference.
+    """
+    globally = settings.alpha > 0 and settings.workers > 1 and settings.contrast == "global"
+    content = counted(settings, but={"contrast", *but})
+    return content | ({"contrast": "global"} if globally else {})
+
+
 def _what_distills(settings: Distill) -> dict[str, Any]:
     """The settings that decide what is learned: of a method that does not use them, no weights."""
     unused = set()
@@ -318,7 +328,7 @@ def _what_distills(settings: Distill) -> dict[str, Any]:
         unused |= {"live_teacher", "slot_map"}
     copies = settings.initial_slots_from_teacher
     return {
-        **counted(settings, but=unused),
+        **_what_trains(settings, but=unused),
         "initial_slots_from_teacher": settings.distils if copies is None else copies,
     }
 

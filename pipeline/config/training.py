@@ -35,12 +35,14 @@ class Training(Section):
     """of the slot-slot contrastive loss"""
     seed: NonNegativeInt = 42
     """of the initial weights and the order of the clips"""
+    contrast: Literal["global", "local"] = "global"
+    """the slots to contrast: of the whole batch, or of each worker's share alone"""
     workers: NonNegativeInt = 1
     """Ray Train workers; 0: in this process, for tests"""
     cpus_per_worker: PositiveFloat = run_detail(0.8)
     """on a small machine leave some for Ray's own work"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on GPUs, fp32 on CPUs"""
+    """auto: bf16 where the machine is good at it (GPUs from Ampere on, some CPUs), else fp32"""
     loader_threads: PositiveInt = run_detail(2)
     """threads of a worker that read clips and targets"""
     log_every: PositiveInt = run_detail(50)

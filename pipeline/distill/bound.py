@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.losses import slot_kd_loss
+from pipeline.models.decoders import untiled
 
 _DECODED_AT_ONCE = 8  # frames; an MLP decoder holds N * P hidden vectors for each
 
@@ -87,8 +88,9 @@ def reconstruction_bound(
             f"frames, points and iterations must be at least 1, not {frames}, {points} and {iterations}"
         )
     decode = _feature_decoder(decoder, feature_size)
-    # In inference mode there are no Jacobians; fused attention kernels have no forward derivative.
+    # In inference mode there are no Jacobians; fused attention kernels and tiles have no forward derivative.
     with (
+        untiled(decoder),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(teacher_BTND.device.type, enabled=False),

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import storage
+from pipeline.distill.precision import Precision
 from pipeline.distill.step import Objective
 from pipeline.models import save_slot_model
 from pipeline.models.checkpoints import WEIGHTS_FILE
@@ -29,6 +30,7 @@ HEADS_FILE = "heads.safetensors"
 class TrainingState:
     step: int
     history: list[dict[str, float]]
+    precision: Precision | None = None  # None: of an earlier version, which did not say
 
 
 def save_checkpoint(
@@ -42,7 +44,8 @@ def save_checkpoint(
         save_file(objective.heads.state_dict(), folder / HEADS_FILE)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         (folder / "history.json").write_text(json.dumps(state.history))
-        (folder / storage.MANIFEST).write_text(json.dumps({"kind": "checkpoint", "step": state.step}))
+        manifest = {"kind": "checkpoint", "step": state.step, "precision": state.precision}
+        (folder / storage.MANIFEST).write_text(json.dumps(manifest))
         storage.upload_folder(folder, uri)
     for name in _complete(run_uri)[:-keep]:
         storage.delete(storage.join(run_uri, CHECKPOINT_FOLDER, name))
@@ -80,4 +83,4 @@ def load_checkpoint(uri: str, objective: Objective, optimizer: torch.optim.Optim
                 f"checkpoint {uri} can't be resumed from ({type(error).__name__}: {error}); delete it to go "
                 "back to the one before"
             ) from error
-    return TrainingState(manifest["step"], history)
+    return TrainingState(manifest["step"], history, manifest.get("precision"))

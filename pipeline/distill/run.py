@@ -163,4 +163,8 @@ def student_terms(settings: Distill) -> Terms:
 
 
 def _common_terms(settings: Training) -> dict[str, Any]:
-    return {"alpha": settings.alpha, "temperature": settings.temperature}
+    return {
+        "alpha": settings.alpha,
+        "temperature": settings.temperature,
+        "contrast_globally": settings.contrast == "global",
+    }

@@ -134,6 +134,7 @@ def _train(
                 status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
                 tracking.RunLogger(run.config, run.mlflow_run).end(status)
                 raise
+            tags = {**tags, "precision": outcome.precision}
             _publish(run, outcome, tags, seconds=time.monotonic() - started)
     manifest = RunManifest.read(run.uri)
     if not needed:

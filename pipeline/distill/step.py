@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.distill.bound import reconstruction_bound
@@ -53,7 +55,9 @@ class Terms:
     alpha: slot-slot contrast. similarity: VideoSAUR's temporal similarity. slot_kd: beta, of the
     distance named by `slot_loss`. reconstruction_kd and feature_kd: of the distances from what the
     teacher reconstructs and from its features. slot_map: whether a learned linear map takes the
-    student's slots to the teacher's slot size before they are compared.
+    student's slots to the teacher's slot size before they are compared. contrast_globally: whether the
+    slots of all workers are contrasted, as if one had the whole batch, or each worker's share by itself,
+    as in the reference implementation.
     """
 
     reconstruction: float = 1.0
@@ -67,6 +71,7 @@ class Terms:
     reconstruction_kd: float = 0.0
     feature_kd: float = 0.0
     slot_map: bool = False
+    contrast_globally: bool = True
 
 
 SLOT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -75,6 +80,26 @@ SLOT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hungarian_clip": lambda student, teacher: hungarian_slot_kd_loss(student, teacher, per="clip"),
     "hungarian_frame": lambda student, teacher: hungarian_slot_kd_loss(student, teacher, per="frame"),
 }
+
+
+class _OfAllWorkers(torch.autograd.Function):
+    """Every worker's share of a batch `(b, ...)`, equal in size, as the whole batch in its order `(B, ...)`.
+
+    Sample i is worker i mod W's. The gradient of a share is the sum of what all workers have for it, as each of them
+    computes the loss of the whole batch, and DDP takes the mean over the workers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor) -> Tensor:
+        shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, share.contiguous())
+        return torch.stack(shares, dim=1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total[dist.get_rank() :: dist.get_world_size()]
 
 
 class Objective(nn.Module):
@@ -169,7 +194,7 @@ class Objective(nn.Module):
                 losses[name], weights[name] = loss(), weight
 
         add("reconstruction", terms.reconstruction, lambda: self._reconstruction(output))
-        add("contrast", terms.alpha, lambda: slot_contrastive_loss(slots, terms.temperature))
+        add("contrast", terms.alpha, lambda: self._contrast(slots))
         add("similarity", terms.similarity, lambda: self._similarity(output, keys))
         add("slot_kd", terms.slot_kd, lambda: self._slot_kd(slots, batch))
         add("reconstruction_kd", terms.reconstruction_kd, lambda: self._reconstruction_kd(slots, batch))
@@ -180,6 +205,11 @@ class Objective(nn.Module):
     def _reconstruction(self, output: SlotModelOutput) -> Tensor:
         assert output.reconstruction is not None
         return feature_reconstruction_loss(output.reconstruction.float(), output.backbone_features.float())
+
+    def _contrast(self, slots: Tensor) -> Tensor:
+        if self.terms.contrast_globally and dist.is_initialized() and dist.get_world_size() > 1:
+            slots = _OfAllWorkers.apply(slots)
+        return slot_contrastive_loss(slots, self.terms.temperature)
 
     def _similarity(self, output: SlotModelOutput, keys: Tensor | None) -> Tensor:
         assert output.similarity is not None

@@ -28,6 +28,7 @@ from pipeline.clips.views import apply_view, make_view
 from pipeline.compute import keep_freed_memory
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
+from pipeline.distill.precision import Precision, autocast_type, choose_precision, earlier_precision
 from pipeline.distill.run import OnValidation, Run, build
 from pipeline.distill.step import Batch, learning_rate_factor, training_step
 from pipeline.distill.validation import Validation
@@ -67,6 +68,8 @@ class Logger(Protocol):
 
     def metrics(self, values: dict[str, float], step: int) -> None: ...
 
+    def tag(self, key: str, value: str) -> None: ...
+
     def file(self, path: str | Path, folder: str | None = None) -> None: ...
 
     def flush(self, *, last: bool = False) -> None: ...
@@ -78,6 +81,9 @@ class NoLogger:
     def metrics(self, values: dict[str, float], step: int) -> None:
         pass
 
+    def tag(self, key: str, value: str) -> None:
+        pass
+
     def file(self, path: str | Path, folder: str | None = None) -> None:
         pass
 
@@ -87,12 +93,15 @@ class NoLogger:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "non-finite" where the gradient of step `step + 1` was. `history`: the metrics of each logged
-    step."""
+    """How a run ended: "non-finite" where the gradient of step `step + 1` was.
+
+    history: the metrics of each logged step. precision: what its products were computed in.
+    """
 
     status: Literal["ok", "non-finite"]
     step: int
     history: list[dict[str, float]]
+    precision: Precision
 
 
 class Trainer:
@@ -131,6 +140,7 @@ class Trainer:
         self.teacher = teacher.to(self.device) if teacher is not None else None
         self.optimizer = torch.optim.Adam(objective.trainable_parameters(), lr=run.settings.learning_rate)
         self.validation = Validation(run.validation_uri, run.config.evaluate) if run.validation_uri else None
+        self.precision = choose_precision(run.settings.precision, self.device)
         self.step = 0  # that many are done
         self.history: list[dict[str, float]] = []
         self._pace = _Pace(self.step)
@@ -145,6 +155,7 @@ class Trainer:
         """
         self.resume()
         run, settings = self.run, self.run.settings
+        self._say_precision()
         shared = self._share_objective()
         status: Literal["ok", "non-finite"] = "ok"
         with self.loader() as loader, self._progress() as progress:
@@ -169,7 +180,7 @@ class Trainer:
         self.logger.flush(last=True)
         if status == "ok" and self.rank == 0:
             self.publish()
-        return Outcome(status, self.step, self.history)
+        return Outcome(status, self.step, self.history, self.precision)
 
     def resume(self) -> None:
         """Goes to where the newest checkpoint of the run is, if there is one.
@@ -181,12 +192,19 @@ class Trainer:
         if latest:
             state = load_checkpoint(latest, self.objective, self.optimizer)
             self.step, self.history = state.step, list(state.history)
+            # One curve has one precision, whatever this machine is good at.
+            self.precision = state.precision or earlier_precision(self.run.settings.precision, self.device)
             if self.rank == 0:
                 log(f"{self.run.label}: going on from step {self.step} ({latest})")
         for row in self.history:
             scores = {key: value for key, value in row.items() if key.startswith("validation_")}
             if scores and row["step"] < self.run.settings.steps:
                 self.hooks.on_validation(int(row["step"]), scores)
+
+    def _say_precision(self) -> None:
+        if self.rank == 0:
+            log(f"{self.run.label}: computing in {self.precision} (precision={self.run.settings.precision})")
+            self.logger.tag("precision", self.precision)
 
     def _share_objective(self) -> torch.nn.Module:
         """The loss as a module, its gradients averaged over the workers."""
@@ -255,15 +273,13 @@ class Trainer:
 
     def train_step(self, shared: torch.nn.Module, batch: Batch, rate: float) -> dict[str, float]:
         """One update of the weights; returns the losses and the gradient norm, as `training_step`."""
-        settings = self.run.settings
-        mixed = settings.precision == "bf16" or (settings.precision == "auto" and self.device.type == "cuda")
         return training_step(
             shared,
             self.optimizer,
             batch,
             learning_rate=rate,
-            gradient_clip=settings.gradient_clip,
-            autocast=torch.bfloat16 if mixed else None,
+            gradient_clip=self.run.settings.gradient_clip,
+            autocast=autocast_type(self.precision),
         )
 
     def log(self, values: dict[str, float], rate: float) -> dict[str, float]:
@@ -325,7 +341,7 @@ class Trainer:
                 self.run.uri,
                 self.objective,
                 self.optimizer,
-                TrainingState(self.step, self.history),
+                TrainingState(self.step, self.history, self.precision),
                 keep=self.run.settings.keep_checkpoints,
             )
         self.hooks.after_checkpoint(self.step)

@@ -76,6 +76,7 @@ class Record:
     beta: float | None
     seed: int | None
     steps: int | None
+    precision: str  # of the training's products; "" where that is not known
     settings: str  # a fingerprint of all that decided the training but the seed; "" where that is not known
     model_uri: str | None  # None for a baseline
     hints: CheckpointHints  # for loading the model again; a folder needs none
@@ -236,6 +237,7 @@ def _record(run: Any) -> Record:
         beta=number("beta", float),
         seed=number("seed", int),
         steps=number("steps", int),
+        precision=tags.get("precision", ""),
         settings=tags.get("settings", ""),
         model_uri=tags.get("model_uri") or None,
         hints=CheckpointHints.from_dict(json.loads(tags.get("hints", "{}"))),

@@ -62,7 +62,7 @@ def finished_student(artifacts: Artifacts) -> str:
 
 
 # Of a run's tags, with its scores.
-RECORDED = ("method", "beta", "seed", "steps", "settings", "teacher", "trained_on")
+RECORDED = ("method", "beta", "seed", "steps", "settings", "teacher", "trained_on", "precision")
 
 
 def _recorded(tags: dict[str, str]) -> dict[str, str]:

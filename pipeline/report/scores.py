@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline import storage
 from pipeline.evaluate.records import Record
@@ -173,18 +174,26 @@ def protocol_notes(choices: Sequence[Choice], order: Sequence[Conditions]) -> li
     return [protocol_note(first[conditions], mark(i)) for i, conditions in enumerate(order)]
 
 
+def _labels_by(values: Sequence[tuple[str, Any]]) -> dict[Any, list[str]]:
+    """The labels of each value, without those that have none."""
+    found: dict[Any, list[str]] = {}
+    for label, value in values:
+        if value not in (None, ""):
+            found.setdefault(value, []).append(label)
+    return found
+
+
 def run_notes(filled: Sequence[tuple[str, Choice]]) -> list[str]:
     """Steps and seeds of the rows, and how many evaluations they leave out."""
     notes = []
     if any(len(choice.records) > 1 for _, choice in filled):
         notes.append(SAMPLE_STD)
-    steps: dict[int, list[str]] = {}
-    for label, choice in filled:
-        if choice.records[0].steps is not None:
-            steps.setdefault(choice.records[0].steps, []).append(label)
-    if steps:
+    if steps := _labels_by([(label, choice.records[0].steps) for label, choice in filled]):
         lengths = "; ".join(f"{listing(labels)}: {count:,}" for count, labels in steps.items())
         notes.append(f"Training steps of our runs: {lengths}.")
+    if precisions := _labels_by([(label, choice.records[0].precision) for label, choice in filled]):
+        listed = "; ".join(f"{listing(labels)}: {precision}" for precision, labels in precisions.items())
+        notes.append(f"Products in training were computed in {listed}.")
     for label, choice in filled:
         if choice.others:
             record = choice.records[0]

@@ -148,6 +148,9 @@ class RunLogger:
                 return
             self._pending = self._pending[len(part) :]
 
+    def tag(self, key: str, value: str) -> None:
+        self._call("a tag", lambda c: c.set_tag(self.run_id, key, value))
+
     def file(self, path: str | Path, folder: str | None = None) -> None:
         self._call("a file", lambda c: c.log_artifact(self.run_id, str(path), folder))
 

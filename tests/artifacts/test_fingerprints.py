@@ -171,6 +171,7 @@ DECIDES = [
     ("distill.name=mine", {"student", "sweep"}),
     ("distill.steps=5000", STUDENT),
     ("distill.workers=1", STUDENT),
+    ("distill.contrast=global", STUDENT),  # of two workers
     ("distill.precision=fp32", STUDENT),
     ("distill.method=slotmatch_mse", STUDENT),
     ("distill.matching=frame", set()),  # of another method

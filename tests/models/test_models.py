@@ -18,8 +18,9 @@ from pipeline.models import (
     load_slot_model,
     save_public_checkpoint,
     save_slot_model,
+    tiled_decoder,
 )
-from pipeline.models.decoders import MLPDecoder
+from pipeline.models.decoders import MLPDecoder, untiled
 
 VIT = tiny_vit(32, depth=2)
 
@@ -253,21 +254,59 @@ def test_label_maps():
     assert (labels[1, 20:] == 2).all()
 
 
-@pytest.mark.parametrize("hidden_sizes", [(32, 32, 32), (16,)])
-def test_fast_decoder_equals_the_plain_one(hidden_sizes):
+def decoded(decoder, slots, target):
+    """Both outputs and all gradients, also of a loss on the masks."""
+    reconstruction, masks = decoder(slots)
+    loss = (reconstruction - target).square().mean() + masks[:, 0].square().mean()
+    return reconstruction, masks, *torch.autograd.grad(loss, [slots, *decoder.parameters()])
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 1000, 5000, 1 << 20])  # a slot, some slots, a frame, all at a time
+@pytest.mark.parametrize("hidden_sizes", [(32, 32, 32), (16, 24), (16,)])
+def test_the_fast_decoder_equals_the_plain_one(hidden_sizes, tile_bytes, monkeypatch):
+    monkeypatch.setattr(tiled_decoder, "TILE_BYTES", tile_bytes)
     torch.manual_seed(0)
     decoder = MLPDecoder(num_patches=9, slot_size=8, feature_size=12, hidden_sizes=hidden_sizes).double()
     slots = torch.randn(4, 5, 8, dtype=torch.float64, requires_grad=True)
     target = torch.randn(4, 9, 12, dtype=torch.float64)
-    results = []
-    for fast in (True, False):
-        decoder.fast = fast
-        reconstruction, masks = decoder(slots)
-        loss = (reconstruction - target).square().mean() + masks[:, 0].square().mean()
-        gradients = torch.autograd.grad(loss, [slots, *decoder.parameters()])
-        results.append((reconstruction, masks, *gradients))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    tiled = decoded(decoder, slots, target)
+    with torch.no_grad():
+        without_gradients = decoder(slots)
+    with untiled(decoder):
+        fast = decoded(decoder, slots, target)
+    decoder.fast = False
+    plain = decoded(decoder, slots, target)
+    for others in (tiled, without_gradients, fast):
+        for one, other in zip(plain, others, strict=False):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_the_tiled_decoder_under_autocast():
+    """Products in bfloat16, as without tiles; results and gradients as near to float32 as those are."""
+    torch.manual_seed(0)
+    decoder = MLPDecoder(num_patches=9, slot_size=8, feature_size=12, hidden_sizes=(32, 32, 32))
+    slots, target = torch.randn(4, 5, 8, requires_grad=True), torch.randn(4, 9, 12)
+    exact = decoded(decoder, slots, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tiled = decoded(decoder, slots, target)
+        with untiled(decoder):
+            fast = decoded(decoder, slots, target)
+    for one, two, three in zip(exact, tiled, fast, strict=True):
+        assert (one - two).norm() <= 1.5 * (one - three).norm() + 1e-3 * one.norm()
+    assert tiled[0].dtype == fast[0].dtype == torch.bfloat16
+
+
+def test_the_tiled_decoder_trains_slots_through_frozen_weights():
+    """As reconstruction KD does."""
+    decoder = MLPDecoder(num_patches=9, slot_size=8, feature_size=12, hidden_sizes=(32, 32)).requires_grad_(
+        False
+    )
+    slots = torch.randn(4, 5, 8, requires_grad=True)
+    decoder(slots)[0].square().sum().backward()
+    gradient, slots.grad = slots.grad, None
+    with untiled(decoder):
+        decoder(slots)[0].square().sum().backward()
+    torch.testing.assert_close(gradient, slots.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_random_initial_slots_need_a_seed():

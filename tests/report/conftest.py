@@ -44,6 +44,7 @@ def record():
             "seed": 42 if model else None,
             "steps": 1000 if model else None,
             "settings": "s" if model else "",
+            "precision": "",
             "model_uri": None,
             "hints": CheckpointHints(),
             "videos": 60,
