@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from pipeline.config import Section, run_details
+from pipeline.config import Distill, Section, Training, run_details
 from pipeline.config.protocols import Protocol
 from pipeline.config.sections import Config
 
@@ -73,6 +73,36 @@ def counted_fields(values: Any) -> dict[str, Any]:
 def clip_settings(config: Config) -> dict[str, Any]:
     """Settings that decide what a clip set holds, beside its videos."""
     return {**counted(config.clips), **later(config.dataset)}
+
+
+def training_settings(settings: Training, *, but: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings that decide what is learned.
+
+    Of several workers each contrasted its own share before there was a choice; for one it makes no difference.
+    """
+    globally = settings.alpha > 0 and settings.workers > 1 and settings.contrast == "global"
+    content = counted(settings, but={"contrast", *but})
+    return content | ({"contrast": "global"} if globally else {})
+
+
+def distill_settings(settings: Distill) -> dict[str, Any]:
+    """The settings that decide what is learned: of a method that does not use them, no weights."""
+    unused = set()
+    if not settings.distils_slots:
+        unused.add("beta")
+    if not settings.distils_reconstruction:
+        unused.add("reconstruction_kd_weight")
+    if settings.method != "feature_kd":
+        unused.add("feature_kd_weight")
+    if settings.method != "slotmatch_hungarian":
+        unused.add("matching")
+    if not settings.distils:
+        unused |= {"live_teacher", "slot_map"}
+    copies = settings.initial_slots_from_teacher
+    return {
+        **training_settings(settings, but=unused),
+        "initial_slots_from_teacher": settings.distils if copies is None else copies,
+    }
 
 
 def view_recipe(config: Config) -> dict[str, Any]:

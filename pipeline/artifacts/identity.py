@@ -8,7 +8,7 @@ own fingerprints.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -18,12 +18,14 @@ from pipeline.artifacts.counted import (
     clip_settings,
     counted,
     counted_fields,
+    distill_settings,
     later,
     protocol_rules,
+    training_settings,
     view_recipe,
 )
 from pipeline.artifacts.manifests import Rules, TargetManifest
-from pipeline.config import Config, ConfigError, Distill, Model, Training, ViT
+from pipeline.config import Config, ConfigError, Model, ViT
 from pipeline.config.protocols import choose_protocol
 from pipeline.models import CheckpointHints, SlotModelConfig
 from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
@@ -122,7 +124,7 @@ class Artifacts:
                 **section.sizes,
             },
             "backbone": backbone_identity(section),
-            "train": _what_trains(section.train),
+            "train": training_settings(section.train),
             "views": view_recipe(self.config),
         }
         return self._place("teachers", content)
@@ -229,7 +231,7 @@ class Artifacts:
             "sizes": student_sizes(config, self.teacher_config),
             "backbone": backbone_identity(config.student),
             "features": config.targets.feature_dtype if config.targets.student_features else None,
-            "distill": _what_distills(config.distill),
+            "distill": distill_settings(config.distill),
             "views": view_recipe(config),
         }
         if config.distill.distils and config.distill.live_teacher:
@@ -301,36 +303,6 @@ class Artifacts:
         """A folder of generated videos; `settings` is the dataclass `SyntheticSettings`."""
         content = counted_fields(settings)
         return self._place("generated", {**content, "format": CLIPS_FORMAT, "av": _decoder()["av"]})
-
-
-def _what_trains(settings: Training, *, but: Iterable[str] = ()) -> dict[str, Any]:
-    """The settings that decide what is learned.
-
-    Of several workers each contrasted its own share before there was a choice; for one it makes no difference.
-    """
-    globally = settings.alpha > 0 and settings.workers > 1 and settings.contrast == "global"
-    content = counted(settings, but={"contrast", *but})
-    return content | ({"contrast": "global"} if globally else {})
-
-
-def _what_distills(settings: Distill) -> dict[str, Any]:
-    """The settings that decide what is learned: of a method that does not use them, no weights."""
-    unused = set()
-    if not settings.distils_slots:
-        unused.add("beta")
-    if not settings.distils_reconstruction:
-        unused.add("reconstruction_kd_weight")
-    if settings.method != "feature_kd":
-        unused.add("feature_kd_weight")
-    if settings.method != "slotmatch_hungarian":
-        unused.add("matching")
-    if not settings.distils:
-        unused |= {"live_teacher", "slot_map"}
-    copies = settings.initial_slots_from_teacher
-    return {
-        **_what_trains(settings, but=unused),
-        "initial_slots_from_teacher": settings.distils if copies is None else copies,
-    }
 
 
 def _decoder() -> dict[str, Any]:

@@ -88,9 +88,8 @@ def reconstruction_bound(
             f"frames, points and iterations must be at least 1, not {frames}, {points} and {iterations}"
         )
     decode = _feature_decoder(decoder, feature_size)
-    # In inference mode there are no Jacobians; fused attention kernels and tiles have no forward derivative.
+    # In inference mode there are no Jacobians; fused attention kernels have no forward derivative.
     with (
-        untiled(decoder),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(teacher_BTND.device.type, enabled=False),
@@ -151,7 +150,8 @@ def _feature_decoder(decoder: nn.Module, feature_size: int | None) -> Callable[[
     """Slots `(M, N, d)` to what the decoder makes of them `(M, P, F)`: the first `feature_size` channels, or all."""
 
     def decode(slots_MND: Tensor) -> Tensor:
-        outputs = decoder(slots_MND)[0]
+        with untiled(decoder):  # tiles have no forward derivative
+            outputs = decoder(slots_MND)[0]
         if feature_size is not None and not 1 <= feature_size <= outputs.shape[-1]:
             raise ValueError(
                 f"feature_size {feature_size} is not of the decoder's {outputs.shape[-1]} channels"
