@@ -13,6 +13,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.artifacts.once import is_whole
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.models.exported import ONNX_FILE
 from pipeline.tracking.client import client_of, patiently, slow_transfers
 from pipeline.tracking.moved import check_source
 
@@ -85,11 +86,17 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
 
 
 def fetch_version(version: Any, folder: str, tracking_uri: str, *, replace: bool = False) -> None:
-    """Writes a version's safetensors and config, and where they come from, into a folder."""
+    """Writes a version's safetensors, config and exported form, and where they come from, into a folder."""
     with downloaded(f"models:/{version.name}/{version.version}", tracking_uri) as source:
         if replace:  # an earlier version's folder is unfinished until all of it is the new one's
             storage.delete(storage.join(folder, storage.MANIFEST))
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            storage.upload_file(source / file, storage.join(folder, file))
+        for file in (WEIGHTS_FILE, CONFIG_FILE, ONNX_FILE):
+            place = storage.join(folder, file)
+            if (source / file).exists():
+                storage.upload_file(source / file, place)
+            elif (
+                replace
+            ):  # versions of earlier releases have no exported form, and the one before may have had
+                storage.delete(place)
     origin = {"name": version.name, "version": version.version, "tags": dict(version.tags)}
     storage.publish(folder, {"kind": "pulled", **origin})
