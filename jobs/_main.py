@@ -31,7 +31,7 @@ from pipeline.tracking.moved import check_not_moved
 
 STAGES = (
     *("shard", "teacher", "cache", "distill", "evaluate", "register", "pipeline"),  # in the order of the flow
-    *("pull", "segment", "lineage"),  # what to do with a registered model
+    *("pull", "segment", "export", "lineage"),  # what to do with a registered model
     "relocate",  # a storage.root that was moved
     *("sweep", "evidence", "report"),  # comparisons
 )

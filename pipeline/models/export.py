@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import warnings
@@ -53,6 +54,7 @@ def describe(model: SlotModel, source: str) -> dict[str, Any]:
     return {
         "format": 1,
         "torch": torch.__version__,
+        "precision": "fp32",
         "source": source,
         "inputs": {
             "frames": "float32 (B, size, size, 3), RGB from 0 to 255; normalised inside",
@@ -129,12 +131,19 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[st
         assert exported is not None
         proto = exported.model_proto
         for node in proto.graph.node:
-            del node.metadata_props[:]  # of PyTorch's classes, half a file of a small model
+            node.name = f"{_module(node)}/{node.name}"
+            del node.metadata_props[:]  # PyTorch's classes and more, half of a small model's file
         entry = proto.metadata_props.add()
         entry.key, entry.value = ABOUT, json.dumps(about)
         path.write_bytes(proto.SerializeToString())
     except Exception as error:  # of PyTorch's exporter, of onnxscript or of protobuf
         raise ExportError(f"this model can't be written as ONNX: {_first_line(error)}") from error
+
+
+def _module(node: Any) -> str:
+    """The module that an ONNX node comes from, as `model.encoder.backbone.model.blocks.0.attn.proj`; may be empty."""
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    return next((scope for scope in reversed(ast.literal_eval(scopes)[:-1]) if scope), "")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.clips.sources import Frame, VideoRef, read_video
 from pipeline.log import Progress, printable
-from pipeline.models import SlotModel
+from pipeline.models.exported import Segmenter
 from pipeline.segment.figures import overlay, slot_colours
 
 SHEET_FRAMES = 12
@@ -28,7 +28,7 @@ _HEADER = 1 << 20  # bytes that are read at a time of a remote file to find its 
 
 
 def segment(
-    model: SlotModel,
+    model: Segmenter,
     video: str | Path | VideoRef,
     out: str | Path,
     *,
@@ -48,7 +48,7 @@ def segment(
         FileNotFoundError: no such video.
         BadVideo: it can't be decoded.
     """
-    reference = video if isinstance(video, VideoRef) else _reference(str(video))
+    reference = video if isinstance(video, VideoRef) else video_reference(str(video))
     if storage.is_remote(str(out)):
         with tempfile.TemporaryDirectory() as local:
             done = segment(model, reference, local, max_side=max_side, chunk_frames=chunk_frames)
@@ -83,7 +83,7 @@ def _output_name(video_id: str) -> str:
     return name.encode()[: most - len(ending)].decode(errors="ignore") + ending
 
 
-def _write_all(model: SlotModel, video: VideoRef, folder: Path, max_side: int, chunk_frames: int) -> int:
+def _write_all(model: Segmenter, video: VideoRef, folder: Path, max_side: int, chunk_frames: int) -> int:
     """Writes overlay, labels and sheet of a video into a folder; returns its number of frames."""
     fps, expected, short_side = _probe(video, max_side)
     frames = read_video(video, short_side=short_side)
@@ -106,7 +106,8 @@ def _write_all(model: SlotModel, video: VideoRef, folder: Path, max_side: int, c
     return progress.done
 
 
-def _reference(video: str) -> VideoRef:
+def video_reference(video: str) -> VideoRef:
+    """A video file or a folder of frames, local or remote. Raises FileNotFoundError where there is none."""
     if not storage.exists(video):
         raise FileNotFoundError(f"there is no video {video!r}")
     is_folder = storage.is_folder(video)

@@ -12,8 +12,10 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.artifacts.once import is_whole
+from pipeline.models import CheckpointHints, load_slot_model
+from pipeline.models.build import exported_file
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.models.exported import ONNX_FILE
+from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
 from pipeline.tracking.client import client_of, patiently, slow_transfers
 from pipeline.tracking.moved import check_source
 
@@ -63,6 +65,20 @@ def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
         if not weights:
             raise ValueError(f"{model_uri} holds no {WEIGHTS_FILE}: it was not registered by this pipeline")
         yield weights[0].parent
+
+
+def load_named(model: str, hints: CheckpointHints, tracking_uri: str) -> Segmenter:
+    """A registered model, a model folder, a public file or an exported one, as a user names it; on the CPU.
+
+    Raises:
+        FileNotFoundError, HintError, ValueError: as `downloaded`, `load_slot_model` and `load_exported`.
+    """
+    with contextlib.ExitStack() as stack:
+        if model.startswith("models:/"):
+            return load_slot_model(stack.enter_context(downloaded(model, tracking_uri)))
+        file = exported_file(model)
+        path = stack.enter_context(storage.local_copy(file or model))
+        return load_exported(path) if file else load_slot_model(path, **hints.to_dict())
 
 
 def _parse(model_uri: str) -> tuple[str, str | None, str | None]:
