@@ -41,7 +41,8 @@ class Job:
 
     `stage` and `check`, which takes the same, are functions or their names, `module:function`. What is named is
     imported when it is called, so that a command line is read without Ray, PyTorch or MLflow.
-    A config is required but where `default_config` names a shipped one, or where only `keys` of it are used.
+    A config is required but where `default_config` names a shipped one, or where only `keys` of it are used, and
+    `sections` if there is one.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Job:
     words: tuple[Word, ...] = ()
     options: tuple[Option, ...] = ()
     default_config: str | None = None
-    keys: tuple[str, ...] = ()  # the only ones of the config that count, where not all do
+    keys: tuple[str, ...] = ()  # of the config: the only ones that count beside `sections`, where not all do
     settings: type[Section] | None = None  # keys of its own, without a section; the argument `settings`
     check: str | Callable[..., object] | None = None  # raises ConfigError, also in a dry run
 

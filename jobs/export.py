@@ -1,4 +1,4 @@
-"""Write a model as ONNX and as a PyTorch program, which need no code of ours.
+"""Write a model as ONNX and as a PyTorch program.
 
 Each form is compared with the model over 30 frames; with a config whose evaluation split has masks, all are scored.
 """
@@ -35,7 +35,8 @@ JOB = Job(
         ),
         Word("folder", "OUT", "the folder to write to, here or s3://bucket/prefix"),
     ),
-    keys=(*REGISTRY_KEYS, "dataset.path", "evaluate.split"),
+    sections=("dataset", "clips", "evaluate"),
+    keys=REGISTRY_KEYS,
     settings=Settings,
 )
 

@@ -1,4 +1,4 @@
-"""Segment videos with a registered model, a folder, a checkpoint or an export.
+"""Segment videos with a registered model, a folder or a file.
 
 Writes an overlay video, label maps and a contact sheet of each.
 """
@@ -11,17 +11,21 @@ from typing import Any
 
 from jobs._job import REGISTRY_KEYS, Job, PublicFile, Word
 from jobs._main import run
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, Section
 from pipeline.config.fields import PositiveInt
 
 
-class Settings(PublicFile):
+class Output(Section):
     model: str
     """models:/NAME@ALIAS, models:/NAME/VERSION, a model folder, a checkpoint file or an exported one"""
     out: str
     """the folder to write to, here or s3://bucket/prefix"""
     max_side: PositiveInt = 1280
     """longest side of the overlay video, pixels"""
+
+
+class Settings(PublicFile, Output):  # the last one's keys come first
+    pass
 
 
 def distinct_names(config: Config, videos: list[str], settings: Settings) -> None:

@@ -58,9 +58,7 @@ def write_int8(source: Path, path: Path) -> None:
             path,
             op_types_to_quantize=["MatMul"],
             nodes_to_exclude=kept,
-            per_channel=True,
-            reduce_range=True,  # 7 bits: without VNNI, sums of 8 by 8 bits saturate
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,  # signed ones saturate on processors without VNNI
         )
     finally:
         logger.setLevel(level)

@@ -22,6 +22,7 @@ from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
 from pipeline.models.precisions import write_half, write_int8
 from pipeline.registry.pack import CHECK_FRAMES, frames_of
 from pipeline.segment.stage import video_reference
+from pipeline.tracking.moved import check_not_moved
 
 HALF_FILE, INT8_FILE, PT2_FILE = "model_fp16.onnx", "model_int8.onnx", "model.pt2"
 ABOUT_FILE = "export.json"
@@ -83,6 +84,7 @@ def _write(model: SlotModel, scratch: Path, name: str, video: str | None) -> dic
 
 def _score(config: Config, name: str, target: str, forms: dict[str, dict[str, Any]]) -> None:
     """Adds each form's scores on the config's evaluation split, and prints them below the model's own."""
+    check_not_moved(config)
     artifacts = artifacts_of(config)
     clips = open_clips(artifacts.evaluation_clips)
     own = next(iter(named_model(with_overrides(config, {"evaluate.model": name})).values()))
