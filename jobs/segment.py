@@ -24,8 +24,8 @@ class Output(Section):
     """longest side of the overlay video, pixels"""
 
 
-class Settings(PublicFile, Output):  # the last one's keys come first
-    pass
+class Settings(PublicFile, Output):
+    """The keys of `Output`, then those of `PublicFile`."""
 
 
 def distinct_names(config: Config, videos: list[str], settings: Settings) -> None:

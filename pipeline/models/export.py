@@ -6,7 +6,7 @@ import ast
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,13 +163,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def difference(model: SlotModel, exported: Segmenter, chunks: Iterable[np.ndarray]) -> Difference:
-    """Streams chunks of frames `(t, h, w, 3)` uint8 through both; the model is on the CPU.
-
-    Raises:
-        ValueError: no frame.
-    """
-    chunks = list(chunks)
+def difference(model: SlotModel, exported: Segmenter, chunks: Sequence[np.ndarray]) -> Difference:
+    """Streams chunks of frames `(t, h, w, 3)` uint8 through both; the model is on the CPU."""
     slots, masks, agree = 0.0, 0.0, []
     pairs = zip(model.stream(chunks), exported.stream(chunks), strict=True)
     for (_, own_slots, own_masks), (_, its_slots, its_masks) in pairs:
@@ -180,13 +175,16 @@ def difference(model: SlotModel, exported: Segmenter, chunks: Iterable[np.ndarra
     return Difference(slots, masks, float(torch.cat(agree).mean()))
 
 
-def check(model: SlotModel, path: Path, chunks: Iterable[np.ndarray]) -> Difference:
+def check(model: SlotModel, path: Path, chunks: Sequence[np.ndarray]) -> Difference:
     """Holds a file in fp32 against the model.
 
     Raises:
-        ExportError: slots or masks that differ by more than `TOLERANCE`.
+        ExportError: slots or masks that differ by more than `TOLERANCE`, or a file that can't be run.
     """
-    found = difference(model, load_exported(path), chunks)
+    try:
+        found = difference(model, load_exported(path), chunks)
+    except Exception as error:  # onnxruntime has a class of its own for each way to fail, below Exception
+        raise ExportError(f"the exported form ({path.suffix}) can't be run: {_first_line(error)}") from error
     largest = max(found.slots, found.masks)
     if largest > TOLERANCE:
         what = "slots" if found.slots == largest else "masks"

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline import storage
 from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.config import Config, with_overrides
@@ -20,7 +22,7 @@ from pipeline.models import SlotModel
 from pipeline.models.export import ExportError, check, describe, difference, trace, write_onnx, write_pt2
 from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
 from pipeline.models.precisions import write_half, write_int8
-from pipeline.registry.pack import CHECK_FRAMES, frames_of
+from pipeline.registry.pack import frames_of
 from pipeline.segment.stage import video_reference
 from pipeline.tracking.moved import check_not_moved
 
@@ -48,7 +50,8 @@ def export(
         raise ExportError(f"{name} is an exported model already: give the one that it was made of")
     target = storage.absolute(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        forms = _write(model, Path(scratch), name, video)
+        chunks = list(frames_of(video_reference(video) if video else None))
+        forms = _write(model, Path(scratch), name, chunks)
         for file in forms:
             storage.upload_file(Path(scratch) / file, storage.join(target, file))
     about = describe(model, name)
@@ -57,12 +60,11 @@ def export(
     if config.evaluate.split is not None:
         _score(config, name, target, forms)
         storage.write_json(storage.join(target, ABOUT_FILE), {**about, "forms": forms})
-    return {"uri": target, "model": name, "frames_compared": CHECK_FRAMES, "forms": forms}
+    return {"uri": target, "model": name, "frames_compared": sum(map(len, chunks)), "forms": forms}
 
 
-def _write(model: SlotModel, scratch: Path, name: str, video: str | None) -> dict[str, dict[str, Any]]:
+def _write(model: SlotModel, scratch: Path, name: str, chunks: list[np.ndarray]) -> dict[str, dict[str, Any]]:
     """Writes all forms into a local folder; returns by file what is known of each."""
-    chunks = list(frames_of(video_reference(video) if video else None))
     about, program = describe(model, name), trace(model)
     source = scratch / ONNX_FILE
     write_onnx(program, source, about)

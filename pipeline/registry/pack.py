@@ -69,7 +69,7 @@ def model_arguments(model: Path, source: str, scratch: Path) -> dict[str, Any]:
     try:
         slot_model = load_slot_model(model)
         write_onnx(trace(slot_model), folder / ONNX_FILE, describe(slot_model, source))
-        check(slot_model, folder / ONNX_FILE, frames_of())
+        check(slot_model, folder / ONNX_FILE, list(frames_of()))
     except ExportError as error:
         log(
             f"register: WARNING, {error}. The version is registered all the same, but loads only where this package "
