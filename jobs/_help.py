@@ -50,7 +50,7 @@ def _config_help(job: Job) -> str:
     text = f"your own file, or one that is shipped: {shipped}"
     if job.default_config:
         return f"{text}; default: {job.default_config}"
-    return f"{text}; only {' and '.join(job.keys)} count" if job.keys else text
+    return f"{text}; only {' and '.join([*job.keys, *job.sections])} count" if job.keys else text
 
 
 def _rows(rows: list[tuple[str, str]], width: int) -> str:
@@ -77,7 +77,12 @@ def _keys(job: Job, width: int) -> Iterator[str]:
     if job.keys:
         rows = dict(row for name in schema["properties"] for row in _section(schema, name))
         yield "keys of the config:\n" + _rows(
-            [(left, right) for left, right in rows.items() if left.split("=")[0] in job.keys], width
+            [
+                (left, right)
+                for left, right in rows.items()
+                if left.split("=")[0] in job.keys or left.split(".")[0] in job.sections
+            ],
+            width,
         )
         return
     for name in job.sections:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Section
+from pipeline.config import ConfigError, Section
+from pipeline.config.fields import PositiveInt
+from pipeline.config.models import Colour, PositiveColour, SlotCount
+
+if TYPE_CHECKING:
+    from pipeline.models.exported import Segmenter
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Job:
 
     `stage` and `check`, which takes the same, are functions or their names, `module:function`. What is named is
     imported when it is called, so that a command line is read without Ray, PyTorch or MLflow.
-    A config is required but where `default_config` names a shipped one, or where only `keys` of it are used.
+    A config is required but where `default_config` names a shipped one, or where only `keys` of it are used, and
+    `sections` if there is one.
     """
 
     name: str
@@ -46,9 +52,37 @@ class Job:
     words: tuple[Word, ...] = ()
     options: tuple[Option, ...] = ()
     default_config: str | None = None
-    keys: tuple[str, ...] = ()  # the only ones of the config that count, where not all do
+    keys: tuple[str, ...] = ()  # of the config: the only ones that count beside `sections`, where not all do
     settings: type[Section] | None = None  # keys of its own, without a section; the argument `settings`
     check: str | Callable[..., object] | None = None  # raises ConfigError, also in a dry run
+
+
+class PublicFile(Section):
+    """What a public file does not tell, as in a config's `teacher` section."""
+
+    num_heads: PositiveInt | None = None
+    """attention heads of a public file's ViT; null: width / 64"""
+    num_slots: SlotCount | None = None
+    """slots of a public file that draws its initial slots"""
+    mean: Colour = (0.485, 0.456, 0.406)
+    """that a public file normalises with, where it is not ImageNet's"""
+    std: PositiveColour = (0.229, 0.224, 0.225)
+    """that a public file normalises with, where it is not ImageNet's"""
+
+    def load(self, model: str, tracking_uri: str) -> Segmenter:
+        """The model that a word names.
+
+        Raises:
+            ConfigError: a public file of which more has to be said.
+        """
+        from pipeline.models import CheckpointHints, HintError
+        from pipeline.tracking.versions import load_named
+
+        hints = CheckpointHints(self.num_heads, self.num_slots, self.mean, self.std)
+        try:
+            return load_named(model, hints, tracking_uri)
+        except HintError as error:
+            raise ConfigError(str(error)) from None
 
 
 REGISTERED = Word("model", "MODEL", "models:/NAME@ALIAS or models:/NAME/VERSION")

@@ -31,7 +31,7 @@ from pipeline.tracking.moved import check_not_moved
 
 STAGES = (
     *("shard", "teacher", "cache", "distill", "evaluate", "register", "pipeline"),  # in the order of the flow
-    *("pull", "segment", "lineage"),  # what to do with a registered model
+    *("pull", "segment", "export", "lineage"),  # what to do with a registered model
     *("relocate", "prune"),  # a storage.root that was moved, or is full
     *("sweep", "evidence", "report"),  # comparisons
 )
@@ -56,6 +56,7 @@ class Call:
         for key in self.job.keys:
             section, name = key.split(".")
             values[key] = getattr(getattr(self.config, section), name)
+        values |= {s: getattr(self.config, s).model_dump(mode="json") for s in self.job.sections}
         return yaml.safe_dump(values, sort_keys=False)
 
 
@@ -196,7 +197,7 @@ def _split(job: Job, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     settings, overrides = {}, []
     for word in words:
         key, value = word.split("=", 1)
-        if key not in known:
+        if key not in known and key.split(".")[0] not in job.sections:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(known)}"
             raise ConfigError(f"{key}: unknown setting (value {value!r}){_file_hint([word]) or hint}")

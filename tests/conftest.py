@@ -15,6 +15,7 @@ import torch
 from fault_proxy import PART, FaultProxy
 from fault_table import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 from services import MotoServer, free_port
+from students import refuse_export
 
 from pipeline import storage
 
@@ -31,6 +32,14 @@ def _no_tracking_server_of_another_test():
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture
+def not_exported(monkeypatch):
+    """Versions are registered as a model is that can't be exported, which spares seconds for each."""
+    from pipeline.registry import pack
+
+    monkeypatch.setattr(pack, "trace", refuse_export)
 
 
 def _rclone():

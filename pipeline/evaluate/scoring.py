@@ -20,7 +20,7 @@ from pipeline.config.protocols import Protocol
 from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.table import Cell, Column, Row, Table, cells, one_decimal
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
-from pipeline.models import SlotModel
+from pipeline.models.exported import Segmenter
 
 SCORES = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
 TITLES = {
@@ -80,8 +80,8 @@ def score_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
     return Table("", "Scores", "", columns, tuple(lines))
 
 
-def model_predictor(model: SlotModel, video_id: str, protocol: Protocol) -> Predictor:
-    """Labels of a slot model, slots carried from chunk to chunk."""
+def model_predictor(model: Segmenter, video_id: str, protocol: Protocol) -> Predictor:
+    """Labels of a model, slots carried from chunk to chunk."""
 
     def predict(chunks: Iterator[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
         seed = stable_hash("evaluate", video_id)

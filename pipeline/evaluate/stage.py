@@ -29,8 +29,8 @@ from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, 
 from pipeline.evaluate.subjects import Subject, baseline_subjects, named_model, own_models
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
-from pipeline.models import SlotModel
-from pipeline.models.build import load_model
+from pipeline.models.build import open_model
+from pipeline.models.exported import Segmenter
 
 ROWS_FOLDER = "rows"  # what each shard's videos scored, until the whole is published
 
@@ -49,7 +49,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     name, subject = next(iter(models.items()))
     assert subject.model_uri is not None
     # Also without baselines: a file of which the config says too little is refused before Ray starts.
-    slots = load_model(subject.model_uri, subject.hints).config.num_slots
+    slots = open_model(subject.model_uri, subject.hints, best_device()).config.num_slots
     baselines = baseline_subjects(slots) if config.evaluate.baselines else {}
     clips = open_clips(artifacts.evaluation_clips)
     results = score_subjects(artifacts, clips, {**baselines, **models})
@@ -103,7 +103,7 @@ class ScoreTask:
         self.work = work
         self.protocol = protocol
         self.device = best_device()
-        self.models: dict[int, SlotModel] = {}
+        self.models: dict[int, Segmenter] = {}
 
     def _predictor(self, index: int, video: VideoEntry) -> Predictor:
         subject = self.work[index][0]
@@ -111,7 +111,7 @@ class ScoreTask:
             return BASELINES[subject.baseline](subject.num_slots)
         if index not in self.models:
             assert subject.model_uri is not None
-            self.models[index] = load_model(subject.model_uri, subject.hints).to(self.device)
+            self.models[index] = open_model(subject.model_uri, subject.hints, self.device)
         return model_predictor(self.models[index], video.video_id, self.protocol)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.clips.library import require_clips
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.models import CheckpointHints
-from pipeline.models.build import checkpoint_hints
+from pipeline.models.build import checkpoint_hints, exported_file
 from pipeline.tracking.versions import fetch_model
 
 
@@ -99,7 +99,7 @@ def own_models(artifacts: Artifacts) -> dict[str, Subject]:
 
 
 def named_model(config: Config) -> dict[str, Subject]:
-    """`evaluate.model`: a version of the registry, a run's model folder, or a public file.
+    """`evaluate.model`: a version of the registry, a run's model folder, an exported file, or a public one.
 
     Raises:
         ConfigError: nothing there.
@@ -112,6 +112,8 @@ def named_model(config: Config) -> dict[str, Subject]:
         return {model.removeprefix("models:/"): Subject(model_uri=uri, tags=_recorded(tags))}
     if not storage.exists(model):
         raise ConfigError(f"evaluate.model: there is no file or folder {model!r}")
+    if (file := exported_file(model)) is not None:
+        return {storage.name(file): Subject(model_uri=file)}
     folder = model.rstrip("/")
     for place in (folder, folder.removesuffix(f"/{MODEL_FOLDER}")):  # pulled, or a run's own
         if storage.is_complete(place):

@@ -20,6 +20,8 @@ from pipeline.models import (
     load_slot_model,
     start_as_soft_kmeans,
 )
+from pipeline.models.checkpoints import CONFIG_FILE
+from pipeline.models.exported import ONNX_FILE, Segmenter, is_exported, load_exported
 
 
 @contextmanager
@@ -164,6 +166,23 @@ def load_model(uri: str, hints: CheckpointHints) -> SlotModel:
             return load_slot_model(path, **hints.to_dict())
         except HintError as error:
             raise ConfigError(f"teacher.{error}") from None
+
+
+def exported_file(uri: str) -> str | None:
+    """The exported file that `uri` names: itself, or the fp32 ONNX one of a folder that `export` wrote, else None."""
+    if is_exported(uri):
+        return uri
+    inside = storage.join(uri, ONNX_FILE)
+    own = storage.join(uri, CONFIG_FILE)  # of a model folder, which may have an exported form beside it
+    return inside if storage.is_folder(uri) and storage.exists(inside) and not storage.exists(own) else None
+
+
+def open_model(uri: str, hints: CheckpointHints, device: torch.device) -> Segmenter:
+    """A model in any form, local or `s3://`: an exported one, which runs on the CPU, or as `load_model`."""
+    if (file := exported_file(uri)) is None:
+        return load_model(uri, hints).to(device)
+    with storage.local_copy(file) as path:
+        return load_exported(path)
 
 
 def load_teacher(config: Config, uri: str) -> SlotModel:

@@ -114,7 +114,7 @@ class SlotMixerDecoder(Decoder):
         self.output_transform = nn.Linear(hidden_sizes[-1], output_size)
 
     def forward(self, slots_MND: Tensor) -> tuple[Tensor, Tensor]:
-        positions_MPD = self.pos_emb.expand(len(slots_MND), -1, -1)
+        positions_MPD = self.pos_emb.expand(slots_MND.shape[0], -1, -1)
         queries_MPD = self.to_q(self.norm_q(self.allocator(positions_MPD, self.norm_memory(slots_MND))))
         keys_MND = self.to_k(self.norm_k(slots_MND)) * slots_MND.shape[-1] ** -0.5
         masks_MNP = (keys_MND @ queries_MPD.transpose(1, 2)).softmax(dim=1)

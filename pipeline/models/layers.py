@@ -69,6 +69,11 @@ class RandomSlots(nn.Module):
         return self.mean + self.log_std.exp() * noise_BND
 
 
+def slot_noise(num_slots: int, slot_size: int, seed: int) -> Tensor:
+    """The standard normal noise `(N, d)` of a seed, the same on every machine."""
+    return torch.randn((num_slots, slot_size), generator=torch.Generator().manual_seed(seed))
+
+
 class SlotAttention(nn.Module):
     """Slot attention (Locatello et al. 2020) with the details that public weights depend on.
 

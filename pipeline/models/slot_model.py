@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.backbone import Backbone, BackboneConfig
 from pipeline.models.decoders import Decoder, MLPDecoder, SlotMixerDecoder
-from pipeline.models.layers import MLP, LearnedSlots, RandomSlots, SlotAttention, Transformer
+from pipeline.models.layers import MLP, LearnedSlots, RandomSlots, SlotAttention, Transformer, slot_noise
+from pipeline.models.pixels import label_maps, square_pixels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -172,16 +172,9 @@ class SlotModel(nn.Module):
         Every clip is resized to the model's own square input (bicubic, anti-aliased, clamped to
         [0, 1]) and normalised with the model's own mean and standard deviation.
         """
-        size = (self.image_size, self.image_size)
         mean = torch.tensor(self.config.mean, device=self.device).view(3, 1, 1)
         std = torch.tensor(self.config.std, device=self.device).view(3, 1, 1)
-        videos = []
-        for frames in clips:
-            pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
-            pixels = pixels.permute(0, 3, 1, 2).float().div_(255)
-            if tuple(pixels.shape[-2:]) != size:
-                pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp_(0, 1)
-            videos.append((pixels - mean) / std)
+        videos = [(square_pixels(frames, self.image_size, self.device) - mean) / std for frames in clips]
         return torch.stack(videos)
 
     def backbone_features(self, video_BTCHW: Tensor) -> Tensor:
@@ -198,10 +191,8 @@ class SlotModel(nn.Module):
         """Slots `(B, N, d)` that frame 0 starts from; `noise_seeds` (one a clip) where drawn."""
         noise = None
         if isinstance(self.initializer, RandomSlots) and noise_seeds is not None:
-            shape = (self.config.num_slots, self.config.slot_size)
-            noise = torch.stack(
-                [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in noise_seeds]
-            ).to(self.device)
+            sizes = (self.config.num_slots, self.config.slot_size)
+            noise = torch.stack([slot_noise(*sizes, seed) for seed in noise_seeds]).to(self.device)
         return self.initializer(batch_size, noise)
 
     def roll_out(
@@ -348,11 +339,4 @@ class SlotModel(nn.Module):
 
     def label_maps(self, masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:
         """Slot index of every pixel, `(T, *size)` uint8: bilinear resize, then argmax over slots."""
-        grid_TNhw = masks_TNP.float().unflatten(-1, (self.grid, self.grid))
-        # One frame at a time: N full-size masks of a whole chunk would be the peak of all memory.
-        return torch.stack(
-            [
-                F.interpolate(frame[None], size, mode="bilinear")[0].argmax(0).to(torch.uint8)
-                for frame in grid_TNhw
-            ]
-        )
+        return label_maps(masks_TNP, size)

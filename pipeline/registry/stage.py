@@ -1,17 +1,15 @@
 """Stages `register` and `pull`: versions of one registered model, and the champion among them.
 
-A version holds safetensors, a JSON config and the code that runs them. The alias `champion` moves only
-to a version whose score on the *same* evaluation is better.
+A version holds safetensors, a JSON config, their exported form and the code that runs it (`pack`). The alias
+`champion` moves only to a version whose score on the *same* evaluation is better.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Mapping
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +30,7 @@ from pipeline.models.checkpoints import WEIGHTS_FILE
 from pipeline.registry.card import describe_model
 from pipeline.registry.example import input_example
 from pipeline.registry.lock import registry_lock
+from pipeline.registry.pack import model_arguments
 from pipeline.registry.recorded import Recorded, describe, record
 from pipeline.tracking.client import ServerUnavailable, error_code, optional, slow_transfers
 from pipeline.tracking.logged import store_files
@@ -200,39 +199,24 @@ def _upload(client: Any, run_uri: str, recorded: Recorded) -> str:
 
 
 def _pack(model_uri: str, folder: Path) -> None:
-    """Writes a model as MLflow stores it: weights, config, signature, and this package's code."""
+    """Writes a model as MLflow stores it: weights, config, exported form, signature, and the code that runs them."""
     from mlflow.models import ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types import Schema, TensorSpec
-
-    from pipeline.registry import pyfunc
 
     pixels = np.dtype(np.uint8)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(pixels, (-1, -1, -1, 3))]),
         outputs=Schema([TensorSpec(pixels, (-1, -1, -1))]),
     )
-    package = Path(__file__).parents[1]
     with (
         storage.local_copy(model_uri) as model,
         tempfile.TemporaryDirectory() as scratch,
         warnings.catch_warnings(),
     ):
         check_finite(read_state_dict(Path(model) / WEIGHTS_FILE), storage.join(model_uri, WEIGHTS_FILE))
-        code = Path(scratch) / package.name
-        shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
-        save_model(
-            path=str(folder),
-            python_model=pyfunc.__file__,
-            artifacts={pyfunc.ARTIFACT: model},
-            signature=signature,
-            input_example=input_example(),
-            code_paths=[str(code)],
-            pip_requirements=[
-                f"{p}=={installed_version(p).split('+')[0]}"
-                for p in ("mlflow", "torch", "timm", "numpy", "safetensors")
-            ],
-        )
+        arguments = model_arguments(Path(model), model_uri, Path(scratch))
+        save_model(path=str(folder), signature=signature, input_example=input_example(), **arguments)
 
 
 def _mlflow_run(config: Config, run_uri: str, manifest: RunManifest) -> str:

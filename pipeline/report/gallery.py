@@ -15,8 +15,8 @@ from pipeline.compute import best_device
 from pipeline.config.protocols import PRESETS, Protocol
 from pipeline.evaluate.records import METHODS
 from pipeline.evaluate.scoring import model_predictor, recorded_protocol, samples, view_of
-from pipeline.models import SlotModel
-from pipeline.models.build import load_model
+from pipeline.models.build import open_model
+from pipeline.models.exported import Segmenter
 from pipeline.report.select import NothingToShow, Selection
 from pipeline.segment.figures import Panel
 
@@ -28,7 +28,7 @@ GROUND_TRUTH = "Ground truth"
 def video_panel(
     clips: ClipSet,
     video: VideoEntry,
-    rows: Mapping[str, SlotModel | None],
+    rows: Mapping[str, Segmenter | None],
     title: str = "",
     protocol: Protocol = PRESETS["slotcontrast"],
 ) -> Panel:
@@ -93,7 +93,7 @@ class Gallery:
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
         self._scores: dict[str, dict[str, float]] = {}
-        self._models: dict[str, SlotModel] = {}
+        self._models: dict[str, Segmenter] = {}
         self._clips: ClipSet | None = None
 
     @property
@@ -138,11 +138,10 @@ class Gallery:
     def protocol(self) -> Protocol:
         return recorded_protocol(next(iter(self.selection.models.values())).protocol)
 
-    def _model(self, name: str) -> SlotModel:
+    def _model(self, name: str) -> Segmenter:
         record = self.selection.models[name]
         if name not in self._models:
             if record.model_uri is None:
                 raise NothingToShow(f"it is not recorded where the model of {name} is")
-            model = load_model(record.model_uri, record.hints)
-            self._models[name] = model.to(best_device())
+            self._models[name] = open_model(record.model_uri, record.hints, best_device())
         return self._models[name]

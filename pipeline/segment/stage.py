@@ -20,7 +20,7 @@ from pipeline.clips.sources import BadVideo, Frame, VideoRef, read_video
 from pipeline.clips.sources.container import outline
 from pipeline.clips.sources.videos import is_folder
 from pipeline.log import Progress, log, printable
-from pipeline.models import SlotModel
+from pipeline.models.exported import Segmenter
 from pipeline.segment.figures import overlay, slot_colours
 from pipeline.segment.video_writer import VideoWriter
 
@@ -30,7 +30,7 @@ LONGEST_NAME = 255  # bytes, of a file on Linux, macOS and in most others
 
 
 def segment(
-    model: SlotModel,
+    model: Segmenter,
     video: str | Path | VideoRef,
     out: str | Path,
     *,
@@ -51,7 +51,7 @@ def segment(
         BadVideo: it can't be decoded.
         ValueError: the installed PyAV has no encoder for the overlay.
     """
-    reference = video if isinstance(video, VideoRef) else _reference(str(video))
+    reference = video if isinstance(video, VideoRef) else video_reference(str(video))
     if storage.is_remote(str(out)):
         with tempfile.TemporaryDirectory() as local:
             done = segment(model, reference, local, max_side=max_side, chunk_frames=chunk_frames)
@@ -87,7 +87,7 @@ def _output_name(video_id: str) -> str:
 
 
 def _write_all(
-    model: SlotModel, video: VideoRef, folder: Path, max_side: int, chunk_frames: int
+    model: Segmenter, video: VideoRef, folder: Path, max_side: int, chunk_frames: int
 ) -> dict[str, Any]:
     """Writes overlay, labels and sheet of a video into a folder; returns what the summary says of them."""
     fps, expected, short_side = _probe(video, max_side)
@@ -125,7 +125,8 @@ def _is_file(video: VideoRef) -> bool:
     return video.kind == "videos" and not is_folder(video)
 
 
-def _reference(video: str) -> VideoRef:
+def video_reference(video: str) -> VideoRef:
+    """A video file or a folder of frames, local or remote. Raises FileNotFoundError where there is none."""
     if not storage.exists(video):
         raise FileNotFoundError(f"there is no video {video!r}")
     is_folder = storage.is_folder(video)

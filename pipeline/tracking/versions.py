@@ -12,7 +12,10 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.artifacts.once import is_whole
+from pipeline.models import CheckpointHints, load_slot_model
+from pipeline.models.build import exported_file
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
 from pipeline.tracking.client import client_of, patiently, slow_transfers
 from pipeline.tracking.moved import check_source
 
@@ -64,6 +67,20 @@ def downloaded(model_uri: str, tracking_uri: str) -> Iterator[Path]:
         yield weights[0].parent
 
 
+def load_named(model: str, hints: CheckpointHints, tracking_uri: str) -> Segmenter:
+    """A registered model, a model folder, a public file or an exported one, as a user names it; on the CPU.
+
+    Raises:
+        FileNotFoundError, HintError, ValueError: as `downloaded`, `load_slot_model` and `load_exported`.
+    """
+    with contextlib.ExitStack() as stack:
+        if model.startswith("models:/"):
+            return load_slot_model(stack.enter_context(downloaded(model, tracking_uri)))
+        file = exported_file(model)
+        path = stack.enter_context(storage.local_copy(file or model))
+        return load_exported(path) if file else load_slot_model(path, **hints.to_dict())
+
+
 def _parse(model_uri: str) -> tuple[str, str | None, str | None]:
     """Name and either alias or number of a `models:/` URI."""
     match = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", model_uri)
@@ -85,11 +102,17 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
 
 
 def fetch_version(version: Any, folder: str, tracking_uri: str, *, replace: bool = False) -> None:
-    """Writes a version's safetensors and config, and where they come from, into a folder."""
+    """Writes a version's safetensors, config and exported form, and where they come from, into a folder."""
     with downloaded(f"models:/{version.name}/{version.version}", tracking_uri) as source:
         if replace:  # an earlier version's folder is unfinished until all of it is the new one's
             storage.delete(storage.join(folder, storage.MANIFEST))
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            storage.upload_file(source / file, storage.join(folder, file))
+        for file in (WEIGHTS_FILE, CONFIG_FILE, ONNX_FILE):
+            place = storage.join(folder, file)
+            if (source / file).exists():
+                storage.upload_file(source / file, place)
+            elif (
+                replace
+            ):  # versions of earlier releases have no exported form, and the one before may have had
+                storage.delete(place)
     origin = {"name": version.name, "version": version.version, "tags": dict(version.tags)}
     storage.publish(folder, {"kind": "pulled", **origin})

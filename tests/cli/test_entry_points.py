@@ -18,6 +18,7 @@ MODEL = "models:/m/1"
 WORDS = {
     "pull": [MODEL, "DIR"],
     "lineage": [MODEL],
+    "export": [MODEL, "OUT"],
     "relocate": ["/old"],
     "segment": ["a.mp4", "model=m", "out=x"],
 }

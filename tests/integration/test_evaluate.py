@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from clip_sets import make_clip_set, random_video
 from layouts import write_davis
-from places import GOLDEN
+from places import GOLDEN, ROOT
 from tiny_models import tiny_model
 
 from pipeline import line, storage
@@ -15,7 +15,7 @@ from pipeline.artifacts.identity import Artifact, Artifacts
 from pipeline.clips.library import artifacts_of
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
-from pipeline.config import ConfigError, resolve_config
+from pipeline.config import ConfigError, resolve_config, with_overrides
 from pipeline.config.protocols import PRESETS, choose_protocol
 from pipeline.distill.stage import distill
 from pipeline.distill.validation import Validation
@@ -24,6 +24,7 @@ from pipeline.evaluate.scoring import SCORES, mean_scores, model_predictor, scor
 from pipeline.evaluate.stage import ROWS_FOLDER, _write_rows, evaluate, score_subjects
 from pipeline.evaluate.subjects import Subject
 from pipeline.models import CheckpointHints, load_slot_model, save_slot_model
+from pipeline.registry.export import export
 from pipeline.registry.stage import pull, register
 from pipeline.report.gallery import GROUND_TRUTH, Gallery
 from pipeline.report.pictures import model_speeds
@@ -202,6 +203,27 @@ def test_a_student_its_teacher_and_a_registered_model(shared_tiny, local_ray, ca
     assert (record.seed, record.trained_on, record.steps) == (5, "tiny videos", 8)
 
     assert record.settings == artifacts_of(config).student_settings
+
+
+def test_every_form_of_an_exported_model_is_scored(shared_tiny, local_ray, tmp_path, capsys):
+    """`jobs.export` with a config, then `jobs.evaluate` of one of its files, in clips and as slot attention has it."""
+    config = shared_tiny("evaluate.baselines=false", "evaluate.protocol=paper", "evaluate.masks=attention")
+    shard(config)
+    save_slot_model(load_slot_model(ROOT / "demo" / "teacher"), tmp_path / "model")
+    model = load_slot_model(tmp_path / "model")
+    done = export(config, model, str(tmp_path / "model"), str(tmp_path / "out"))
+    assert "PyTorch " in capsys.readouterr().out
+    files = {file: form["scores"] for file, form in done["forms"].items()}
+    clips = ClipSet(artifacts_of(config).evaluation_clips.uri)
+    scores = [
+        score_one(clips, v, model, choose_protocol(config.evaluate)) for v in clips.videos if v.annotated
+    ]
+    own = mean_scores(scores)
+    for file in ("model.onnx", "model.pt2"):
+        assert files[file] == pytest.approx({score: own[score] for score in SCORES}, abs=1e-3)
+    assert set(files) == {"model.onnx", "model.pt2", "model_fp16.onnx", "model_int8.onnx"}
+    again = evaluate(with_overrides(config, {"evaluate.model": str(tmp_path / "out")}))
+    assert again["scores"].items() >= files["model.onnx"].items(), "a folder of exports is its fp32 ONNX file"
 
 
 def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):

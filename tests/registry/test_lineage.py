@@ -17,6 +17,8 @@ from pipeline.config import resolve_config
 from pipeline.registry.lineage import trace
 from pipeline.registry.stage import register_run
 
+pytestmark = pytest.mark.usefixtures("not_exported")
+
 CHAMPION = "models:/slotmatch@champion"
 
 

@@ -10,6 +10,8 @@ from pipeline.config import resolve_config
 from pipeline.models import load_slot_model
 from pipeline.registry.stage import pull, register_run, set_champion
 
+pytestmark = pytest.mark.usefixtures("not_exported")
+
 
 @pytest.fixture
 def config(tmp_path):

@@ -18,6 +18,8 @@ from pipeline.config import ConfigError, resolve_config
 from pipeline.registry.lineage import trace
 from pipeline.registry.stage import pull, register_run
 
+pytestmark = pytest.mark.usefixtures("not_exported")
+
 CHAMPION = "models:/slotmatch@champion"
 
 

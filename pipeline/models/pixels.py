@@ -1,0 +1,30 @@
+"""From frames to a model's square input, and from its masks back to the frames: the same for every form of a model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def square_pixels(frames: np.ndarray, side: int, device: torch.device | str = "cpu") -> Tensor:
+    """Frames `(T, h, w, 3)` uint8 to `(T, 3, side, side)` in [0, 1]: bicubic, anti-aliased, clamped."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float().div_(255)
+    if tuple(pixels.shape[-2:]) == (side, side):
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
+
+
+def label_maps(masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:
+    """Slot index of every pixel, `(T, *size)` uint8: bilinear resize of a square grid, then argmax over slots."""
+    grid = math.isqrt(masks_TNP.shape[-1])
+    # One frame at a time: N full-size masks of a whole chunk would be the peak of all memory.
+    return torch.stack(
+        [
+            F.interpolate(frame[None], size, mode="bilinear")[0].argmax(0).to(torch.uint8)
+            for frame in masks_TNP.float().unflatten(-1, (grid, grid))
+        ]
+    )

@@ -1,0 +1,97 @@
+"""Stage `export`: a model as ONNX in three precisions and as a PyTorch program, each with its size, its differences to
+the model and, where there are masks to score against, its scores."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.clips.library import artifacts_of, open_clips
+from pipeline.config import Config, with_overrides
+from pipeline.evaluate.scoring import SCORES, score_table
+from pipeline.evaluate.stage import score_subjects
+from pipeline.evaluate.subjects import Subject, named_model
+from pipeline.evaluate.table import plain_text
+from pipeline.log import log
+from pipeline.models import SlotModel
+from pipeline.models.export import ExportError, check, describe, difference, trace, write_onnx, write_pt2
+from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
+from pipeline.models.precisions import write_half, write_int8
+from pipeline.registry.pack import frames_of
+from pipeline.segment.stage import video_reference
+from pipeline.tracking.moved import check_not_moved
+
+HALF_FILE, INT8_FILE, PT2_FILE = "model_fp16.onnx", "model_int8.onnx", "model.pt2"
+ABOUT_FILE = "export.json"
+
+
+def export(
+    config: Config, model: Segmenter, name: str, folder: str, *, video: str | None = None
+) -> dict[str, Any]:
+    """Writes `model.onnx`, `model_fp16.onnx`, `model_int8.onnx`, `model.pt2` and `export.json` into a folder.
+
+    Args:
+        config: its evaluation split, if it names one, is what all forms are scored on.
+        name: what the user calls the model.
+        folder: local or remote; files of an earlier export there are replaced, once all are made.
+        video: what the forms are compared on, a generated video by default.
+
+    Raises:
+        ExportError: a model that can't be exported, or is an exported one; or a form in fp32 that computes something
+            else: then nothing is written.
+        FileNotFoundError, BadVideo: the video is not there, or can't be decoded.
+    """
+    if not isinstance(model, SlotModel):
+        raise ExportError(f"{name} is an exported model already: give the one that it was made of")
+    target = storage.absolute(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        chunks = list(frames_of(video_reference(video) if video else None))
+        forms = _write(model, Path(scratch), name, chunks)
+        for file in forms:
+            storage.upload_file(Path(scratch) / file, storage.join(target, file))
+    about = describe(model, name)
+    # Again after the scores: to have made the files is worth something where scoring fails.
+    storage.write_json(storage.join(target, ABOUT_FILE), {**about, "forms": forms})
+    if config.evaluate.split is not None:
+        _score(config, name, target, forms)
+        storage.write_json(storage.join(target, ABOUT_FILE), {**about, "forms": forms})
+    return {"uri": target, "model": name, "frames_compared": sum(map(len, chunks)), "forms": forms}
+
+
+def _write(model: SlotModel, scratch: Path, name: str, chunks: list[np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Writes all forms into a local folder; returns by file what is known of each."""
+    about, program = describe(model, name), trace(model)
+    source = scratch / ONNX_FILE
+    write_onnx(program, source, about)
+    write_pt2(program, scratch / PT2_FILE, about)
+    found = {file: ("fp32", check(model, scratch / file, chunks)) for file in (ONNX_FILE, PT2_FILE)}
+    for file, precision, write in ((HALF_FILE, "fp16", write_half), (INT8_FILE, "int8", write_int8)):
+        write(source, scratch / file)
+        found[file] = (precision, difference(model, load_exported(scratch / file), chunks))
+    forms = {}
+    for file, (precision, how_far) in found.items():
+        size = (scratch / file).stat().st_size
+        forms[file] = {"precision": precision, "bytes": size, "difference": asdict(how_far)}
+        log(
+            f"export: {file}, {precision}, {size / 1e6:.1f} MB, differs by {how_far.slots:.1g} in slots and "
+            f"{how_far.masks:.1g} in masks; the same slot in {100 * how_far.labels_agree:.1f} % of patches"
+        )
+    return forms
+
+
+def _score(config: Config, name: str, target: str, forms: dict[str, dict[str, Any]]) -> None:
+    """Adds each form's scores on the config's evaluation split, and prints them below the model's own."""
+    check_not_moved(config)
+    artifacts = artifacts_of(config)
+    clips = open_clips(artifacts.evaluation_clips)
+    own = next(iter(named_model(with_overrides(config, {"evaluate.model": name})).values()))
+    subjects = {"PyTorch": own} | {file: Subject(model_uri=storage.join(target, file)) for file in forms}
+    results = score_subjects(artifacts, clips, subjects)
+    for file, form in forms.items():
+        form["scores"] = {score: results[file].scores[score] for score in SCORES}
+    print(plain_text(score_table([(file, result.scores) for file, result in results.items()])))
