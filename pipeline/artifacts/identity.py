@@ -24,7 +24,7 @@ from pipeline.artifacts.counted import (
     training_settings,
     view_recipe,
 )
-from pipeline.artifacts.manifests import Rules, TargetManifest
+from pipeline.artifacts.manifests import MODEL_FOLDER, Rules, TargetManifest
 from pipeline.config import Config, ConfigError, Model, ViT
 from pipeline.config.protocols import choose_protocol
 from pipeline.models import CheckpointHints, SlotModelConfig
@@ -34,7 +34,6 @@ from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 # Of each kind's files; bump one where their meaning changes, and they are made again.
 CLIPS_FORMAT = TARGETS_FORMAT = SWEEP_FORMAT = 1
 SCORES_FORMAT = 2
-MODEL_FOLDER = "model"  # in a run's folder
 
 
 @dataclass(frozen=True)

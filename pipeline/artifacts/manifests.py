@@ -12,6 +12,8 @@ from pipeline import storage
 
 _M = TypeVar("_M", bound="Manifest")
 
+MODEL_FOLDER = "model"  # in a run's folder
+
 
 class Manifest(BaseModel):
     """Common to all: what the folder holds, its name, and when it was published (UTC)."""

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline import storage, tracking
-from pipeline.artifacts.identity import MODEL_FOLDER, Artifacts, model_files
-from pipeline.artifacts.manifests import RunManifest, TargetManifest
+from pipeline.artifacts.identity import Artifacts, model_files
+from pipeline.artifacts.manifests import MODEL_FOLDER, RunManifest, TargetManifest
 from pipeline.artifacts.once import is_whole, once, require_files
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
 from pipeline.config import Config, ConfigError

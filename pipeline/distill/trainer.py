@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.artifacts.identity import MODEL_FOLDER
+from pipeline.artifacts.manifests import MODEL_FOLDER
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
 from pipeline.compute import keep_freed_memory

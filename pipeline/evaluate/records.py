@@ -15,8 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline import storage, tracking
-from pipeline.artifacts.identity import MODEL_FOLDER
-from pipeline.artifacts.manifests import Rules
+from pipeline.artifacts.manifests import MODEL_FOLDER, Rules
 from pipeline.config import Config
 from pipeline.evaluate.scoring import SCORES
 from pipeline.log import log

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts.identity import MODEL_FOLDER, Artifacts, baseline_subject, model_files, model_subject
-from pipeline.artifacts.manifests import RunManifest
+from pipeline.artifacts.identity import Artifacts, baseline_subject, model_files, model_subject
+from pipeline.artifacts.manifests import MODEL_FOLDER, RunManifest
 from pipeline.artifacts.once import missing_files
 from pipeline.clips.library import require_clips
 from pipeline.config import Config, ConfigError

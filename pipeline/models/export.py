@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.models.decoders import untiled
 from pipeline.models.exported import ABOUT, PT2_ABOUT, Segmenter, load_exported
 from pipeline.models.layers import slot_noise
 from pipeline.models.slot_model import FIRST_FRAME_ITERATIONS, NEXT_FRAME_ITERATIONS, SlotModel
@@ -98,7 +99,7 @@ def trace(model: SlotModel) -> torch.export.ExportedProgram:
     example = (torch.zeros(2, model.image_size, model.image_size, 3), state, torch.tensor([True, False]))
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), untiled(model), _quiet():
             program = torch.export.export(step, example, dynamic_shapes=({0: batch},) * 3)
     except Exception as error:  # PyTorch's own errors have no class in common
         raise ExportError(f"PyTorch can't export this model: {_first_line(error)}") from error

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts.identity import MODEL_FOLDER
+from pipeline.artifacts.manifests import MODEL_FOLDER
 from pipeline.clips.sources import VideoRef, read_video
 from pipeline.clips.sources.synthetic import SyntheticSettings, video_file, write_dataset
 from pipeline.log import log

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage, tracking
-from pipeline.artifacts.identity import MODEL_FOLDER
-from pipeline.artifacts.manifests import RunManifest
+from pipeline.artifacts.manifests import MODEL_FOLDER, RunManifest
 from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.config import Config
 from pipeline.evaluate.records import Evaluation

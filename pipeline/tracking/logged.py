@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts.identity import MODEL_FOLDER
+from pipeline.artifacts.manifests import MODEL_FOLDER
 from pipeline.tracking.client import optional
 from pipeline.tracking.runs import RUN_TAG
 
