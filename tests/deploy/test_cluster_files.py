@@ -43,7 +43,7 @@ def pyproject():
     # No tomllib in Python 3.10, and two keys are all that is asked.
     text = (ROOT / "pyproject.toml").read_text()
     extras = re.search(r"(?ms)^\[project\.optional-dependencies\]\n(.*?)^\[", text)[1]
-    lists = re.findall(r"(?ms)^(\w+) = \[(.*?)\]", extras)
+    lists = re.findall(r"(?ms)^(\w+) = \[(.*?)\](?=\s*(?:#|$))", extras)
     packages = {name: re.findall(r'"([\w-]+)', body) for name, body in lists}
     return re.search(r'(?m)^version = "(.+)"', text)[1], packages
 
