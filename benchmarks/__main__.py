@@ -18,7 +18,7 @@ from benchmarks.report import machine, table
 from benchmarks.scale import measure_scale, scale_report
 from benchmarks.scores import ScoreMismatch, score_comparison
 from benchmarks.stages import Load, cache_comparison, ray_started, shard_comparison, tiny_load
-from benchmarks.step import LossMismatch, Sizes, step_comparison, tiny_sizes
+from benchmarks.step import LossMismatch, paper_sizes, step_comparison, tiny_sizes
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
     print(", ".join(f"{key}: {value}" for key, value in host.items()) + "\n", flush=True)
     try:
         comparisons = [
-            step_comparison(tiny_sizes() if quick else Sizes(), repeats),
+            *(step_comparison(sizes, repeats) for sizes in ([tiny_sizes()] if quick else paper_sizes())),
             score_comparison(repeats, **({"frames": 3, "side": 32} if quick else {})),
         ]
     except (LossMismatch, ScoreMismatch) as error:
@@ -48,7 +48,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, ray_started() as started:
         comparisons.append(shard_comparison(load, repeats, Path(scratch), real=not quick))
         comparisons.append(cache_comparison(load, repeats, Path(scratch)))
-    comparisons[2].notes.append(started)
+    comparisons[-2].notes.append(started)
     print(table(comparisons))
     memory = memory_report(lengths=(8, 16), side=56) if quick else memory_report()
     print("\n".join(f"- memory of evaluating one video: {line}" for line in memory))

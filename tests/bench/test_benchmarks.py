@@ -9,6 +9,7 @@ from places import python
 
 from benchmarks import scale, scores, step
 from benchmarks.__main__ import main
+from pipeline.distill.precision import has_bf16
 
 
 @pytest.mark.slow
@@ -18,12 +19,14 @@ def test_quick_run_prints_every_row(tmp_path):
     printed, _ = python("-m", "benchmarks", "--quick", "--repeats", "1", "--json", results, timeout=900)
 
     comparisons = json.loads(results.read_text())["comparisons"]
-    assert [len(comparison["rows"]) for comparison in comparisons] == [4, 3, 2, 3]
+    steps = 10 if has_bf16() else 5  # four ways and their products, in each precision
+    assert [len(comparison["rows"]) for comparison in comparisons] == [steps, 3, 2, 3]
     for comparison in comparisons:
         assert comparison["rows"][0]["speed_up"] == 1
         for row in comparison["rows"]:
             assert f"| {row['name']} " in printed
     assert "loss and gradient norm agree" in printed
+    assert "times the time of its products" in printed
     assert "scores agree to" in printed
     assert "2× the frames" in printed
     assert "starting Ray" in printed
