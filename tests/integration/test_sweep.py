@@ -14,6 +14,7 @@ from pipeline.sweep.runs import PARENT_TAG
 from pipeline.sweep.settings import plan_trials
 from pipeline.sweep.stage import SweepFailed, sweep
 
+pytestmark = pytest.mark.usefixtures("not_exported")
 BASE = [*GOLDEN_TEACHER, "evaluate.baselines=false"]
 
 
