@@ -27,8 +27,10 @@ class Clock:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._unit = stream.time_base
+        # AVI counts its packets and has no times of display: those that libav makes up may even go back.
+        self._is_counted = stream.container.format.name == "avi"
         rate = stream.average_rate or stream.guessed_rate or 25
-        self._step = float(1 / Fraction(rate))
+        self._step = float(self._unit if self._is_counted else 1 / Fraction(rate))
         self._waiting: list[float] = []  # times of packets whose frames have not come out yet
         self._ordered = True  # packets' times grow in the order they are stored in
         self._latest: float | None = None
@@ -47,6 +49,8 @@ class Clock:
             return
         self.packets += 1
         self.places = self.packets if packet.dts is None else max(self.packets, packet.dts + 1)
+        if self._is_counted and packet.dts is not None:
+            time = packet.dts
         if time is not None:
             # To the last bit as PyAV says it of a frame.
             shown = float(time) * self._unit.numerator / self._unit.denominator
@@ -66,11 +70,13 @@ class Clock:
         earliest = heapq.heappop(waiting) if waiting else None
         made_up = self._ordered and (depth > 0 or time is None)
         self.doubtful = made_up or time is None
-        return self._grown(earliest if made_up and earliest is not None else time, frame)
+        if made_up and (earliest is not None or (self._is_counted and not before)):
+            time = earliest
+        return self._grown(time, frame)
 
     def _length(self, of: Any) -> float:
         """Seconds that a packet or frame is shown for."""
-        return float(of.duration * self._unit) if of.duration else self._step
+        return float(of.duration * self._unit) if of.duration and not self._is_counted else self._step
 
     def _grown(self, time: float | None, frame: Any) -> float:
         """The time, or where it is none, or does not grow, one behind the last."""

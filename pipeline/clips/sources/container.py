@@ -29,6 +29,9 @@ HEADER = 1 << 18  # the same where its header and first frames are all that is n
 _LOOKED_AT = (
     32  # frames at most, to know how a file was read before: where times are wrong, so are early ones
 )
+# Numbers (H.273) of the colour matrices that FFmpeg converts; of others it refuses every frame.
+_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
+_UNSPECIFIED, _BT2020, _BT2020_CONSTANT = 2, 9, 10
 
 # PyAV's logging callback takes the GIL from FFmpeg's threads and can deadlock inside Ray workers.
 # FFmpeg's own callback does not; `set_level` would bring PyAV's back.
@@ -88,6 +91,8 @@ def read_file(video: VideoRef, short_side: int | None, *, square: bool = True) -
             height, width = target_size(*_shown_size(frame, orientation, aspect), short_side)
             if orientation.transposed:
                 height, width = width, height
+            if frame.colorspace not in _MATRICES:
+                frame.colorspace = _taken_for(frame.colorspace)
             image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1)
             yield RawFrame(str(index), orientation.of(image.to_ndarray()), seconds=seconds)
 
@@ -106,7 +111,8 @@ def reads_differently(video: VideoRef) -> bool:
     """Whether the first reader showed a video file in another way, or refused it for what is no fault.
 
     It took the first stream, whatever the pixels' shape, turned frames by the angle of their matrix alone, believed
-    every time, and took all that a header counts for frames. A file that can't be read was not read before either.
+    every time, took all that a header counts for frames, and refused colours that FFmpeg does not convert. A file that
+    can't be read was not read before either.
     """
     try:
         with _opened(video, HEADER) as (container, stream):
@@ -117,6 +123,8 @@ def reads_differently(video: VideoRef) -> bool:
             clock = Clock(stream)
             for index, (frame, seconds) in enumerate(islice(_timed(container, stream, clock), _LOOKED_AT)):
                 if index == 0 and _orientation(frame) != _quarter_turns(frame):
+                    return True
+                if frame.colorspace not in _MATRICES:
                     return True
                 if clock.skipped or frame.time is None or abs(frame.time - seconds) > 1e-6:
                     return True
@@ -171,6 +179,11 @@ def _rank(stream: Any) -> int:
     pixels = stream.codec_context.width * stream.codec_context.height
     default = bool(stream.disposition & Disposition.default)
     return 100_000_000 * (stream.start_time is not None) + 5_000_000 * default + pixels
+
+
+def _taken_for(matrix: int) -> int:
+    """What a colour matrix that FFmpeg can't convert is shown as, by earlier FFmpegs and players."""
+    return _BT2020 if matrix == _BT2020_CONSTANT else _UNSPECIFIED
 
 
 def _pixel_aspect(stream: Any) -> Fraction:
