@@ -385,6 +385,34 @@ def test_an_avi_with_null_frames_can_still_be_cut(tmp_path, at, share):
     reason_against(path)
 
 
+def test_an_avi_that_was_written_into_a_pipe_is_whole(tmp_path, place):
+    """Its header has no true size, and counts 2^30 frames."""
+    written = []
+
+    class Pipe:
+        def write(self, part):
+            written.append(bytes(part))
+            return len(part)
+
+    odd = Odd("avi", "mpeg4")
+    with av.open(Pipe(), "w", format="avi") as container:
+        mux(container, add_stream(container, odd), odd)
+    storage.write_bytes(storage.join(place, "a.avi"), b"".join(written))
+    (video,) = list_videos(place, "masks")
+    assert len(list(read_video(video))) == 8
+    assert outline(video).frames is None
+    assert reads_differently(video), "the first reader took it for a cut one"
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "libx264"])
+def test_null_frames_in_avi_keep_their_place(tmp_path, codec):
+    """H.264 in AVI gets times from libav that are those of the next packet."""
+    at = (0, 1, 2, 3, 4, 14, 15, 16, 25)
+    odd = Odd("avi", codec, "yuvj420p" if codec == "mjpeg" else "yuv420p", at=at, encoder={"bf": "0"})
+    frames = read(write_odd(tmp_path / "a.avi", odd))
+    np.testing.assert_allclose(np.diff([f.seconds for f in frames]), np.diff(at) / 10)
+
+
 def test_an_avi_may_end_with_null_frames(tmp_path, place):
     path = write_odd(tmp_path / "a.avi", Odd("avi", "mpeg4", at=(0, 1, 2, 3)))
     content = bytearray(path.read_bytes())

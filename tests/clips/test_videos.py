@@ -215,6 +215,7 @@ def test_empty_and_missing_files(tmp_path):
         ("mkv", "libx264", {}),
         ("webm", "libvpx-vp9", {}),
         ("avi", "mpeg4", {}),
+        ("wmv", "wmv2", {}),
     ],
 )
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.8])

@@ -30,7 +30,7 @@ class Clock:
         # AVI counts its packets and has no times of display: those that libav makes up may even go back.
         self._is_counted = stream.container.format.name == "avi"
         rate = stream.average_rate or stream.guessed_rate or 25
-        self._step = float(self._unit if self._is_counted else 1 / Fraction(rate))
+        self._step = float(1 / Fraction(rate))
         self._waiting: list[float] = []  # times of packets whose frames have not come out yet
         self._ordered = True  # packets' times grow in the order they are stored in
         self._latest: float | None = None
@@ -56,6 +56,8 @@ class Clock:
             shown = float(time) * self._unit.numerator / self._unit.denominator
         else:
             shown = 0.0 if self._latest is None else self._latest + self._length(packet)
+        if self._is_counted and self._latest is not None:
+            self._step = shown - self._latest
         self._ordered = self._ordered and (self._latest is None or shown > self._latest)
         self._latest = shown
         if not packet.is_discard:
@@ -64,13 +66,17 @@ class Clock:
     def time_of(self, frame: Any) -> float:
         """The seconds of the frame that was decoded next."""
         depth, time, waiting = self._stream.codec_context.reorder_depth, frame.time, self._waiting
-        before = self._shown is None and time is not None  # packets of before the first key frame
-        while len(waiting) > depth + 2 or (before and waiting and waiting[0] < time):
-            heapq.heappop(waiting)  # it gave no frame
+        is_first = self._shown is None and time is not None
+        begin = float(frame.dts * self._unit) if self._is_counted and frame.dts is not None else time
+        while len(waiting) > depth + 2 or (is_first and waiting and waiting[0] < begin):
+            heapq.heappop(waiting)  # it gave no frame, or is of before the first key frame
         earliest = heapq.heappop(waiting) if waiting else None
-        made_up = self._ordered and (depth > 0 or time is None)
-        self.doubtful = made_up or time is None
-        if made_up and (earliest is not None or (self._is_counted and not before)):
+        self.doubtful = time is None or (self._ordered and depth > 0)
+        if self._is_counted:
+            if is_first and earliest is not None:
+                self._shift = time - earliest
+            time = time if is_first else earliest
+        elif self.doubtful and self._ordered and earliest is not None:
             time = earliest
         return self._grown(time, frame)
 
