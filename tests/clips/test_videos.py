@@ -259,11 +259,14 @@ def test_frame_folder_is_read_in_natural_order(tmp_path):
 
 
 @pytest.mark.fault("frames in WebP, BMP and PNG", "shard, videos", "read pixel by pixel")
-@pytest.mark.parametrize("suffix", ["webp", "bmp", "png"])
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "png", "jpe", "jfif"])
 def test_frame_folder_in_every_picture_format(suffix, tmp_path):
     (tmp_path / "v").mkdir()
-    Image.fromarray(picture(8, 12)).save(tmp_path / f"v/0.{suffix.upper()}", lossless=True)
-    np.testing.assert_array_equal(read(tmp_path / "v")[0].pixels, picture(8, 12))
+    path = tmp_path / f"v/0.{suffix.upper()}"
+    Image.fromarray(picture(8, 12)).save(path, lossless=True)
+    pixels = read(tmp_path / "v")[0].pixels
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
+    np.testing.assert_allclose(pixels[0, 0], picture(8, 12)[0, 0], atol=40)
 
 
 def test_frame_folder_with_grey_and_transparent_frames(tmp_path):
