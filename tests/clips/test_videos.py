@@ -348,6 +348,17 @@ def test_mask_that_a_lossy_format_has_changed(video, tmp_path, labels):
     assert reason_against(video, folder) == "mask 0.jpg is a JPEG, which does not keep labels; save it as PNG"
 
 
+def test_masks_in_a_format_that_is_not_read(video, tmp_path, labels):
+    folder = tmp_path / "masks/v"
+    folder.mkdir(parents=True)
+    for index, label in enumerate(labels):
+        Image.fromarray(label).save(folder / f"{index}.tif")
+    with pytest.raises(
+        BadVideo, match=r"its masks are in a format that is not read \(0\.tif, …\); save them as PNG"
+    ):
+        next(read_video(VideoRef("v", str(video), details={"masks": str(folder)})))
+
+
 def test_masks_are_resized_as_in_the_first_release(tmp_path):
     """4 / 3 pixels of a mask for each of a frame: every third centre lies between two of them, and rounding decides."""
     labels = np.broadcast_to(np.arange(1, 49, dtype=np.uint8), (1, 48, 48))
