@@ -30,7 +30,7 @@ OPENH264_BITS = 0.2  # a pixel, as OpenH264 has no constant quality
 
 
 class VideoWriter:
-    """Frames of odd size lose their last row or column, which H.264 in 4:2:0 requires.
+    """Frames of odd size lose their last row or column, which H.264 in 4:2:0 requires; a single one is shown twice.
 
     Attributes:
         codec, encoder: "h264", "libx264" and the like, once a frame is written.
@@ -64,6 +64,8 @@ class VideoWriter:
         Raises:
             ValueError: the installed PyAV can't encode it.
         """
+        picture = np.repeat(picture, 2, axis=0) if picture.shape[0] == 1 else picture
+        picture = np.repeat(picture, 2, axis=1) if picture.shape[1] == 1 else picture
         height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
         if self._stream is None:
             self._begin(width, height, seconds)

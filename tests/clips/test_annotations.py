@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from layouts import box_mask, compressed_rle, uncompressed_rle
 from pycocotools import mask as coco_mask
 
-from pipeline.clips.sources.annotations import decode_segmentation
+from pipeline.clips.sources.annotations import decode_segmentation, is_read_since
 
 SIZE = (11, 7)
 
@@ -104,3 +104,17 @@ def test_rings_of_fewer_than_three_points_are_left_out(other, first):
 def test_a_good_ring_hides_no_damaged_one(other):
     with pytest.raises(ValueError, match="a polygon "):
         decode_segmentation([RING, other], *SIZE)
+
+
+@pytest.mark.parametrize("corners", [3, 4, 8])
+def test_corners_that_are_pairs(corners):
+    """As labelme's and other converters write them: they are no polygons without an area."""
+    angles = 2 * np.pi * np.arange(corners) / corners
+    pairs = np.stack([8 + 6 * np.cos(angles), 6 + 5 * np.sin(angles)], 1).round(2).tolist()
+    flat = [value for pair in pairs for value in pair]
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([flat], 12, 16)))
+    assert expected.sum() > 20
+    for segmentation in (pairs, [pairs], [pairs, flat], [pairs, [1, 1]]):
+        np.testing.assert_array_equal(decode_segmentation(segmentation, 12, 16), expected)
+        assert is_read_since(segmentation)
+    assert not is_read_since([flat])

@@ -88,6 +88,12 @@ def test_a_gif_beside_frames_or_another_video(place, capsys):
     assert said == "2 files: a.gif (a preview of the video of its name), b.jpg (a picture beside videos)"
 
 
+def test_frames_that_have_the_names_of_gifs_elsewhere_stay_frames(place, capsys):
+    write(place, "of gifs/0.gif", "of gifs/1.gif", "frames/0.png", "frames/1.png")
+    assert ids(place) == ["frames", "of gifs/0", "of gifs/1"]
+    assert not left_out(place, capsys)
+
+
 def test_two_files_of_one_name_are_an_error_whatever_their_suffixes(place):
     write(place, "a.mp4", "a.ts")
     with pytest.raises(ValueError, match="would both be the video 'a'; rename one"):

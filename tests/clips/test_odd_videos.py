@@ -31,7 +31,7 @@ from video_files import picture, write_noise, write_video
 from pipeline import storage
 from pipeline.clips.sources import BadVideo, VideoRef, read_video
 from pipeline.clips.sources import videos as video_folders
-from pipeline.clips.sources.container import outline
+from pipeline.clips.sources.container import outline, reads_differently
 from pipeline.clips.sources.videos import list_videos
 from pipeline.clips.write import write_shard
 from pipeline.config import Clips
@@ -190,6 +190,24 @@ def test_frames_with_exif_data_are_read(tmp_path):
     assert_shows(frames[0].pixels, QUARTERS)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "usual"),
+    [
+        ("ycgco", "unspecified"),
+        ("bt2020c", "bt2020nc"),
+        ("smpte2085", "unspecified"),
+        ("ictcp", "unspecified"),
+    ],
+)
+def test_colours_by_a_matrix_that_ffmpeg_does_not_convert(tmp_path, matrix, usual):
+    for name in (matrix, usual):
+        write_odd(tmp_path / f"{name}.mp4", Odd("mp4", "libx264", encoder={"colorspace": name}))
+    pixels, expected = (read(tmp_path / f"{name}.mp4")[0].pixels for name in (matrix, usual))
+    np.testing.assert_array_equal(pixels, expected)
+    refused_before = {v.video_id: reads_differently(v) for v in list_videos(str(tmp_path), "masks")}
+    assert refused_before == {matrix: True, usual: False}
+
+
 # --- pixels that are no squares -----------------------------------------------------------------------------
 
 
@@ -297,6 +315,38 @@ def test_every_other_frame_of_b_frames(tmp_path, suffix, rate):
     np.testing.assert_allclose(np.diff([f.seconds for f in kept]), 2 / rate)
 
 
+@pytest.mark.parametrize("b_frames", [1, 2])
+def test_a_packed_bitstream_in_avi(tmp_path, b_frames):
+    """As DivX and Xvid write B-frames: the first in one packet with the frame behind them, then one of no picture."""
+    encoder = av.CodecContext.create("mpeg4", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.framerate = 64, 48, "yuv420p", 10
+    encoder.time_base, encoder.max_b_frames = Fraction(1, 10), b_frames
+    encoder.options = {"b_strategy": "0", "g": "100", "sc_threshold": "1000000000"}
+    packets = []
+    for index, pixels in enumerate(grey(19)):
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
+        frame.pts = index
+        packets += map(bytes, encoder.encode(frame))
+    packets += map(bytes, encoder.encode(None))
+    begins = b"\0\0\1\xb6"  # a picture, of the kind that the next two bits say
+    stored = [packets[0].replace(begins, b"\0\0\1\xb2DivX503b1393p" + begins, 1)]
+    for group in (packets[n : n + b_frames + 1] for n in range(1, len(packets), b_frames + 1)):
+        assert [packet[packet.index(begins) + 4] >> 6 for packet in group] == [1] + [2] * b_frames
+        stored += [group[0] + group[1], *group[2:], begins + b"\x53\x9f"]
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+        for index, content in enumerate(stored):
+            packet = av.Packet(content)
+            packet.pts = packet.dts = index
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 10), stream, index == 0
+            container.mux(packet)
+    frames = read(tmp_path / "a.avi")
+    np.testing.assert_allclose([f.pixels.mean() for f in frames], np.arange(19) * 8, atol=4)
+    np.testing.assert_allclose(np.diff([f.seconds for f in frames]), 0.1)
+
+
 def test_b_frames_in_an_mp4_without_times_of_display(tmp_path):
     """As broken muxers write it: of each frame just how long it is there (`stts`, without `ctts`)."""
     path = write_video(tmp_path / "a.mp4", grey(30), rate=10)
@@ -333,6 +383,34 @@ def test_an_avi_with_null_frames_can_still_be_cut(tmp_path, at, share):
     data = content.index(b"movi"), content.index(b"idx1")
     path.write_bytes(content[: int(data[0] + share * (data[1] - data[0]))])
     reason_against(path)
+
+
+def test_an_avi_that_was_written_into_a_pipe_is_whole(tmp_path, place):
+    """Its header has no true size, and counts 2^30 frames."""
+    written = []
+
+    class Pipe:
+        def write(self, part):
+            written.append(bytes(part))
+            return len(part)
+
+    odd = Odd("avi", "mpeg4")
+    with av.open(Pipe(), "w", format="avi") as container:
+        mux(container, add_stream(container, odd), odd)
+    storage.write_bytes(storage.join(place, "a.avi"), b"".join(written))
+    (video,) = list_videos(place, "masks")
+    assert len(list(read_video(video))) == 8
+    assert outline(video).frames is None
+    assert reads_differently(video), "the first reader took it for a cut one"
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "libx264"])
+def test_null_frames_in_avi_keep_their_place(tmp_path, codec):
+    """H.264 in AVI gets times from libav that are those of the next packet."""
+    at = (0, 1, 2, 3, 4, 14, 15, 16, 25)
+    odd = Odd("avi", codec, "yuvj420p" if codec == "mjpeg" else "yuv420p", at=at, encoder={"bf": "0"})
+    frames = read(write_odd(tmp_path / "a.avi", odd))
+    np.testing.assert_allclose(np.diff([f.seconds for f in frames]), np.diff(at) / 10)
 
 
 def test_an_avi_may_end_with_null_frames(tmp_path, place):

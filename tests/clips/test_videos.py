@@ -215,6 +215,7 @@ def test_empty_and_missing_files(tmp_path):
         ("mkv", "libx264", {}),
         ("webm", "libvpx-vp9", {}),
         ("avi", "mpeg4", {}),
+        ("wmv", "wmv2", {}),
     ],
 )
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.8])
@@ -258,11 +259,14 @@ def test_frame_folder_is_read_in_natural_order(tmp_path):
 
 
 @pytest.mark.fault("frames in WebP, BMP and PNG", "shard, videos", "read pixel by pixel")
-@pytest.mark.parametrize("suffix", ["webp", "bmp", "png"])
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "png", "jpe", "jfif"])
 def test_frame_folder_in_every_picture_format(suffix, tmp_path):
     (tmp_path / "v").mkdir()
-    Image.fromarray(picture(8, 12)).save(tmp_path / f"v/0.{suffix.upper()}", lossless=True)
-    np.testing.assert_array_equal(read(tmp_path / "v")[0].pixels, picture(8, 12))
+    path = tmp_path / f"v/0.{suffix.upper()}"
+    Image.fromarray(picture(8, 12)).save(path, lossless=True)
+    pixels = read(tmp_path / "v")[0].pixels
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
+    np.testing.assert_allclose(pixels[0, 0], picture(8, 12)[0, 0], atol=40)
 
 
 def test_frame_folder_with_grey_and_transparent_frames(tmp_path):
@@ -342,6 +346,17 @@ def test_mask_of_another_shape(video, tmp_path):
 def test_mask_that_a_lossy_format_has_changed(video, tmp_path, labels):
     folder = write_images(tmp_path / "masks", labels[:1], "{}.jpg")
     assert reason_against(video, folder) == "mask 0.jpg is a JPEG, which does not keep labels; save it as PNG"
+
+
+def test_masks_in_a_format_that_is_not_read(video, tmp_path, labels):
+    folder = tmp_path / "masks/v"
+    folder.mkdir(parents=True)
+    for index, label in enumerate(labels):
+        Image.fromarray(label).save(folder / f"{index}.tif")
+    with pytest.raises(
+        BadVideo, match=r"its masks are in a format that is not read \(0\.tif, …\); save them as PNG"
+    ):
+        next(read_video(VideoRef("v", str(video), details={"masks": str(folder)})))
 
 
 def test_masks_are_resized_as_in_the_first_release(tmp_path):

@@ -50,6 +50,17 @@ def test_large_and_odd_videos_are_scaled_down(model, tmp_path):
         assert max(context.width, context.height) <= 101
 
 
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1)])
+def test_a_single_row_or_column_has_an_overlay(model, tmp_path, size):
+    """Of which H.264 needs two; scaling down makes them too, of a long strip."""
+    write_noise(tmp_path / "a.avi", 3, size, codec="rawvideo", pix_fmt="bgr24")
+    done = segment(model, tmp_path / "a.avi", tmp_path / "out")
+    with av.open(done["overlay"]) as container:
+        frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+    assert [frame.shape for frame in frames] == [tuple(max(2, side) for side in size)] * 3
+    assert Image.open(Path(done["labels"]) / "000000.png").size == size[::-1]
+
+
 def test_a_remote_video_to_a_remote_folder(model, tmp_path, s3):
     write_noise(tmp_path / "a.mp4", 5, (48, 80), codec="mpeg4")
     root = storage.join(s3, tmp_path.name)

@@ -185,6 +185,7 @@ def _is_size(value: Any) -> bool:
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray | None:
     """A mask (height, width) bool from run lengths (compressed or not), or a list of them or of polygons.
 
+    Polygons are numbers x, y, x, y, … as in COCO, or pairs (x, y) as other tools write them; a list of pairs is one.
     Polygons of fewer than three corners have no area and are left out; None: there is no other.
 
     Raises ValueError for anything else, and for runs that don't fill the mask: pycocotools would read
@@ -198,7 +199,7 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         return np.zeros((height, width), bool)
     if all(isinstance(part, dict) for part in segmentation):
         return np.any([_decode_runs(part.get("counts"), height, width) for part in segmentation], axis=0)
-    polygons = [part for part in segmentation if not _is_degenerate(part)]
+    polygons = [part for part in _without_pairs(segmentation) if not _is_degenerate(part)]
     if not polygons:
         return None
     for polygon in polygons:
@@ -210,10 +211,29 @@ def _is_degenerate(part: Any) -> bool:
     return isinstance(part, list) and len(part) < 6
 
 
+def _without_pairs(polygons: list[Any]) -> list[Any]:
+    """Polygons whose corners are pairs, as numbers x, y, x, y, …; the others as they are."""
+    if _is_of_pairs(polygons):
+        polygons = [polygons]
+    return [[v for pair in part for v in pair] if _is_of_pairs(part) else part for part in polygons]
+
+
+def _is_of_pairs(polygon: Any) -> bool:
+    """Whether a list is three or more corners (x, y): fewer may as well be polygons of one corner each."""
+    if not isinstance(polygon, list) or len(polygon) < 3:
+        return False
+    return all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(v, int | float) for v in pair)
+        for pair in polygon
+    )
+
+
 def is_read_since(segmentation: Any) -> bool:
     """Whether earlier versions set the video of such a segmentation aside, so that its clip sets are others."""
     if not isinstance(segmentation, list) or not segmentation:
         return False
+    if _without_pairs(segmentation) != segmentation:
+        return True
     return any(map(_is_degenerate, segmentation)) or all(isinstance(part, dict) for part in segmentation)
 
 

@@ -27,6 +27,8 @@ class Clock:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._unit = stream.time_base
+        # AVI counts its packets and has no times of display: those that libav makes up may even go back.
+        self._is_counted = stream.container.format.name == "avi"
         rate = stream.average_rate or stream.guessed_rate or 25
         self._step = float(1 / Fraction(rate))
         self._waiting: list[float] = []  # times of packets whose frames have not come out yet
@@ -47,11 +49,15 @@ class Clock:
             return
         self.packets += 1
         self.places = self.packets if packet.dts is None else max(self.packets, packet.dts + 1)
+        if self._is_counted and packet.dts is not None:
+            time = packet.dts
         if time is not None:
             # To the last bit as PyAV says it of a frame.
             shown = float(time) * self._unit.numerator / self._unit.denominator
         else:
             shown = 0.0 if self._latest is None else self._latest + self._length(packet)
+        if self._is_counted and self._latest is not None:
+            self._step = shown - self._latest
         self._ordered = self._ordered and (self._latest is None or shown > self._latest)
         self._latest = shown
         if not packet.is_discard:
@@ -60,17 +66,23 @@ class Clock:
     def time_of(self, frame: Any) -> float:
         """The seconds of the frame that was decoded next."""
         depth, time, waiting = self._stream.codec_context.reorder_depth, frame.time, self._waiting
-        before = self._shown is None and time is not None  # packets of before the first key frame
-        while len(waiting) > depth + 2 or (before and waiting and waiting[0] < time):
-            heapq.heappop(waiting)  # it gave no frame
+        is_first = self._shown is None and time is not None
+        begin = float(frame.dts * self._unit) if self._is_counted and frame.dts is not None else time
+        while len(waiting) > depth + 2 or (is_first and waiting and waiting[0] < begin):
+            heapq.heappop(waiting)  # it gave no frame, or is of before the first key frame
         earliest = heapq.heappop(waiting) if waiting else None
-        made_up = self._ordered and (depth > 0 or time is None)
-        self.doubtful = made_up or time is None
-        return self._grown(earliest if made_up and earliest is not None else time, frame)
+        self.doubtful = time is None or (self._ordered and depth > 0)
+        if self._is_counted:
+            if is_first and earliest is not None:
+                self._shift = time - earliest
+            time = time if is_first else earliest
+        elif self.doubtful and self._ordered and earliest is not None:
+            time = earliest
+        return self._grown(time, frame)
 
     def _length(self, of: Any) -> float:
         """Seconds that a packet or frame is shown for."""
-        return float(of.duration * self._unit) if of.duration else self._step
+        return float(of.duration * self._unit) if of.duration and not self._is_counted else self._step
 
     def _grown(self, time: float | None, frame: Any) -> float:
         """The time, or where it is none, or does not grow, one behind the last."""

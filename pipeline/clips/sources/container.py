@@ -29,6 +29,13 @@ HEADER = 1 << 18  # the same where its header and first frames are all that is n
 _LOOKED_AT = (
     32  # frames at most, to know how a file was read before: where times are wrong, so are early ones
 )
+# Numbers (H.273) of the colour matrices that FFmpeg converts; of others it refuses every frame.
+_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
+_UNSPECIFIED, _BT2020, _BT2020_CONSTANT = 2, 9, 10
+
+_OF_A_PIPE = b"\xff" * 4  # an AVI's size, where its writer could not go back
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of a file, in the header
+_ASF_HEAD = 1 << 14  # bytes, in which they are
 
 # PyAV's logging callback takes the GIL from FFmpeg's threads and can deadlock inside Ray workers.
 # FFmpeg's own callback does not; `set_level` would bring PyAV's back.
@@ -88,6 +95,8 @@ def read_file(video: VideoRef, short_side: int | None, *, square: bool = True) -
             height, width = target_size(*_shown_size(frame, orientation, aspect), short_side)
             if orientation.transposed:
                 height, width = width, height
+            if frame.colorspace not in _MATRICES:
+                frame.colorspace = _taken_for(frame.colorspace)
             image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1)
             yield RawFrame(str(index), orientation.of(image.to_ndarray()), seconds=seconds)
 
@@ -99,14 +108,17 @@ def outline(video: VideoRef) -> Outline:
         orientation, aspect = _orientation(frame), _pixel_aspect(stream)
         size = _shown_size(frame, orientation, aspect)
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25).limit_denominator(60_000)
-        return Outline(rate, stream.frames or None, size, 1 / aspect if orientation.transposed else aspect)
+        is_piped = container.format.name == "avi" and _head(container, 8)[0][4:] == _OF_A_PIPE
+        frames = None if is_piped else stream.frames or None
+        return Outline(rate, frames, size, 1 / aspect if orientation.transposed else aspect)
 
 
 def reads_differently(video: VideoRef) -> bool:
     """Whether the first reader showed a video file in another way, or refused it for what is no fault.
 
     It took the first stream, whatever the pixels' shape, turned frames by the angle of their matrix alone, believed
-    every time, and took all that a header counts for frames. A file that can't be read was not read before either.
+    every time, took all that a header counts for frames, and refused colours that FFmpeg does not convert. A file that
+    can't be read was not read before either.
     """
     try:
         with _opened(video, HEADER) as (container, stream):
@@ -117,6 +129,8 @@ def reads_differently(video: VideoRef) -> bool:
             clock = Clock(stream)
             for index, (frame, seconds) in enumerate(islice(_timed(container, stream, clock), _LOOKED_AT)):
                 if index == 0 and _orientation(frame) != _quarter_turns(frame):
+                    return True
+                if frame.colorspace not in _MATRICES:
                     return True
                 if clock.skipped or frame.time is None or abs(frame.time - seconds) > 1e-6:
                     return True
@@ -171,6 +185,11 @@ def _rank(stream: Any) -> int:
     pixels = stream.codec_context.width * stream.codec_context.height
     default = bool(stream.disposition & Disposition.default)
     return 100_000_000 * (stream.start_time is not None) + 5_000_000 * default + pixels
+
+
+def _taken_for(matrix: int) -> int:
+    """What a colour matrix that FFmpeg can't convert is shown as, by earlier FFmpegs and players."""
+    return _BT2020 if matrix == _BT2020_CONSTANT else _UNSPECIFIED
 
 
 def _pixel_aspect(stream: Any) -> Fraction:
@@ -253,8 +272,9 @@ def _counts_too_many(container: Any, stream: Any) -> bool:
 
 
 def _check_end(container: Any, stream: Any, clock: Clock) -> None:
-    """Raises BadVideo where a file has been cut, which often just ends: AVI and MP4 declare their frames, others time.
+    """Raises BadVideo where a file has been cut, which often just ends.
 
+    AVI and MP4 declare their frames, ASF its bytes, others their time.
     AVI counts the frames that a capture tool left out, MP4 those that are edited away.
     """
     if stream.frames and clock.packets < stream.frames:
@@ -267,6 +287,8 @@ def _check_end(container: Any, stream: Any, clock: Clock) -> None:
             expected = _stored_frames(stream) or expected
         if clock.packets < expected:
             raise BadVideo(f"truncated: {clock.packets} of {expected} frames are there")
+    if container.format.name == "asf" and (missing := _missing_bytes(container)) > 0:
+        raise BadVideo(f"truncated: its last {missing} bytes are missing")
     declared, slack = _declared_seconds(container)
     there = clock.reach - (0 if _counts_from_zero(container) else _start_seconds(container))
     if declared and not stream.frames and there < declared - slack:
@@ -300,16 +322,30 @@ def _begins_late(container: Any, stream: Any) -> bool:
 
 
 def _missing_bytes(container: Any) -> int:
-    """How many bytes an AVI file lacks of what its header says; negative: it has further parts, or says nothing."""
+    """How many bytes an AVI or ASF file lacks of what its header says; negative: it has further parts, or says nothing.
+
+    One that was written into a pipe says nothing that is true, and lacks 0.
+    """
+    if container.format.name == "asf":
+        head, size = _head(container, _ASF_HEAD)
+        at = head.find(_ASF_PROPERTIES)  # its size, who wrote it, and then the file's size
+        said = int.from_bytes(head[at + 40 : at + 48], "little") if at >= 0 else 0
+        return said - size
+    head, size = _head(container, 8)
+    missing = 8 + int.from_bytes(head[4:], "little") - size
+    # A last byte to make it even may be counted or not.
+    return 0 if abs(missing) <= 1 or head[4:] == _OF_A_PIPE else missing
+
+
+def _head(container: Any, length: int) -> tuple[bytes, int]:
+    """The first bytes of a file, and its size."""
     if container.file is None:
         with open(container.name, "rb") as file:
-            head, size = file.read(8), os.path.getsize(container.name)
-    else:
-        file = container.file.file
-        position = file.tell()  # FFmpeg goes on reading there
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = file.read(8)
-        file.seek(position)
-    missing = 8 + int.from_bytes(head[4:], "little") - size
-    return missing if abs(missing) > 1 else 0  # a last byte to make it even may be counted or not
+            return file.read(length), os.path.getsize(container.name)
+    file = container.file.file
+    position = file.tell()  # FFmpeg goes on reading there
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(length)
+    file.seek(position)
+    return head, size

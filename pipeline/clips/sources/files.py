@@ -15,7 +15,12 @@ from pipeline.clips.sources.base import BadVideo
 from pipeline.storage import FileInfo
 
 # What a frame or a mask may be stored as: by Pillow's name of a format, the suffixes of its files.
-PICTURE_FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "WEBP": (".webp",)}
+PICTURE_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "WEBP": (".webp",),
+}
 _SUFFIXES = tuple(suffix for suffixes in PICTURE_FORMATS.values() for suffix in suffixes)
 _THREADS = 16  # they wait for disks and networks, and hashing releases the GIL
 _A = TypeVar("_A")

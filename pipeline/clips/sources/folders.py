@@ -21,7 +21,7 @@ VIDEO_SUFFIXES = (*FIRST_SUFFIXES, *(f".{suffix}" for suffix in _FURTHER.split()
 _REASONS = {
     "sound alone": "aac ac3 aif aiff alac amr ape au caf dts flac m4a m4b mka mp2 mp3 oga ogg opus spx wav wma wv",
     "a picture of a format that is not read; save it as PNG or JPEG": """arw avif cr2 cr3 dng dpx exr hdr heic heif ico
-        j2k jfif jp2 jxl nef orf pam pbm pcx pfm pgm pnm ppm psd raw rw2 svg tga tif tiff""",
+        j2k jp2 jxl nef orf pam pbm pcx pfm pgm pnm ppm psd raw rw2 svg tga tif tiff""",
     "a camera's preview": "lrf lrv thm",
     "text": """ass csv gpx html idx ini json jsonl log md nfo pdf rst smi srt ssa sub sup toml tsv txt vtt xml xmp yaml
         yml""",
@@ -86,7 +86,9 @@ def choose(root: str, folders: Iterable[tuple[str, Sequence[str]]]) -> Choice:
         ValueError: two videos that would have the same id (`a.mp4` and `a.mkv`).
     """
     listing = [(here, sorted(n for n in names if n and not n.startswith("."))) for here, names in folders]
-    stems = {stem for _, names in listing for name in filter(_is_video, names) for stem in _stems(name)}
+    # A GIF may be a frame itself, and says nothing of frames that have its name elsewhere.
+    videos = [n for _, names in listing for n in names if _is_video(n) and not n.lower().endswith(".gif")]
+    stems = {stem for name in videos for stem in _stems(name)}
     choice = Choice({}, [])
     for here, names in listing:
         reasons = _reasons(here, names, stems)
@@ -110,7 +112,7 @@ def _reasons(here: str, names: Sequence[str], stems: set[str]) -> dict[str, str]
     """Why each file of a folder is no video or frame; empty for those that are.
 
     Args:
-        stems: of all video files below the root.
+        stems: of all video files below the root, but for GIFs.
     """
     videos = {name for name in names if _is_video(name)}
     gifs = {name for name in videos if name.lower().endswith(".gif")}

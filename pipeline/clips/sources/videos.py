@@ -32,7 +32,7 @@ from pipeline.clips.sources.frames import (
     read_images,
 )
 from pipeline.clips.sources.pictures import frame_mark, label_mark
-from pipeline.log import log
+from pipeline.log import log, printable
 from pipeline.storage import FileInfo
 
 READER = "reader 2"  # in the content of videos that the first reader showed otherwise, or could not read
@@ -170,6 +170,10 @@ def _with_masks(frames: FrameIterator, video: VideoRef) -> FrameIterator:
     """Frames with the masks of a folder's label images, one each in order."""
     folder = video.details["masks"]
     names = _images(folder)
+    if not names and (others := storage.list_names(folder)):
+        raise BadVideo(
+            f"its masks are in a format that is not read ({printable(others[0])}, …); save them as PNG"
+        )
     one_object = is_one_object(only_void(_read_labels(folder, name)) for name in names)
     count = 0
     for frame in frames:
