@@ -142,6 +142,7 @@ def test_the_example_is_loaded_and_predicted_on(config, root):
     assert sum(path.stat().st_size for path in (root / "mlartifacts").rglob("*input_example.json")) < 2**17
 
 
+@pytest.mark.usefixtures("not_exported")
 def test_the_description_says_what_it_is(config, root):
     run = student(config, root, "s")
     register_run(config, run, scored(config, root, run, 0.5))
@@ -168,6 +169,7 @@ def test_the_description_says_what_it_is(config, root):
     assert whole.count("Kept up to date") == 1
 
 
+@pytest.mark.usefixtures("not_exported")
 def test_descriptions_follow_scores_and_champions_until_somebody_edits_them(config, root):
     client = mlflow.MlflowClient()
     first, second, third = (student(config, root, name) for name in ("first", "second", "third"))
@@ -195,6 +197,7 @@ def test_descriptions_follow_scores_and_champions_until_somebody_edits_them(conf
     assert "| 70.0 |" in client.get_model_version("slotmatch", "1").description
 
 
+@pytest.mark.usefixtures("not_exported")
 def test_registering_again_makes_nothing_twice(config, root):
     run = student(config, root, "s")
     evaluation = scored(config, root, run, 0.5)
@@ -217,6 +220,7 @@ def _fails(*_, **__):
     raise MlflowException("API request to /api/2.0/mlflow/logged-models failed with error code 404 != 200")
 
 
+@pytest.mark.usefixtures("not_exported")
 @pytest.mark.fault("a server without logged models", "register", "registered, said; later it gets what lacks")
 def test_a_server_without_logged_models_registers_all_the_same(config, root, monkeypatch, capfd):
     client = mlflow.MlflowClient()
@@ -244,6 +248,7 @@ def test_a_server_without_logged_models_registers_all_the_same(config, root, mon
     assert len(list((root / "mlartifacts").rglob("model.safetensors"))) == 1
 
 
+@pytest.mark.usefixtures("not_exported")
 @pytest.mark.parametrize(
     "call", ["log_inputs", "finalize_logged_model", "update_model_version", "log_outputs"]
 )
@@ -262,6 +267,7 @@ def test_a_record_that_fails_does_not_cost_the_version(call, config, root, monke
     assert version.description
 
 
+@pytest.mark.usefixtures("not_exported")
 def test_the_lineage_reads_what_mlflow_holds(config, root):
     run = student(config, root, "s")
     register_run(config, run, scored(config, root, run, 0.5))

@@ -38,6 +38,7 @@ from pipeline.registry.stage import pull, register_run
 from pipeline.tracking import client as mlflow_client
 from pipeline.tracking.client import ServerUnavailable
 
+pytestmark = pytest.mark.usefixtures("not_exported")
 CHAMPION = "models:/slotmatch@champion"
 
 
