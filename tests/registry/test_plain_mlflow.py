@@ -35,6 +35,7 @@ def config(tmp_path, monkeypatch, new_database):
     config = resolve_config({}, [f"storage.root={tmp_path / 'root'}", "mlflow.weights_licence=CC-BY-4.0"])
     (tmp_path / "root").mkdir()
     shutil.copy(new_database, tmp_path / "root")
+    mlflow.set_tracking_uri(None)  # which an earlier test may have set
     monkeypatch.setenv("MLFLOW_TRACKING_URI", config.tracking_uri)
     yield config
     mlflow.set_tracking_uri(None)
