@@ -22,7 +22,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.distill.checkpoint import CHECKPOINT_FOLDER
 from pipeline.distill.stage import run_files
 from pipeline.log import Progress, log
-from pipeline.registry.needed import Known, ask_mlflow, mark
+from pipeline.registry.needed import Known, Marked, ask_mlflow, mark
 from pipeline.registry.stock import KINDS, Folder, Spared, Stock, places_of, take_stock
 from pipeline.registry.uploads import delete_upload, delete_version, find_uploads
 from pipeline.tracking.client import ServerUnavailable
@@ -148,7 +148,7 @@ class _Pruning:
             if folder.place not in marked.reasons:
                 items.append(self._folder(folder, _why(folder)))
             elif not folder.holder():
-                items += self._parts(folder)
+                items += self._parts(folder, marked)
         if not marked.at_work:
             for folder in self.stock.ray:
                 if not _young(max(self.older_than, TEMPORARY_DAYS), folder.changed):
@@ -160,7 +160,7 @@ class _Pruning:
         kind = RAY if folder.kind == "ray" else folder.kind
         return Item(kind, folder.uri, folder.size, folder.changed, reason, delete)
 
-    def _parts(self, folder: Folder) -> Iterator[Item]:
+    def _parts(self, folder: Folder, marked: Marked) -> Iterator[Item]:
         """Of a folder that stays: what was left in it when its job ended."""
         for file in folder.files:
             limit = max(self.older_than, TEMPORARY_DAYS)
@@ -174,7 +174,8 @@ class _Pruning:
         finished = folder.kind in ("students", "teachers") and folder.complete
         # Where the model has lost a file, the last checkpoint is what it is made from again.
         whole = finished and set(run_files(folder.uri)) <= folder.names
-        if whole and steps and not _young(self.older_than, folder.changed):
+        used = marked.needs_checkpoints(folder)
+        if whole and steps and not used and not _young(self.older_than, folder.changed):
             uri, size = storage.join(folder.uri, CHECKPOINT_FOLDER), sum(file.size for file in steps)
             changed, reason = max(file.changed for file in steps), "of a finished run, which has its model"
             yield Item(CHECKPOINTS, uri, size, changed, reason, partial(_delete_checkpoints, folder, uri))

@@ -307,6 +307,31 @@ def test_checkpoints_of_finished_runs_go_and_the_model_stays(world):
     assert storage.exists(storage.join(own, "checkpoints", "step_1", "w"))
 
 
+@pytest.mark.parametrize("user", ["targets", "evaluation", "config", "job"])
+def test_a_checkpoint_that_is_used_as_a_model_stays(world, user):
+    good = world.at("teachers/good")
+    step = storage.join(good, "checkpoints", "step_00000001")
+    storage.write_bytes(storage.join(step, "model.safetensors"), b"x")
+    checkpoints = storage.join(good, "checkpoints").removeprefix(f"{world.root}/")
+    assert checkpoints in world.prune()[1]
+    own = ()
+    if user == "targets":
+        targets = world.at("targets/good")
+        storage.publish(targets, {**storage.read_manifest(targets), "teacher_uri": step})
+    elif user == "evaluation":
+        runs = (tracking.experiment_id(world.config), world.at("evaluations/seen"))
+        client = tracking.connect(world.config)
+        (run,) = client.search_runs([runs[0]], tracking.tag_filter(runs[1]))
+        client.set_tag(run.info.run_id, "model_uri", step)
+    elif user == "config":
+        own = (step,)
+    else:
+        job = world.at("students/job")
+        storage.write_json(storage.join(job, "inputs.json"), [step])
+        own = (job,)
+    assert checkpoints not in world.prune(*own)[1]
+
+
 def test_a_run_that_lost_its_model_keeps_the_checkpoint_that_it_is_made_from_again(world):
     best = world.at("students/best")
     storage.write_bytes(storage.join(best, "checkpoints", "step_00000001", "optimizer.pt"), b"x")
