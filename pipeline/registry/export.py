@@ -37,7 +37,7 @@ def export(
     folder: str,
     *,
     video: str | None = None,
-    hints: CheckpointHints = CheckpointHints(),
+    hints: CheckpointHints | None = None,
 ) -> dict[str, Any]:
     """Writes `model.onnx`, `model_fp16.onnx`, `model_int8.onnx`, `model.pt2` and `export.json` into a folder.
 
@@ -46,7 +46,7 @@ def export(
         name: what the user calls the model.
         folder: local or remote; files of an earlier export there are replaced, once all are made.
         video: what the forms are compared on, a generated video by default.
-        hints: what a public file does not tell, which `model` was loaded with.
+        hints: what a public file does not tell, which `model` was loaded with; None: the config's.
 
     Raises:
         ExportError: a model that can't be exported, or is an exported one; or a form in fp32 that computes something
@@ -92,16 +92,15 @@ def _write(model: SlotModel, scratch: Path, name: str, chunks: list[np.ndarray])
 
 
 def _score(
-    config: Config, name: str, hints: CheckpointHints, target: str, forms: dict[str, dict[str, Any]]
+    config: Config, name: str, hints: CheckpointHints | None, target: str, forms: dict[str, dict[str, Any]]
 ) -> None:
     """Adds each form's scores on the config's evaluation split, and prints them below the model's own."""
     check_not_moved(config)
     artifacts = artifacts_of(config)
     clips = open_clips(artifacts.evaluation_clips)
     own = next(iter(named_model(with_overrides(config, {"evaluate.model": name})).values()))
-    subjects = {"PyTorch": replace(own, hints=hints)} | {
-        file: Subject(model_uri=storage.join(target, file)) for file in forms
-    }
+    own = own if hints is None else replace(own, hints=hints)
+    subjects = {"PyTorch": own} | {file: Subject(model_uri=storage.join(target, file)) for file in forms}
     results = score_subjects(artifacts, clips, subjects)
     for file, form in forms.items():
         form["scores"] = {score: results[file].scores[score] for score in SCORES}

@@ -409,9 +409,16 @@ def test_versions_that_no_alias_names_go_where_that_is_asked_for(world, tmp_path
 def test_the_files_of_a_version_that_was_deleted_go(world, tmp_path):
     register_run(world.config, world.at("students/old"), None)
     client = tracking.connect(world.config)
+    version = client.get_model_version("slotmatch", "2")
+    client.create_registered_model("somebody's own")
+    client.create_model_version("somebody's own", version.source)
     client.delete_model_version("slotmatch", "2")
+    assert "models in MLflow" not in world.prune(world.at("students/old"))[0]["kinds"], "a version has it"
+    client.delete_registered_model("somebody's own")
     found, _ = world.prune(world.at("students/old"), delete=True)
     assert found["kinds"]["models in MLflow"]["items"] == 1
+    model = client.get_logged_model(version.tags["logged_model"])
+    assert model.tags["mlflow.modelVersions"] == "[]"
     pull(CHAMPION, tmp_path / "pulled", world.config.tracking_uri)
     assert register_run(world.config, world.at("students/old"), None)["version"] == 3, "it may come back"
     pull("models:/slotmatch/3", tmp_path / "again", world.config.tracking_uri)
