@@ -1,13 +1,14 @@
 """Stage `prune`: what nothing needs any more, listed with its size, and deleted where that is asked for.
 
-It marks what is needed (`needed`) and lists the rest. Before each kind is deleted everything is marked again, and
-before each folder its lease and its files are looked at again. A folder loses its manifest first, under a lease of
-this job: nobody takes a half-deleted one for whole, and whoever wants to make it again waits for the end. Whatever is
-interrupted goes on when the same command is given again.
+It marks what is needed (`needed`) and lists the rest. Before each kind is deleted, and again while that takes long,
+everything is marked anew; before each folder its lease and its files are looked at again. A folder loses its
+manifest first, under a lease of this job: nobody takes a half-deleted one for whole, and whoever wants to make it again
+waits for the end. Whatever is interrupted goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -30,6 +31,8 @@ from pipeline.tracking.client import ServerUnavailable
 DAY = 86400.0  # seconds
 TEMPORARY_DAYS = 1.0  # since a temporary file was written, before it counts as left behind
 SHOWN = 100  # items in the summary
+PLAN_HOLDS = 30.0  # seconds, after which everything is marked again,
+PLAN_SHARE = 0.1  # of all time, which marking shall not exceed
 VERSIONS, MODELS, TEMPORARY, CHECKPOINTS, RAY = (
     "registered versions",
     "models in MLflow",
@@ -218,8 +221,13 @@ def _delete(plan: Sequence[Item], work: _Pruning) -> tuple[list[Item], dict[str,
     with Progress("prune", len(plan), "items") as progress:
         for kind in ORDER:
             listed = [item.path for item in plan if item.kind == kind]
-            now = {item.path: item for item in work.plan()} if listed else {}
+            stale_at = -math.inf
             for path in listed:
+                if time.monotonic() >= stale_at:
+                    began = time.monotonic()
+                    now = {item.path: item for item in work.plan()}
+                    ended = time.monotonic()
+                    stale_at = ended + max(PLAN_HOLDS, (ended - began) / PLAN_SHARE)
                 try:
                     if path not in now:
                         raise Spared("it is needed now, or gone")

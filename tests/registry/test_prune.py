@@ -263,6 +263,28 @@ def test_a_job_that_begins_after_the_listing_is_noticed(world, monkeypatch):
     assert storage.exists(storage.join(world.at("students/stopped"), "checkpoints", "step_1", "w"))
 
 
+def test_what_a_job_begins_to_read_while_others_are_deleted_stays(world, monkeypatch):
+    world.clips("older")
+    monkeypatch.setattr(stage, "PLAN_HOLDS", 0.0)
+    monkeypatch.setattr(stage, "PLAN_SHARE", float("inf"))
+    delete, begun = stage._delete_folder, []
+
+    def then_a_job_begins(folder):
+        delete(folder)
+        if folder.kind == "clips" and not begun:
+            job = world.at("students/new")
+            begun.append("older" if folder.uri == world.at("clips/old") else "old")
+            storage.write_json(storage.join(job, "inputs.json"), [world.at(f"clips/{begun[0]}")])
+            begun.append(lease(job, "distill"))
+            begun[1].__enter__()
+
+    monkeypatch.setattr(stage, "_delete_folder", then_a_job_begins)
+    found, _ = world.prune(delete=True)
+    begun[1].__exit__(None, None, None)
+    assert storage.is_complete(world.at(f"clips/{begun[0]}"))
+    assert world.at(f"clips/{begun[0]}") in found["spared"]
+
+
 def test_what_is_registered_after_the_listing_stays(world, monkeypatch):
     plan = stage._Pruning.plan
     student = world.at("students/old")
