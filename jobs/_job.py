@@ -11,6 +11,7 @@ from pipeline.config.fields import PositiveInt
 from pipeline.config.models import Colour, PositiveColour, SlotCount
 
 if TYPE_CHECKING:
+    from pipeline.models import CheckpointHints
     from pipeline.models.exported import Segmenter
 
 
@@ -69,18 +70,22 @@ class PublicFile(Section):
     std: PositiveColour = (0.229, 0.224, 0.225)
     """that a public file normalises with, where it is not ImageNet's"""
 
+    def hints(self) -> CheckpointHints:
+        from pipeline.models import CheckpointHints
+
+        return CheckpointHints(self.num_heads, self.num_slots, self.mean, self.std)
+
     def load(self, model: str, tracking_uri: str) -> Segmenter:
         """The model that a word names.
 
         Raises:
             ConfigError: a public file of which more has to be said.
         """
-        from pipeline.models import CheckpointHints, HintError
+        from pipeline.models import HintError
         from pipeline.tracking.versions import load_named
 
-        hints = CheckpointHints(self.num_heads, self.num_slots, self.mean, self.std)
         try:
-            return load_named(model, hints, tracking_uri)
+            return load_named(model, self.hints(), tracking_uri)
         except HintError as error:
             raise ConfigError(str(error)) from None
 

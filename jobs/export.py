@@ -22,7 +22,7 @@ def export(config: Config, model: str, folder: str, settings: Settings) -> dict[
     from pipeline.registry import export as stage
 
     loaded = settings.load(model, config.tracking_uri)
-    return stage.export(config, loaded, model, folder, video=settings.video)
+    return stage.export(config, loaded, model, folder, video=settings.video, hints=settings.hints())
 
 
 JOB = Job(

@@ -26,8 +26,10 @@ def decode(slots_MND: Tensor, pos_emb_PD: Tensor, linears: Sequence[nn.Linear]) 
     The products are computed in the type of autocast where that is on; masks, sums over slots and the sums of
     gradients over tiles in float32 at least.
     """
-    parameters = [p for linear in linears for p in (linear.weight, linear.bias)]
-    return _Decode.apply(slots_MND, pos_emb_PD, *parameters)
+    inputs = [slots_MND, pos_emb_PD, *(p for linear in linears for p in (linear.weight, linear.bias))]
+    if not torch.is_grad_enabled():  # a function of autograd sees only what the tensors themselves say
+        inputs = [one.detach() for one in inputs]
+    return _Decode.apply(*inputs)
 
 
 class _Layers:

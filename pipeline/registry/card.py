@@ -24,6 +24,7 @@ from pipeline.evaluate.scoring import SCORES, TITLES
 from pipeline.evaluate.table import one_decimal, plural
 from pipeline.tracking.client import optional
 
+EXPORTED_TAG = "exported"  # of a version that needs nothing of ours: its exported form's file
 _MAX_LETTERS = 5000  # of a description, in MLflow's database
 _SIGNATURE = re.compile(
     r"\n\n\*Kept up to date by slotmatch until somebody edits it \(([0-9a-f]{16})\)\.\*\Z"
@@ -110,14 +111,14 @@ def _beside(config: Config, scored: EvaluationManifest) -> _Scores:
 # --- the text -------------------------------------------------------------------------------------
 
 
-def version_card(facts: Facts, model: str, version: str) -> str:
-    """The description of a version."""
+def version_card(facts: Facts, model: str, version: str, *, exported: bool) -> str:
+    """The description of a version; `exported`: whether it has its exported form."""
     uri = f"models:/{model}/{version}"
     parts = [
         _what(facts),
         _made_from(facts),
         _score_table(facts),
-        _loading(uri),
+        _loading(uri, exported),
         _licence(facts),
         _limits(facts),
     ]
@@ -212,17 +213,29 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else one_decimal(100 * value)
 
 
-def _loading(uri: str) -> str:
+def _loading(uri: str, exported: bool) -> str:
+    if exported:
+        needs = "In Python it needs MLflow, numpy and onnxruntime."
+        files = "safetensors, a config, model.onnx"
+    else:
+        needs = (
+            "In Python it needs MLflow, PyTorch, timm and safetensors. The code that runs it is stored with it, as the "
+            "package `pipeline`: no other module of that name may be on the path."
+        )
+        files = "safetensors, a config"
     return f"""## Load it
+
+{needs} URI is this registry's.
 
 ```python
 import mlflow
 
+mlflow.set_tracking_uri("URI")
 labels = mlflow.pyfunc.load_model("{uri}").predict(frames)  # (T, H, W, 3) uint8 -> (T, H, W) uint8
 ```
 
 ```sh
-slotmatch pull {uri} DIR mlflow.tracking_uri=URI    # safetensors and a config
+slotmatch pull {uri} DIR mlflow.tracking_uri=URI    # {files}
 slotmatch segment VIDEO model={uri} out=DIR mlflow.tracking_uri=URI    # an overlay video, label maps
 ```"""
 
@@ -254,7 +267,9 @@ def _inline(text: str) -> str:
 
 def describe_version(client: Any, name: str, version: str, facts: Facts) -> None:
     """Writes a version's card, unless somebody has written something else."""
-    text, known = version_card(facts, name, version), client.get_model_version(name, version).description
+    registered = client.get_model_version(name, version)
+    text = version_card(facts, name, version, exported=EXPORTED_TAG in registered.tags)
+    known = registered.description
     if may_write(known) and text != known:
         client.update_model_version(name, version, text)
 

@@ -4,7 +4,7 @@ the model and, where there are masks to score against, its scores."""
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import Subject, named_model
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
-from pipeline.models import SlotModel
+from pipeline.models import CheckpointHints, SlotModel
 from pipeline.models.export import ExportError, check, describe, difference, trace, write_onnx, write_pt2
 from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
 from pipeline.models.precisions import write_half, write_int8
@@ -31,7 +31,13 @@ ABOUT_FILE = "export.json"
 
 
 def export(
-    config: Config, model: Segmenter, name: str, folder: str, *, video: str | None = None
+    config: Config,
+    model: Segmenter,
+    name: str,
+    folder: str,
+    *,
+    video: str | None = None,
+    hints: CheckpointHints | None = None,
 ) -> dict[str, Any]:
     """Writes `model.onnx`, `model_fp16.onnx`, `model_int8.onnx`, `model.pt2` and `export.json` into a folder.
 
@@ -40,6 +46,7 @@ def export(
         name: what the user calls the model.
         folder: local or remote; files of an earlier export there are replaced, once all are made.
         video: what the forms are compared on, a generated video by default.
+        hints: what a public file does not tell, which `model` was loaded with; None: the config's.
 
     Raises:
         ExportError: a model that can't be exported, or is an exported one; or a form in fp32 that computes something
@@ -58,7 +65,7 @@ def export(
     # Again after the scores: to have made the files is worth something where scoring fails.
     storage.write_json(storage.join(target, ABOUT_FILE), {**about, "forms": forms})
     if config.evaluate.split is not None:
-        _score(config, name, target, forms)
+        _score(config, name, hints, target, forms)
         storage.write_json(storage.join(target, ABOUT_FILE), {**about, "forms": forms})
     return {"uri": target, "model": name, "frames_compared": sum(map(len, chunks)), "forms": forms}
 
@@ -84,12 +91,15 @@ def _write(model: SlotModel, scratch: Path, name: str, chunks: list[np.ndarray])
     return forms
 
 
-def _score(config: Config, name: str, target: str, forms: dict[str, dict[str, Any]]) -> None:
+def _score(
+    config: Config, name: str, hints: CheckpointHints | None, target: str, forms: dict[str, dict[str, Any]]
+) -> None:
     """Adds each form's scores on the config's evaluation split, and prints them below the model's own."""
     check_not_moved(config)
     artifacts = artifacts_of(config)
     clips = open_clips(artifacts.evaluation_clips)
     own = next(iter(named_model(with_overrides(config, {"evaluate.model": name})).values()))
+    own = own if hints is None else replace(own, hints=hints)
     subjects = {"PyTorch": own} | {file: Subject(model_uri=storage.join(target, file)) for file in forms}
     results = score_subjects(artifacts, clips, subjects)
     for file, form in forms.items():

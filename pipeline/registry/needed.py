@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import tracking
 from pipeline.artifacts.manifests import RunManifest
 from pipeline.config import Config
+from pipeline.distill.checkpoint import CHECKPOINT_FOLDER
 from pipeline.evaluate.records import ROLE
 from pipeline.registry.stage import CHAMPION
 from pipeline.registry.stock import Folder, Stock, places_of, read_manifests
@@ -81,6 +82,11 @@ class Marked:
 
     reasons: dict[str, str]
     at_work: bool  # whether any job is
+    named: frozenset[str]  # all that a reason names, those of checkpoints too
+
+    def needs_checkpoints(self, folder: Folder) -> bool:
+        """Whether one of a run's checkpoints is used as a model, such as a teacher."""
+        return f"{folder.place}/{CHECKPOINT_FOLDER}" in self.named
 
 
 def mark(stock: Stock, known: Known, own: Iterable[str], *, young: Callable[[float], bool]) -> Marked:
@@ -107,19 +113,22 @@ def mark(stock: Stock, known: Known, own: Iterable[str], *, young: Callable[[flo
     roots.append(("it was changed lately", [f.place for f in folders if young(f.changed)]))
     roots.append(("it is a link to another place", stock.links))
     reasons: dict[str, str] = {}
+    named: set[str] = set()
     for reason, places in roots:
-        for place in sorted(stock.matching(places)):
+        named |= (here := set(places))
+        for place in sorted(stock.matching(here)):
             reasons.setdefault(place, reason)
-    _close(stock, reasons)
-    return Marked(reasons, bool(holders))
+    _close(stock, reasons, named)
+    return Marked(reasons, bool(holders), frozenset(named))
 
 
-def _close(stock: Stock, reasons: dict[str, str]) -> None:
+def _close(stock: Stock, reasons: dict[str, str], named: set[str]) -> None:
     """Adds what the needed folders are made of, and so on."""
     left = list(reasons)
     while left:
         place = left.pop()
-        for below in stock.matching(stock.folders[place].made_of()):
+        named |= (made_of := stock.folders[place].made_of())
+        for below in stock.matching(made_of):
             if below not in reasons:
                 reasons[below] = f"{place} is made of it"
                 left.append(below)

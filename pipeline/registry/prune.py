@@ -1,13 +1,14 @@
 """Stage `prune`: what nothing needs any more, listed with its size, and deleted where that is asked for.
 
-It marks what is needed (`needed`) and lists the rest. Before each kind is deleted everything is marked again, and
-before each folder its lease and its files are looked at again. A folder loses its manifest first, under a lease of
-this job: nobody takes a half-deleted one for whole, and whoever wants to make it again waits for the end. Whatever is
-interrupted goes on when the same command is given again.
+It marks what is needed (`needed`) and lists the rest. Before each kind is deleted, and again while that takes long,
+everything is marked anew; before each folder its lease and its files are looked at again. A folder loses its
+manifest first, under a lease of this job: nobody takes a half-deleted one for whole, and whoever wants to make it again
+waits for the end. Whatever is interrupted goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -22,7 +23,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.distill.checkpoint import CHECKPOINT_FOLDER
 from pipeline.distill.stage import run_files
 from pipeline.log import Progress, log
-from pipeline.registry.needed import Known, ask_mlflow, mark
+from pipeline.registry.needed import Known, Marked, ask_mlflow, mark
 from pipeline.registry.stock import KINDS, Folder, Spared, Stock, places_of, take_stock
 from pipeline.registry.uploads import delete_upload, delete_version, find_uploads
 from pipeline.tracking.client import ServerUnavailable
@@ -30,6 +31,8 @@ from pipeline.tracking.client import ServerUnavailable
 DAY = 86400.0  # seconds
 TEMPORARY_DAYS = 1.0  # since a temporary file was written, before it counts as left behind
 SHOWN = 100  # items in the summary
+PLAN_HOLDS = 30.0  # seconds, after which everything is marked again,
+PLAN_SHARE = 0.1  # of all time, which marking shall not exceed
 VERSIONS, MODELS, TEMPORARY, CHECKPOINTS, RAY = (
     "registered versions",
     "models in MLflow",
@@ -148,7 +151,7 @@ class _Pruning:
             if folder.place not in marked.reasons:
                 items.append(self._folder(folder, _why(folder)))
             elif not folder.holder():
-                items += self._parts(folder)
+                items += self._parts(folder, marked)
         if not marked.at_work:
             for folder in self.stock.ray:
                 if not _young(max(self.older_than, TEMPORARY_DAYS), folder.changed):
@@ -160,7 +163,7 @@ class _Pruning:
         kind = RAY if folder.kind == "ray" else folder.kind
         return Item(kind, folder.uri, folder.size, folder.changed, reason, delete)
 
-    def _parts(self, folder: Folder) -> Iterator[Item]:
+    def _parts(self, folder: Folder, marked: Marked) -> Iterator[Item]:
         """Of a folder that stays: what was left in it when its job ended."""
         for file in folder.files:
             limit = max(self.older_than, TEMPORARY_DAYS)
@@ -174,7 +177,8 @@ class _Pruning:
         finished = folder.kind in ("students", "teachers") and folder.complete
         # Where the model has lost a file, the last checkpoint is what it is made from again.
         whole = finished and set(run_files(folder.uri)) <= folder.names
-        if whole and steps and not _young(self.older_than, folder.changed):
+        used = marked.needs_checkpoints(folder)
+        if whole and steps and not used and not _young(self.older_than, folder.changed):
             uri, size = storage.join(folder.uri, CHECKPOINT_FOLDER), sum(file.size for file in steps)
             changed, reason = max(file.changed for file in steps), "of a finished run, which has its model"
             yield Item(CHECKPOINTS, uri, size, changed, reason, partial(_delete_checkpoints, folder, uri))
@@ -217,8 +221,13 @@ def _delete(plan: Sequence[Item], work: _Pruning) -> tuple[list[Item], dict[str,
     with Progress("prune", len(plan), "items") as progress:
         for kind in ORDER:
             listed = [item.path for item in plan if item.kind == kind]
-            now = {item.path: item for item in work.plan()} if listed else {}
+            stale_at = -math.inf
             for path in listed:
+                if time.monotonic() >= stale_at:
+                    began = time.monotonic()
+                    now = {item.path: item for item in work.plan()}
+                    ended = time.monotonic()
+                    stale_at = ended + max(PLAN_HOLDS, (ended - began) / PLAN_SHARE)
                 try:
                     if path not in now:
                         raise Spared("it is needed now, or gone")

@@ -26,7 +26,8 @@ from pipeline.evaluate.subjects import finished_student, student_subject
 from pipeline.log import log
 from pipeline.models.backbone import check_finite, read_state_dict
 from pipeline.models.checkpoints import WEIGHTS_FILE
-from pipeline.registry.card import describe_model
+from pipeline.models.exported import ONNX_FILE
+from pipeline.registry.card import EXPORTED_TAG, describe_model
 from pipeline.registry.example import input_example
 from pipeline.registry.lock import registry_lock
 from pipeline.registry.pack import model_arguments
@@ -115,7 +116,8 @@ def _register(
     recorded = record(config, client, run_id, manifest, evaluation, known.tags if known else {})
     tags |= recorded.tags
     if known is None:  # uploads keep nobody else waiting
-        source = _upload(client, run_uri, recorded)
+        source, forms = _upload(client, run_uri, recorded)
+        tags |= forms
     champion, reason = False, "it does not contend for the alias"
     with registry_lock(client, name) as client:
         known = _version_of_run(client, name, run_uri)
@@ -182,19 +184,23 @@ def _set_tags(client: Any, version: Any, tags: Mapping[str, str]) -> None:
             client.set_model_version_tag(version.name, version.version, key, value)
 
 
-def _upload(client: Any, run_uri: str, recorded: Recorded) -> str:
-    """Sends what a version consists of to MLflow; returns where it is: with the logged model, else with the run."""
+def _upload(client: Any, run_uri: str, recorded: Recorded) -> tuple[str, dict[str, str]]:
+    """Sends what a version consists of to MLflow.
+
+    Returns where it is, with the logged model or else with the run, and the version's tags that say in which form.
+    """
     with tempfile.TemporaryDirectory() as scratch, slow_transfers():
         config_file = Path(scratch) / "config.yaml"
         config_file.write_bytes(storage.read_bytes(storage.join(run_uri, "config.yaml")))
         client.log_artifact(recorded.run_id, str(config_file))
         packed = Path(scratch) / "packed"
         _pack(storage.join(run_uri, MODEL_FOLDER), packed)
+        forms = {EXPORTED_TAG: ONNX_FILE} if list(packed.rglob(ONNX_FILE)) else {}
         client.set_tag(recorded.run_id, UPLOAD_TAG, storage.timestamp())
         if recorded.model is not None:
-            return store_files(client, recorded.model, packed)
+            return store_files(client, recorded.model, packed), forms
         client.log_artifacts(recorded.run_id, str(packed), MODEL_ARTIFACT)
-    return f"{client.get_run(recorded.run_id).info.artifact_uri}/{MODEL_ARTIFACT}"
+    return f"{client.get_run(recorded.run_id).info.artifact_uri}/{MODEL_ARTIFACT}", forms
 
 
 def _pack(model_uri: str, folder: Path) -> None:

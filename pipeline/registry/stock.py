@@ -27,6 +27,7 @@ from pipeline.artifacts.manifests import (
 from pipeline.artifacts.once import INPUTS_FILE, LEASE_FILE, held_by
 from pipeline.clips.table import SOURCES_FILE
 from pipeline.config import ConfigError
+from pipeline.distill.checkpoint import CHECKPOINT_FOLDER
 from pipeline.storage import FileInfo
 
 # What a folder of each kind may be made of. What depends comes before what it depends on.
@@ -69,7 +70,14 @@ def place_of(uri: str) -> str | None:
 
 
 def places_of(uris: Iterable[str | None]) -> set[str]:
-    return {place for uri in uris if uri and (place := place_of(uri))}
+    """The places that paths lead to or into, and those of checkpoints, `students/0123456789abcdef/checkpoints`."""
+    found = set()
+    for uri in uris:
+        if uri and (place := place_of(uri)):
+            found.add(place)
+            if f"{place}/{CHECKPOINT_FOLDER}/" in uri:
+                found.add(f"{place}/{CHECKPOINT_FOLDER}")
+    return found
 
 
 def any_of(*kinds: str) -> set[str]:

@@ -17,7 +17,7 @@ from pipeline.registry.needed import Known
 from pipeline.registry.stage import MODEL_ARTIFACT, UPLOAD_TAG
 from pipeline.registry.stock import Spared
 from pipeline.tracking.client import optional, patiently
-from pipeline.tracking.logged import EXTERNAL_TAG, find_model
+from pipeline.tracking.logged import EXTERNAL_TAG, VERSIONS_TAG, find_model
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,15 @@ class Upload:
 def find_uploads(config: Config, known: Known, root: str) -> Iterator[Upload]:
     """Those of students below `root` that no version has: it was deleted, was never made, or is to go."""
     registered = {version.run_id for version in known.versions}
+    sources = {version.source for version in known.versions}  # somebody's own version may name no run
     for run in known.runs:
         tags = run.data.tags
         own = tags.get(tracking.RUN_TAG, "").startswith(f"{root.rstrip('/')}/")
         if not own or tags.get("role") != "student" or run.info.run_id in registered:
             continue
         for uri, model_id in _places(config, run):
+            if sources & {uri, f"{uri}/", f"models:/{model_id}"}:
+                continue
             files = patiently(config.tracking_uri, partial(_sizes, uri, config))
             if files:
                 yield Upload(run.info.run_id, model_id, uri, config.tracking_uri, sum(files), _changed(run))
@@ -90,7 +93,7 @@ def delete_upload(client: Any, upload: Upload) -> None:
     repository = _repository(posixpath.dirname(upload.uri), upload.tracking_uri)
     repository.delete_artifacts(posixpath.basename(upload.uri))
     if upload.model_id is not None:  # its record stays, as of the model in the run's folder
-        client.set_logged_model_tags(upload.model_id, {EXTERNAL_TAG: "true"})
+        client.set_logged_model_tags(upload.model_id, {EXTERNAL_TAG: "true", VERSIONS_TAG: "[]"})
 
 
 def delete_version(client: Any, version: Any) -> None:

@@ -53,6 +53,7 @@ def test_what_is_no_video_is_named_with_the_reason(place, capsys):
 
 def test_nothing_is_said_where_nothing_is_left_out(place, capsys):
     write(place, "a.mp4", "frames/1.png", "frames/2.png", "masks/a/0.png")
+    storage.publish(str(place), {"kind": "generated"})
     assert left_out(place, capsys) == ""
     assert ids(place) == ["a", "frames"]
 

@@ -10,6 +10,8 @@ from layouts import write_davis
 from places import GOLDEN, ROOT
 from tiny_models import tiny_model
 
+from jobs._main import run as run_job
+from jobs.export import JOB
 from pipeline import line, storage
 from pipeline.artifacts.identity import Artifact, Artifacts
 from pipeline.clips.library import artifacts_of
@@ -224,6 +226,20 @@ def test_every_form_of_an_exported_model_is_scored(shared_tiny, local_ray, tmp_p
     assert set(files) == {"model.onnx", "model.pt2", "model_fp16.onnx", "model_int8.onnx"}
     again = evaluate(with_overrides(config, {"evaluate.model": str(tmp_path / "out")}))
     assert again["scores"].items() >= files["model.onnx"].items(), "a folder of exports is its fp32 ONNX file"
+
+
+@pytest.mark.slow
+def test_a_public_file_is_exported_and_scored_with_what_was_said_of_it(shared_tiny, local_ray, tmp_path):
+    """Its heads and slots are in the words of `export`, and not in the config."""
+    config = shared_tiny("evaluate.baselines=false", "storage.root=" + str(tmp_path / "root"))
+    shard(config)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    words = [str(GOLDEN / "videosaur_tiny.ckpt"), str(tmp_path / "out"), str(tmp_path / "config.yaml")]
+    assert run_job(JOB, [*words, "num_heads=3", "num_slots=4", "mean=[0.4,0.4,0.4]"]) == 0
+    forms = storage.read_json(str(tmp_path / "out" / "export.json"))["forms"]
+    own = next(record for record in find_records(config) if record.name == "PyTorch")
+    assert own.hints == CheckpointHints(3, 4, (0.4, 0.4, 0.4))
+    assert forms["model.onnx"]["scores"] == pytest.approx({s: own.scores[s] for s in SCORES}, abs=1e-3)
 
 
 def test_training_validates_with_the_code_of_evaluate(shared_tiny, local_ray):

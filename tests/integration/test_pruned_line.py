@@ -94,13 +94,14 @@ def test_a_superseded_version_leaves_a_server_with_its_files(tiny, tmp_path, mlf
     for run_uri, score in zip(runs, (0.5, 0.4), strict=True):
         register_run(config, run_uri, evaluation(score))
     client = tracking.connect(config)
-    files = {v.version: v.run_id for v in client.search_model_versions("name = 'pruned'")}
+    models = {v.version: v.tags["logged_model"] for v in client.search_model_versions("name = 'pruned'")}
+    assert all(map(client.list_logged_model_artifacts, models.values()))
     found = prune_now(config, lambda config: runs, delete=True, older_than=0, versions=True)
     assert {kind: n["items"] for kind, n in found["kinds"].items()} == {
         "registered versions": 1,
         "models in MLflow": 1,
     }
     assert [v.version for v in client.search_model_versions("name = 'pruned'")] == ["1"]
-    assert client.list_artifacts(files["1"], "model")
-    assert not client.list_artifacts(files["2"], "model")
+    assert client.list_logged_model_artifacts(models["1"])
+    assert not client.list_logged_model_artifacts(models["2"])
     pull("models:/pruned@champion", tmp_path / "pulled", config.tracking_uri)

@@ -296,6 +296,18 @@ def test_the_tiled_decoder_under_autocast():
     assert tiled[0].dtype == fast[0].dtype == torch.bfloat16
 
 
+def test_the_tiled_decoder_keeps_no_hidden_layer_where_no_gradient_is_asked_for():
+    """Of many frames it takes hardly more memory than of one tile's."""
+    decoder = MLPDecoder(num_patches=64, slot_size=8, feature_size=8, hidden_sizes=(256, 256, 256))
+    slots = torch.randn(64, 5, 8)
+    whole = 64 * 5 * 64 * 256 * 4  # bytes of one hidden layer
+    for block, kept in ((torch.no_grad, False), (torch.inference_mode, False), (torch.enable_grad, True)):
+        with block(), torch.profiler.profile(profile_memory=True) as profile:
+            decoder(slots)
+        largest = max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::empty")
+        assert (largest >= whole) is kept
+
+
 def test_the_tiled_decoder_trains_slots_through_frozen_weights():
     """As reconstruction KD does."""
     decoder = MLPDecoder(num_patches=9, slot_size=8, feature_size=12, hidden_sizes=(32, 32)).requires_grad_(

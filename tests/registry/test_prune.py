@@ -264,6 +264,28 @@ def test_a_job_that_begins_after_the_listing_is_noticed(world, monkeypatch):
     assert storage.exists(storage.join(world.at("students/stopped"), "checkpoints", "step_1", "w"))
 
 
+def test_what_a_job_begins_to_read_while_others_are_deleted_stays(world, monkeypatch):
+    world.clips("older")
+    monkeypatch.setattr(stage, "PLAN_HOLDS", 0.0)
+    monkeypatch.setattr(stage, "PLAN_SHARE", float("inf"))
+    delete, begun = stage._delete_folder, []
+
+    def then_a_job_begins(folder):
+        delete(folder)
+        if folder.kind == "clips" and not begun:
+            job = world.at("students/new")
+            begun.append("older" if folder.uri == world.at("clips/old") else "old")
+            storage.write_json(storage.join(job, "inputs.json"), [world.at(f"clips/{begun[0]}")])
+            begun.append(lease(job, "distill"))
+            begun[1].__enter__()
+
+    monkeypatch.setattr(stage, "_delete_folder", then_a_job_begins)
+    found, _ = world.prune(delete=True)
+    begun[1].__exit__(None, None, None)
+    assert storage.is_complete(world.at(f"clips/{begun[0]}"))
+    assert world.at(f"clips/{begun[0]}") in found["spared"]
+
+
 def test_what_is_registered_after_the_listing_stays(world, monkeypatch):
     plan = stage._Pruning.plan
     student = world.at("students/old")
@@ -306,6 +328,31 @@ def test_checkpoints_of_finished_runs_go_and_the_model_stays(world):
     assert listed[checkpoints]["bytes"] == 10
     assert storage.list_names(best) == ["config.yaml", "history.json", "manifest.json", "model"]
     assert storage.exists(storage.join(own, "checkpoints", "step_1", "w"))
+
+
+@pytest.mark.parametrize("user", ["targets", "evaluation", "config", "job"])
+def test_a_checkpoint_that_is_used_as_a_model_stays(world, user):
+    good = world.at("teachers/good")
+    step = storage.join(good, "checkpoints", "step_00000001")
+    storage.write_bytes(storage.join(step, "model.safetensors"), b"x")
+    checkpoints = storage.join(good, "checkpoints").removeprefix(f"{world.root}/")
+    assert checkpoints in world.prune()[1]
+    own = ()
+    if user == "targets":
+        targets = world.at("targets/good")
+        storage.publish(targets, {**storage.read_manifest(targets), "teacher_uri": step})
+    elif user == "evaluation":
+        runs = (tracking.experiment_id(world.config), world.at("evaluations/seen"))
+        client = tracking.connect(world.config)
+        (run,) = client.search_runs([runs[0]], tracking.tag_filter(runs[1]))
+        client.set_tag(run.info.run_id, "model_uri", step)
+    elif user == "config":
+        own = (step,)
+    else:
+        job = world.at("students/job")
+        storage.write_json(storage.join(job, "inputs.json"), [step])
+        own = (job,)
+    assert checkpoints not in world.prune(*own)[1]
 
 
 def test_a_run_that_lost_its_model_keeps_the_checkpoint_that_it_is_made_from_again(world):
@@ -385,9 +432,16 @@ def test_versions_that_no_alias_names_go_where_that_is_asked_for(world, tmp_path
 def test_the_files_of_a_version_that_was_deleted_go(world, tmp_path):
     register_run(world.config, world.at("students/old"), None)
     client = tracking.connect(world.config)
+    version = client.get_model_version("slotmatch", "2")
+    client.create_registered_model("somebody's own")
+    client.create_model_version("somebody's own", version.source)
     client.delete_model_version("slotmatch", "2")
+    assert "models in MLflow" not in world.prune(world.at("students/old"))[0]["kinds"], "a version has it"
+    client.delete_registered_model("somebody's own")
     found, _ = world.prune(world.at("students/old"), delete=True)
     assert found["kinds"]["models in MLflow"]["items"] == 1
+    model = client.get_logged_model(version.tags["logged_model"])
+    assert model.tags["mlflow.modelVersions"] == "[]"
     pull(CHAMPION, tmp_path / "pulled", world.config.tracking_uri)
     assert register_run(world.config, world.at("students/old"), None)["version"] == 3, "it may come back"
     pull("models:/slotmatch/3", tmp_path / "again", world.config.tracking_uri)

@@ -162,6 +162,9 @@ def test_a_student_that_cannot_be_exported_is_registered_with_the_package(tmp_pa
     assert (labels == model.label_maps(masks, (40, 50)).numpy()).all()
     source = tracking.connect(config).get_model_version("slotmatch", "1").source
     assert "code" in storage.list_names(source.removeprefix("file://"))
+    card = tracking.connect(config).get_model_version("slotmatch", "1").description
+    assert "needs MLflow, PyTorch, timm and safetensors" in card
+    assert "model.onnx" not in card
 
 
 @pytest.mark.parametrize("size", [(32, 32), (17, 40), (300, 211), (7, 900)])

@@ -85,7 +85,7 @@ def choose(root: str, folders: Iterable[tuple[str, Sequence[str]]]) -> Choice:
     Raises:
         ValueError: two videos that would have the same id (`a.mp4` and `a.mkv`).
     """
-    listing = [(here, sorted(n for n in names if n and not n.startswith("."))) for here, names in folders]
+    listing = [(here, sorted(n for n in names if not _is_hidden(here, n))) for here, names in folders]
     # A GIF may be a frame itself, and says nothing of frames that have its name elsewhere.
     videos = [n for _, names in listing for n in names if _is_video(n) and not n.lower().endswith(".gif")]
     stems = {stem for name in videos for stem in _stems(name)}
@@ -129,6 +129,11 @@ def _reasons(here: str, names: Sequence[str], stems: set[str]) -> dict[str, str]
         return reasons | dict.fromkeys(pictures, "a picture that has a video's name")
     # A GIF beside frames often is their preview: they are a video as they were before GIFs were read.
     return reasons | dict.fromkeys(pictures, "")
+
+
+def _is_hidden(here: str, name: str) -> bool:
+    """Whether a file is nobody's to see: of generated videos the manifest too, which makes their folder complete."""
+    return not name or name.startswith(".") or (not here and name == storage.MANIFEST)
 
 
 def _is_video(name: str) -> bool:
