@@ -12,9 +12,8 @@ import av
 from av.format import Flags
 from av.stream import Discard
 
-from pipeline import storage
 from pipeline.clips.sources import VideoRef
-from pipeline.clips.sources.container import AHEAD, shown_stream
+from pipeline.clips.sources.container import AHEAD, open_container, shown_stream
 from pipeline.segment.sound import Sound
 
 
@@ -30,7 +29,7 @@ class Original:
         """Raises StorageError where storage fails, FFmpegError for a file that can't be opened."""
         self._video = video
         with contextlib.ExitStack() as stack:
-            container = stack.enter_context(_opened(video))
+            container = stack.enter_context(open_container(video, AHEAD))
             # The clock of a transport stream starts anywhere, that of others at 0, whatever comes first.
             anywhere = container.format.flags & Flags.ts_discont.value
             self.start = Fraction(container.start_time or 0, av.time_base) if anywhere else Fraction(0)
@@ -43,7 +42,7 @@ class Original:
 
     def duration_of(self, seconds: float) -> Fraction | None:
         """How long the frame of that time is shown by the file's own account; None where it doesn't say."""
-        with contextlib.suppress(av.error.FFmpegError), _opened(self._video) as container:
+        with contextlib.suppress(av.error.FFmpegError), open_container(self._video, AHEAD) as container:
             stream = shown_stream(container)
             if stream.duration and "mp4" in container.format.name:
                 # As FFmpeg makes up the durations of some codecs' packets.
@@ -54,20 +53,6 @@ class Original:
                 if packet.pts is not None and abs(packet.pts * packet.time_base - seconds) < packet.time_base:
                     return packet.duration * packet.time_base if packet.duration else None
         return None
-
-
-@contextlib.contextmanager
-def _opened(video: VideoRef) -> Iterator[Any]:
-    """The container of a file, local or remote. Raises StorageError at the end where storage failed."""
-    remote = None
-    if storage.is_remote(video.path):
-        remote = storage.RangeFile(video.path, 0, video.bytes, ahead=AHEAD)
-    try:
-        with av.open(remote or storage.absolute(video.path)) as container:
-            yield container
-    finally:
-        if remote and remote.failure:
-            raise remote.failure
 
 
 def _find_sound(container: Any) -> Sound | None:

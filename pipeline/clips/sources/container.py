@@ -144,23 +144,33 @@ def reads_differently(video: VideoRef) -> bool:
 @contextmanager
 def _opened(video: VideoRef, ahead: int) -> Iterator[tuple[Any, Any]]:
     """A video file's container and the stream that is shown; what goes wrong while it is open is a BadVideo."""
+    try:
+        if (video.bytes if storage.is_remote(video.path) else os.path.getsize(video.path)) == 0:
+            raise BadVideo("the file is empty")
+        with open_container(video, ahead) as container:
+            yield container, shown_stream(container)
+    except (BadVideo, storage.StorageError):
+        raise
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise BadVideo(f"can't be decoded ({reason(error, video.path)})") from error
+
+
+@contextmanager
+def open_container(video: VideoRef, ahead: int) -> Iterator[Any]:
+    """A file as PyAV opens it, local or remote; `ahead`: bytes of a remote one to read at a time, at least.
+
+    Raises:
+        StorageError: at the end, where storage failed, which FFmpeg takes for the end of the file, or for damage.
+    """
     remote = None
     if storage.is_remote(video.path):
         remote = storage.RangeFile(video.path, 0, video.bytes, ahead=ahead)
     try:
-        if (video.bytes if remote else os.path.getsize(video.path)) == 0:
-            raise BadVideo("the file is empty")
         with av.open(remote or storage.absolute(video.path)) as container:
-            yield container, shown_stream(container)
-    except (BadVideo, av.error.FFmpegError, OSError, ValueError) as error:
-        # FFmpeg takes a read that failed for the end of the file, or for damage.
+            yield container
+    finally:
         if remote and remote.failure:
-            raise remote.failure from error
-        if isinstance(error, BadVideo):
-            raise
-        raise BadVideo(f"can't be decoded ({reason(error, video.path)})") from error
-    if remote and remote.failure:
-        raise remote.failure
+            raise remote.failure
 
 
 def shown_stream(container: Any) -> Any:
