@@ -143,7 +143,6 @@ def test_the_example_is_loaded_and_predicted_on(config, root):
     assert sum(path.stat().st_size for path in (root / "mlartifacts").rglob("*input_example.json")) < 2**17
 
 
-@pytest.mark.usefixtures("not_exported")
 def test_the_description_says_what_it_is(config, root):
     run = student(config, root, "s")
     register_run(config, run, scored(config, root, run, 0.5))
