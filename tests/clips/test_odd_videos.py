@@ -117,20 +117,30 @@ def test_all_of_them_are_found_and_sharded(tmp_path):
             assert_shows(pixels, odd.quarters(last), odd.colours)
 
 
-SEGMENTED = ["transposed", "mirrored", "pixels 4:3 in mp4", "pixels 4:3, turned", "h264 with B-frames in avi"]
-SEGMENTED += ["null frames in avi", "h264 bare", "mpeg2 in vob", "gif", "ffv1 of 16 bits, grey"]
-
-
-@pytest.mark.parametrize("name", SEGMENTED)
+@pytest.mark.parametrize("name", ODD)
 def test_segment_shows_what_shard_does(tmp_path, name):
+    """Labels of every frame as large as it is, and a sheet with its first frame and, where all fit, its last one."""
     odd = ODD[name]
     path = write_odd(tmp_path / f"a.{odd.suffix}", odd)
-    done = segment(tiny_model().eval(), path, tmp_path / "out")
-    assert done["frames"] == len(odd.at)
-    labels = sorted((tmp_path / "out" / "a_labels").glob("*.png"))
-    assert {Image.open(label).size[::-1] for label in labels} == {odd.shown}
-    longest = max(odd.shown) // 2
-    done = segment(tiny_model().eval(), path, tmp_path / "out", max_side=longest)
+    model, count = tiny_model().eval(), len(odd.at)
+    assert segment(model, path, tmp_path / "out")["frames"] == count
+    labels = [Image.open(file) for file in sorted((tmp_path / "out" / "a_labels").glob("*.png"))]
+    assert [label.size[::-1] for label in labels] == [odd.shown] * count
+    sheet = Image.open(tmp_path / "out" / "a_sheet.png")
+    pair = Image.new("RGB", (odd.shown[1], 2 * odd.shown[0]))
+    pair.thumbnail((240, 480))
+    columns, rows = ((side + 4) // (own + 4) for side, own in zip(sheet.size, pair.size, strict=True))
+    for index in {0, count - 1} if columns * rows >= count else {0}:
+        left, top = (index % columns) * (pair.width + 4), (index // columns) * (pair.height + 4)
+        frame = np.asarray(sheet)[top : top + pair.height // 2, left : left + pair.width]
+        assert_shows(frame, odd.quarters(index > 0), odd.colours + 5)
+
+
+@pytest.mark.parametrize("name", ["transposed", "pixels 4:3, turned"])
+def test_the_longest_side_is_that_of_what_is_shown(tmp_path, name):
+    odd = ODD[name]
+    path, longest = write_odd(tmp_path / f"a.{odd.suffix}", odd), max(odd.shown) // 2
+    segment(tiny_model().eval(), path, tmp_path / "out", max_side=longest)
     small = Image.open(sorted((tmp_path / "out" / "a_labels").glob("*.png"))[0]).size[::-1]
     assert np.argmax(small) == np.argmax(odd.shown)
     assert longest - 2 <= max(small) <= longest + 2
