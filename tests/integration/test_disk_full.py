@@ -54,6 +54,7 @@ def used(folder):
 CHECKED = "names the disk, publishes nothing by half; with room again it makes what is missing"
 
 
+@pytest.mark.slow
 @pytest.mark.fault("full disk under local storage", "shard, cache, distill", CHECKED)
 def test_a_full_disk_under_local_storage(tiny, disk, local_ray):
     folder, resize = disk

@@ -34,6 +34,7 @@ def kill_at_two_shards(process, uri):
     return published_shards(uri)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("SIGKILL of the driver", "shard", "run again, it makes what is missing and nothing else")
 def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
     size = ["dataset.synthetic.videos=60", "dataset.synthetic.frames=60", "dataset.synthetic.size=96"]
@@ -48,6 +49,7 @@ def test_shard_killed_goes_on_with_what_is_missing(tiny, job):
     assert ClipSet(uri).manifest.frames == 60 * 60
 
 
+@pytest.mark.slow
 @pytest.mark.fault("SIGKILL of the driver", "cache", "run again, it makes what is missing and nothing else")
 def test_cache_killed_goes_on_with_what_is_missing(tiny, job, local_ray):
     size = ["dataset.synthetic.videos=40", "dataset.synthetic.frames=24", "clips.videos_per_shard=1"]

@@ -96,6 +96,7 @@ def test_two_betas_from_two_seeds(tiny, local_ray, capfd):
     assert file_times(times) == times
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # two starts of Ray, on machines that may be busy
 @pytest.mark.fault("SIGKILL of the Tune driver", "sweep", "run again, it trains only what had not ended")
 def test_a_sweep_whose_driver_is_killed_goes_on(tiny, job):
@@ -155,6 +156,7 @@ def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
     assert not storage.is_complete(run), "it is not run again"
 
 
+@pytest.mark.slow
 def test_train_workers_inside_of_tune_and_a_trial_that_fails(tiny, local_ray, capfd):
     variants = {
         "good": {"distill.beta": 0.1},
