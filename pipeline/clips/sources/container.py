@@ -23,6 +23,7 @@ from pipeline import storage
 from pipeline.clips.sources.base import BadVideo, VideoRef
 from pipeline.clips.sources.clock import Clock
 from pipeline.clips.sources.frames import RawFrame, reason, target_size
+from pipeline.clips.sources.pictures import Orientation
 
 AHEAD = 1 << 20  # bytes that are read at a time of a remote video
 HEADER = 1 << 18  # the same where its header and first frames are all that is needed
@@ -41,22 +42,6 @@ _ASF_HEAD = 1 << 14  # bytes, in which they are
 # FFmpeg's own callback does not; `set_level` would bring PyAV's back.
 av.logging.restore_default_callback()
 av.logging.set_libav_level(av.logging.PANIC)
-
-
-class Orientation(NamedTuple):
-    """One of the eight ways to lay a picture on its side or mirror it: transposed first, then flipped."""
-
-    transposed: bool = False
-    left_right: bool = False
-    upside_down: bool = False
-
-    def of(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (H, W, 3) as they are shown, contiguous."""
-        if not any(self):
-            return pixels
-        if self.transposed:
-            pixels = pixels.transpose(1, 0, 2)
-        return np.ascontiguousarray(pixels[:: -1 if self.upside_down else 1, :: -1 if self.left_right else 1])
 
 
 class Outline(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -29,20 +29,35 @@ DECODING_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# Of each EXIF orientation: whether rows and columns change places, and then which of the two run backwards.
-_TURNS = {
-    1: (False, 1, 1),
-    2: (False, 1, -1),
-    3: (False, -1, -1),
-    4: (False, -1, 1),
-    5: (True, 1, 1),
-    6: (True, 1, -1),
-    7: (True, -1, -1),
-    8: (True, -1, 1),
-}
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_EXIF = {b"eXIf": b"", b"zTXt": b"Raw profile type exif\0", b"tEXt": b"Raw profile type exif\0"}
 _PNG_EXIF |= {b"iTXt": b"XML:com.adobe.xmp\0"}
+
+
+class Orientation(NamedTuple):
+    """One of the eight ways to lay a picture on its side or mirror it: transposed first, then flipped."""
+
+    transposed: bool = False
+    left_right: bool = False
+    upside_down: bool = False
+
+    def of(self, pixels: np.ndarray) -> np.ndarray:
+        """Stored pixels or masks (H, W, …) as they are shown, contiguous."""
+        shown = pixels.swapaxes(0, 1) if self.transposed else pixels
+        return np.ascontiguousarray(shown[:: -1 if self.upside_down else 1, :: -1 if self.left_right else 1])
+
+
+# By EXIF's numbers.
+_ORIENTATIONS = {
+    1: Orientation(),
+    2: Orientation(left_right=True),
+    3: Orientation(left_right=True, upside_down=True),
+    4: Orientation(upside_down=True),
+    5: Orientation(transposed=True),
+    6: Orientation(transposed=True, left_right=True),
+    7: Orientation(transposed=True, left_right=True, upside_down=True),
+    8: Orientation(transposed=True, upside_down=True),
+}
 
 
 def open_picture(file: IO[bytes]) -> Image.Image:
@@ -51,14 +66,12 @@ def open_picture(file: IO[bytes]) -> Image.Image:
 
 def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Stored pixels or masks (H, W, …) as they are shown under an EXIF orientation (1: as they are)."""
-    exchanged, rows, columns = _TURNS[orientation]
-    shown = pixels.swapaxes(0, 1) if exchanged else pixels
-    return np.ascontiguousarray(shown[::rows, ::columns])
+    return _ORIENTATIONS[orientation].of(pixels)
 
 
 def is_exchanged(orientation: int) -> bool:
     """Whether height and width change places."""
-    return _TURNS[orientation][0]
+    return _ORIENTATIONS[orientation].transposed
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -71,7 +84,7 @@ def _orientation(read: Callable[[], Image.Exif]) -> int:
         value = read().get(ExifTags.Base.Orientation, 1)
     except (*DECODING_ERRORS, TypeError, KeyError):
         return 1
-    return value if isinstance(value, int) and value in _TURNS else 1
+    return value if isinstance(value, int) and value in _ORIENTATIONS else 1
 
 
 def rgb_of(image: Image.Image) -> np.ndarray:
