@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.evaluate.scoring import SCORES
 from pipeline.log import log
 from pipeline.models import CheckpointHints
-from pipeline.tracking.client import optional
+from pipeline.tracking.client import all_pages, optional
 from pipeline.tracking.datasets import EVALUATION, clips_dataset, log_inputs
 from pipeline.tracking.logged import link_scores, logged_model
 
@@ -104,22 +104,13 @@ def find_records(config: Config, clips_uri: str | None = None) -> list[Record]:
         return []
     records: list[Record] = []
     same_clips = f" and {tracking.tag_filter(clips_uri, 'clips_uri')}" if clips_uri is not None else ""
-    token = None
-    while True:
-        page = mlflow.search_runs(
-            [experiment.experiment_id],
-            f"tags.role = '{ROLE}' and attributes.status = 'FINISHED'{same_clips}",
-            max_results=1000,
-            page_token=token,
-        )
-        for run in page:
-            try:
-                records.append(_record(run))
-            except (KeyError, TypeError, ValueError) as error:
-                log(f"mlflow: run {run.info.run_id} is no whole evaluation and is left out ({error!r})")
-        token = page.token
-        if not token:
-            return records
+    finished = f"tags.role = '{ROLE}' and attributes.status = 'FINISHED'{same_clips}"
+    for run in all_pages(mlflow.search_runs, [experiment.experiment_id], finished):
+        try:
+            records.append(_record(run))
+        except (KeyError, TypeError, ValueError) as error:
+            log(f"mlflow: run {run.info.run_id} is no whole evaluation and is left out ({error!r})")
+    return records
 
 
 def record_evaluations(

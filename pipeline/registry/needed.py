@@ -16,8 +16,7 @@ from pipeline.distill.checkpoint import CHECKPOINT_FOLDER
 from pipeline.evaluate.records import ROLE
 from pipeline.registry.stage import CHAMPION
 from pipeline.registry.stock import Folder, Stock, places_of, read_manifests
-
-_PAGE = 1000
+from pipeline.tracking.client import all_pages
 
 
 @dataclass(frozen=True)
@@ -47,25 +46,17 @@ def ask_mlflow(client: Any, config: Config, superseded: Callable[[float], bool])
     """
     from mlflow.entities import ViewType
 
-    versions = list(_pages(client.search_model_versions))
-    experiments = [found.experiment_id for found in _pages(client.search_experiments, view_type=ViewType.ALL)]
+    versions = list(all_pages(client.search_model_versions))
+    experiments = [
+        found.experiment_id for found in all_pages(client.search_experiments, view_type=ViewType.ALL)
+    ]
     tagged = f"tags.`{tracking.RUN_TAG}` LIKE '%'"
-    runs = tuple(_pages(client.search_runs, experiments, tagged, run_view_type=ViewType.ALL))
+    runs = tuple(all_pages(client.search_runs, experiments, tagged, run_view_type=ViewType.ALL))
     going = _superseded(client, config.mlflow.model_name, versions)
     going = [version for version in going if superseded(version.creation_timestamp / 1000)]
     numbers = {(version.name, version.version) for version in going}
     staying = tuple(version for version in versions if (version.name, version.version) not in numbers)
     return Known(staying, tuple(going), runs)
-
-
-def _pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
-    token = None
-    while True:
-        page = search(*arguments, max_results=_PAGE, page_token=token, **options)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _superseded(client: Any, name: str, versions: Iterable[Any]) -> list[Any]:

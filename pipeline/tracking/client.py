@@ -139,6 +139,17 @@ def plain_client(tracking_uri: str) -> Any:
     return made
 
 
+def all_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """Everything that a search of MLflow's finds, which comes a page at a time."""
+    token = None
+    while True:
+        page = search(*arguments, max_results=1000, page_token=token, **options)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 @contextlib.contextmanager
 def optional(what: str, done: str = "recorded") -> Iterator[None]:
     """For records that nothing depends on: whatever goes wrong in the block is said, and the job goes on.
