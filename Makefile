@@ -32,8 +32,9 @@ report: .venv/.installed
 evidence: .venv/.installed
 	$(BIN)/python -m jobs.evidence $(DEMO) configs/sweeps/evidence.yaml
 
+# By files, two at a time: most of them wait for other processes half of their time.
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-fast: .venv/.installed
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/integration

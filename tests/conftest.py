@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from fault_proxy import PART, FaultProxy
-from fault_table import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
+from fault_table import (  # noqa: F401
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
 from services import MotoServer, free_port
 from students import refuse_export
 

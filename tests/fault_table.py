@@ -12,7 +12,11 @@ _ROWS = {}  # (node id, number) -> row
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     outcome = yield
-    report = outcome.get_result()
+    # On the report, as tests may run in other processes than the one that prints the table.
+    outcome.get_result().faults = [_cells(*m.args, **m.kwargs) for m in item.iter_markers("fault")]
+
+
+def pytest_runtest_logreport(report):
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         result = reason.replace("Skipped: ", "skipped: ")
@@ -22,10 +26,10 @@ def pytest_runtest_makereport(item, call):
         result = "passed"
     else:
         return
-    for number, marker in enumerate(item.iter_markers("fault")):
-        key = (item.nodeid, number)
+    for number, cells in enumerate(report.faults):
+        key = (report.nodeid, number)
         if _ROWS.get(key, ("passed",))[-1] == "passed":  # an error in the clean-up counts too
-            _ROWS[key] = (*_cells(*marker.args, **marker.kwargs), result)
+            _ROWS[key] = (*cells, result)
 
 
 def _cells(fault, stage, checked):
