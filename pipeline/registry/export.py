@@ -1,5 +1,5 @@
-"""Stage `export`: a model as ONNX in three precisions and as a PyTorch program, each with its size, its differences to
-the model and, where there are masks to score against, its scores."""
+"""Stage `export`: a model as ONNX in three precisions and as a PyTorch program or with a web page, each with its size,
+its differences to the model and, where there are masks to score against, its scores."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pipeline.models.export import ExportError, check, describe, difference, tra
 from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
 from pipeline.models.precisions import write_half, write_int8
 from pipeline.registry.pack import frames_of
+from pipeline.registry.web import write_page
 from pipeline.segment.stage import video_reference
 from pipeline.tracking.moved import check_not_moved
 
@@ -38,8 +39,11 @@ def export(
     *,
     video: str | None = None,
     hints: CheckpointHints | None = None,
+    runtime: str | None = None,
 ) -> dict[str, Any]:
     """Writes `model.onnx`, `model_fp16.onnx`, `model_int8.onnx`, `model.pt2` and `export.json` into a folder.
+
+    For the web it is a page, with what that needs, instead of `model.pt2`.
 
     Args:
         config: its evaluation split, if it names one, is what all forms are scored on.
@@ -47,20 +51,23 @@ def export(
         folder: local or remote; files of an earlier export there are replaced, once all are made.
         video: what the forms are compared on, a generated video by default.
         hints: what a public file does not tell, which `model` was loaded with; None: the config's.
+        runtime: the folder of onnxruntime-web, for the web; None: no page.
 
     Raises:
         ExportError: a model that can't be exported, or is an exported one; or a form in fp32 that computes something
             else: then nothing is written.
         FileNotFoundError, BadVideo: the video is not there, or can't be decoded.
+        ValueError: the runtime is not there.
     """
     if not isinstance(model, SlotModel):
         raise ExportError(f"{name} is an exported model already: give the one that it was made of")
     target = storage.absolute(folder)
     with tempfile.TemporaryDirectory() as scratch:
         chunks = list(frames_of(video_reference(video) if video else None))
-        forms = _write(model, Path(scratch), name, chunks)
-        for file in forms:
-            storage.upload_file(Path(scratch) / file, storage.join(target, file))
+        if runtime is not None:
+            write_page(runtime, Path(scratch))
+        forms = _write(model, Path(scratch), name, chunks, pt2=runtime is None)
+        storage.upload_tree(scratch, target)
     about = describe(model, name)
     # Again after the scores: to have made the files is worth something where scoring fails.
     storage.write_json(storage.join(target, ABOUT_FILE), {**about, "forms": forms})
@@ -70,13 +77,17 @@ def export(
     return {"uri": target, "model": name, "frames_compared": sum(map(len, chunks)), "forms": forms}
 
 
-def _write(model: SlotModel, scratch: Path, name: str, chunks: list[np.ndarray]) -> dict[str, dict[str, Any]]:
+def _write(
+    model: SlotModel, scratch: Path, name: str, chunks: list[np.ndarray], *, pt2: bool
+) -> dict[str, dict[str, Any]]:
     """Writes all forms into a local folder; returns by file what is known of each."""
     about, program = describe(model, name), trace(model)
     source = scratch / ONNX_FILE
     write_onnx(program, source, about)
-    write_pt2(program, scratch / PT2_FILE, about)
-    found = {file: ("fp32", check(model, scratch / file, chunks)) for file in (ONNX_FILE, PT2_FILE)}
+    if pt2:
+        write_pt2(program, scratch / PT2_FILE, about)
+    exact = (ONNX_FILE, PT2_FILE) if pt2 else (ONNX_FILE,)
+    found = {file: ("fp32", check(model, scratch / file, chunks)) for file in exact}
     for file, precision, write in ((HALF_FILE, "fp16", write_half), (INT8_FILE, "int8", write_int8)):
         write(source, scratch / file)
         found[file] = (precision, difference(model, load_exported(scratch / file), chunks))

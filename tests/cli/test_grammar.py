@@ -274,3 +274,7 @@ def test_a_wheel_brings_command_configs_and_models(tmp_path):
     assert Path(config["student"]["backbone_weights"]).is_file()
     assert names(venv / "share" / "slotmatch" / "configs") == names(ROOT / "configs")
     assert (packages / "pipeline" / "py.typed").is_file()
+    page = Path("pipeline") / "registry" / "page"
+    assert {path.name for path in (packages / page).iterdir()} == {
+        path.name for path in (ROOT / page).iterdir()
+    }
