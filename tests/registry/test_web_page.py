@@ -134,7 +134,10 @@ def site(tmp_path_factory, _compared_briefly):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright = pytest.importorskip(
+        "playwright.sync_api",
+        reason="playwright is not installed (pip install -c constraints.txt '.[browser]')",
+    )
     if CHROMIUM is None:
         pytest.skip("there is no chromium (apt-get install chromium)")
     with playwright.sync_playwright() as driver:
