@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures the training step, the scores, `shard` and `cache`, the memory of an
+"""`python -m benchmarks`: measures the training step, the scores, `shard` and `cache`, the loader, the memory of an
 evaluation, and how the stages grow with the number of videos, and prints tables.
 
 Times never fail; ways of doing the same work that give different results do (exit code 1).
@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.loader import Feeding, loader_comparisons, tiny_feeding
 from benchmarks.memory import memory_report
 from benchmarks.report import machine, table
 from benchmarks.scale import measure_scale, scale_report
@@ -47,8 +48,9 @@ def main() -> int:
     load, repeats = tiny_load() if quick else Load(), (repeats + 1) // 2
     with tempfile.TemporaryDirectory() as scratch, ray_started() as started:
         comparisons.append(shard_comparison(load, repeats, Path(scratch), real=not quick))
+        comparisons[-1].notes.append(started)
         comparisons.append(cache_comparison(load, repeats, Path(scratch)))
-    comparisons[-2].notes.append(started)
+        comparisons += loader_comparisons(tiny_feeding() if quick else Feeding(), repeats, Path(scratch))
     print(table(comparisons))
     memory = memory_report(lengths=(8, 16), side=56) if quick else memory_report()
     print("\n".join(f"- memory of evaluating one video: {line}" for line in memory))

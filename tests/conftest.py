@@ -30,6 +30,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _decoded_frames(tmp_path_factory):
+    """Are kept in a folder of the tests' own, by the processes that they start too."""
+    os.environ["SLOTMATCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _no_tracking_server_of_another_test():
     """`mlflow.set_tracking_uri` sets the environment variable too, which configs heed."""

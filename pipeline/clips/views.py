@@ -66,7 +66,10 @@ def make_view(
 def apply_view(frames_THWC: np.ndarray, view: View) -> np.ndarray:
     """The view's pixels, `(T, h, w, 3)` uint8; resizing is left to each model."""
     cropped = frames_THWC[:, view.top : view.top + view.height, view.left : view.left + view.width]
-    return np.ascontiguousarray(cropped[:, :, ::-1] if view.flip else cropped)
+    if not view.flip:
+        return np.ascontiguousarray(cropped)
+    # A pixel as one value of 3 bytes: half the time of reversing them byte by byte.
+    return np.ascontiguousarray(cropped.view("V3")[:, :, ::-1]).view(np.uint8)
 
 
 def nearest_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -74,7 +74,7 @@ def _with_absolute_paths(config: Config) -> Config:
     values = config.model_dump(mode="json")
     values["dataset"]["path"] = absolute(config.dataset.path)
     values["teacher"]["checkpoint"] = absolute(config.teacher.checkpoint)
-    values["storage"]["root"] = absolute(config.storage.root)
+    values["storage"] |= {key: absolute(values["storage"][key]) for key in ("root", "cache")}
     if not (config.evaluate.model or "").startswith("models:/"):
         values["evaluate"]["model"] = absolute(config.evaluate.model)
     for name in ("teacher", "student"):

@@ -13,6 +13,7 @@ from pydantic import Field
 from pipeline.config.fields import (
     ConfigError,
     Fraction,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -234,6 +235,10 @@ class Storage(Section):
 
     root: str = "runs"
     """a folder or s3://bucket/prefix"""
+    cache: str | None = run_detail(None)
+    """a folder on each node's own disk for decoded frames; null: $SLOTMATCH_CACHE, else ~/.cache/slotmatch"""
+    cache_gb: NonNegativeFloat = run_detail(100.0)
+    """GB that decoded frames may take there; 0: none are kept"""
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""Batches for training: which clips a step uses, and a loader that reads ahead.
+"""Batches for training: which clips a step uses, and a loader that reads ahead and sends them to the device.
 
 Which samples step s sees follows from (seed, s) alone. There is no shuffle buffer and no state: every
 worker computes the same batch and takes its share, and a resumed run goes on where it was.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.config import Targets
+from pipeline.distill.frame_map import FrameMap
 from pipeline.targets.table import Target, TargetMismatch, TargetSet
 
 
@@ -73,20 +74,60 @@ class Sampler:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Samples as they are read: `pixels` uint8 clips, or features `(B, T, P, F)` instead."""
+    """Samples as they are read: `pixels` uint8 clips `(T, h, w, 3)`, or features `(B, T, P, F)` instead."""
 
     views: list[View]
-    pixels: list[np.ndarray] | None
+    pixels: list[torch.Tensor] | None
     features: torch.Tensor | None
     target_slots: torch.Tensor | None
     teacher_features: torch.Tensor | None
     samples: list[Sample]
 
+    def to(self, device: torch.device) -> RawBatch:
+        """On the device, features in fp32; they are sent as they were stored, and widened there.
+
+        Copies to a GPU don't wait: they are made on the current stream.
+        """
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            source = tensor.pin_memory() if device.type == "cuda" else tensor
+            there = source.to(device, non_blocking=True)
+            return there.float() if there.is_floating_point() else there
+
+        return self._map(moved)
+
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Tells the allocator that another stream than the one of the copies uses the tensors."""
+
+        def used(tensor: torch.Tensor) -> torch.Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._map(used)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> RawBatch:
+        def mapped(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return replace(
+            self,
+            pixels=None if self.pixels is None else [function(clip) for clip in self.pixels],
+            features=mapped(self.features),
+            target_slots=mapped(self.target_slots),
+            teacher_features=mapped(self.teacher_features),
+        )
+
+
+_Sent = tuple[RawBatch, torch.cuda.Event | None]  # on its way to the device; the event says when it is there
+
 
 class Loader:
     """Reads this worker's share of the batches of steps `start … stop - 1`, a few ahead, in threads.
 
-    Iterate to get `(RawBatch, seconds waited)`. Use as a context manager.
+    Threads suffice: reading files, checksums, decoding and copying large arrays leave Python's lock to others. They
+    also send the batches to the device, to a GPU from pinned memory and on a stream of its own, so that a batch is
+    there when its step begins. Iterate to get `(RawBatch, seconds waited)`. Use as a context manager, which closes
+    the frame map as well.
     """
 
     def __init__(
@@ -104,6 +145,8 @@ class Loader:
         start: int = 0,
         stop: int,
         threads: int = 2,
+        device: torch.device | None = None,
+        frame_map: FrameMap | None = None,
     ) -> None:
         self.clips_uri, self.targets_uri = clips_uri, targets_uri
         self.sampler, self.recipe, self.dataset_seed = sampler, recipe, dataset_seed
@@ -113,24 +156,40 @@ class Loader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._ahead = threads + 1
         self._local = threading.local()  # Parquet readers are not safe to share
+        self.device, self.frame_map = device or torch.device("cpu"), frame_map
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self.frame_map is not None:
+            self.frame_map.close()
 
     def __iter__(self) -> Iterator[tuple[RawBatch, float]]:
-        pending: list[Future[RawBatch]] = []
+        pending: list[Future[_Sent]] = []
         step = self.start
         while step < self.stop or pending:
             while step < self.stop and len(pending) < self._ahead:
                 share = self.sampler.batch(step)[self.rank :: self.world_size]
-                pending.append(self._pool.submit(self._read, share))
+                pending.append(self._pool.submit(self._send, share))
                 step += 1
             waiting = time.monotonic()
-            batch = pending.pop(0).result()
-            yield batch, time.monotonic() - waiting
+            batch, copied = pending.pop(0).result()
+            waited = time.monotonic() - waiting
+            if copied is not None:
+                stream = torch.cuda.current_stream(self.device)
+                stream.wait_event(copied)
+                batch.used_on(stream)
+            yield batch, waited
+
+    def _send(self, samples: list[Sample]) -> _Sent:
+        batch = self._read(samples)
+        if self._stream is None:
+            return batch.to(self.device), None
+        with torch.cuda.stream(self._stream):
+            return batch.to(self.device), self._stream.record_event()
 
     def _sets(self) -> tuple[ClipSet, TargetSet | None]:
         if not hasattr(self._local, "sets"):
@@ -141,7 +200,7 @@ class Loader:
     def _read(self, samples: list[Sample]) -> RawBatch:
         clips, targets = self._sets()
         views: list[View] = []
-        pixels: list[np.ndarray] = []
+        pixels: list[torch.Tensor] = []
         cached: list[Target] = []
         for sample in samples:
             video = sample.video
@@ -160,10 +219,7 @@ class Loader:
                 )
             views.append(view)
             if self.pixels:
-                clip = clips.read_clip(video.shard, sample.row)
-                if (clip.video_id, clip.clip_index) != (video.video_id, sample.clip_index):
-                    raise ValueError(f"{clips.uri} {video.shard}: row {sample.row} is of {clip.video_id}")
-                pixels.append(apply_view(clip.frames, view))
+                pixels.append(torch.from_numpy(apply_view(self._frames(clips, sample), view)))
         return RawBatch(
             views=views,
             pixels=pixels if self.pixels else None,
@@ -172,6 +228,20 @@ class Loader:
             teacher_features=_stack([t.teacher_features for t in cached]),
             samples=samples,
         )
+
+    def _frames(self, clips: ClipSet, sample: Sample) -> np.ndarray:
+        """A clip as it was decoded, now or before."""
+        video = sample.video
+        if self.frame_map is not None:
+            kept = self.frame_map.read(video, sample.clip_index)
+            if kept is not None:
+                return kept
+        clip = clips.read_clip(video.shard, sample.row)
+        if (clip.video_id, clip.clip_index) != (video.video_id, sample.clip_index):
+            raise ValueError(f"{clips.uri} {video.shard}: row {sample.row} is of {clip.video_id}")
+        if self.frame_map is not None:
+            self.frame_map.write(video, sample.clip_index, clip.frames)
+        return clip.frames
 
     def _read_target(self, targets: TargetSet, sample: Sample) -> Target:
         video_id, clip_index, target = targets.read(
@@ -191,4 +261,4 @@ class Loader:
 
 def _stack(arrays: list[np.ndarray | None]) -> torch.Tensor | None:
     found = [array for array in arrays if array is not None]
-    return torch.from_numpy(np.stack(found)).float() if found else None
+    return torch.from_numpy(np.stack(found)) if found else None

@@ -28,6 +28,7 @@ from pipeline.clips.views import apply_view, make_view
 from pipeline.compute import keep_freed_memory
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
+from pipeline.distill.frame_map import open_frame_map
 from pipeline.distill.precision import Precision, autocast_type, choose_precision, earlier_precision
 from pipeline.distill.run import OnValidation, Run, build
 from pipeline.distill.step import Batch, learning_rate_factor, training_step
@@ -235,6 +236,8 @@ class Trainer:
             start=self.step,
             stop=settings.steps,
             threads=settings.loader_threads,
+            device=self.device,
+            frame_map=None if cached_features else open_frame_map(config.storage, self.clips),
         )
 
     def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def square_pixels(frames: np.ndarray, side: int, device: torch.device | str = "cpu") -> Tensor:
+def square_pixels(frames: np.ndarray | Tensor, side: int, device: torch.device | str = "cpu") -> Tensor:
     """Frames `(T, h, w, 3)` uint8 to `(T, 3, side, side)` in [0, 1]: bicubic, anti-aliased, clamped."""
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float().div_(255)
+    if not isinstance(frames, Tensor):
+        frames = torch.from_numpy(np.ascontiguousarray(frames))
+    pixels = frames.to(device).permute(0, 3, 1, 2).float().div_(255)
     if tuple(pixels.shape[-2:]) == (side, side):
         return pixels
     return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)

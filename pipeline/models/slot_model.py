@@ -166,7 +166,7 @@ class SlotModel(nn.Module):
 
     # --- from pixels to slots ---------------------------------------------------------------
 
-    def prepare(self, clips: Sequence[np.ndarray]) -> Tensor:
+    def prepare(self, clips: Sequence[np.ndarray | Tensor]) -> Tensor:
         """B clips of uint8 frames `(T, h, w, 3)`, sizes may differ -> normalised `(B, T, 3, S, S)`.
 
         Every clip is resized to the model's own square input (bicubic, anti-aliased, clamped to

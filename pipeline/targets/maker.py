@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _deviation(computed: np.ndarray, cached: np.ndarray) -> float:
 
 
 def teacher_outputs(
-    teacher: SlotModel, pixels: list[np.ndarray], views: list[View], rollout: str
+    teacher: SlotModel, pixels: Sequence[np.ndarray | Tensor], views: list[View], rollout: str
 ) -> tuple[Tensor, Tensor]:
     """The frozen teacher's slots `(M, T, N, d)` and features `(M, T, P, F)` of M views.
 

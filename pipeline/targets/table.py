@@ -80,7 +80,7 @@ def _array(row: pa.Table, name: str) -> np.ndarray:
     if name == "slots":
         return column.flatten().to_numpy().reshape(shape)
     dtype = np.dtype(field.metadata[b"dtype"].decode())
-    return np.frombuffer(column[0].as_py(), dtype).reshape(shape)
+    return np.frombuffer(column[0].as_buffer(), dtype).reshape(shape)  # not a copy, as `as_py` is
 
 
 def _schema(

@@ -189,6 +189,8 @@ RUN_DETAILS = [
     "mlflow.system_metrics=true",
     "ray.gpus=1",
     "sweep.max_concurrent=1",
+    "storage.cache=elsewhere",
+    "storage.cache_gb=0",
     *(
         f"{section}.{key}"
         for section in ("distill", "teacher.train")

@@ -20,7 +20,7 @@ def test_quick_run_prints_every_row(tmp_path):
 
     comparisons = json.loads(results.read_text())["comparisons"]
     steps = 10 if has_bf16() else 5  # four ways and their products, in each precision
-    assert [len(comparison["rows"]) for comparison in comparisons] == [steps, 3, 2, 3]
+    assert [len(comparison["rows"]) for comparison in comparisons] == [steps, 3, 2, 3, 2, 2, 2]
     for comparison in comparisons:
         assert comparison["rows"][0]["speed_up"] == 1
         for row in comparison["rows"]:
@@ -30,6 +30,7 @@ def test_quick_run_prints_every_row(tmp_path):
     assert "scores agree to" in printed
     assert "2× the frames" in printed
     assert "starting Ray" in printed
+    assert printed.count("of one from a batch in memory") == 2
     (point,) = json.loads(results.read_text())["scale"]
     assert point["videos"] == 20
     assert point["shard"]["seconds"] > 0

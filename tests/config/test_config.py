@@ -41,7 +41,7 @@ def test_defaults_are_the_papers():
         ("distill.stepz", 3, "did you mean 'distill.steps'?"),
         ("teacher.train.batchsize", 3, "did you mean 'teacher.train.batch_size'?"),
         ("dataset.synthetic.video", 3, "did you mean 'dataset.synthetic.videos'?"),
-        ("storage.xyzzy", 3, "valid: root"),
+        ("storage.xyzzy", 3, "valid: root, cache, cache_gb"),
     ],
 )
 def test_unknown_key(key, value, nearest):

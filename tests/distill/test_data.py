@@ -2,14 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 from layout_sets import clip_set, write_folders
+from tiny_models import tiny_model
+from training_runs import make_config, make_targets
 
 from pipeline import storage
 from pipeline.clips.sources.videos import list_videos
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import apply_view
 from pipeline.config import Targets
-from pipeline.distill.data import Loader, Sampler
+from pipeline.distill.data import Loader, RawBatch, Sampler
+from pipeline.models import save_slot_model
+from pipeline.targets.table import TargetSet
 
 
 def entry(index, clips=5, full_clips=4):
@@ -135,3 +140,31 @@ def test_a_damaged_shard_stops_the_loader_and_is_named(clips_uri):
     storage.write_bytes(path, storage.read_bytes(path)[:500])
     with pytest.raises(ValueError, match=r"shard-00000\.parquet: the shard is damaged"):
         load(clips_uri, stop=3, videos=videos)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_cached_features_are_sent_as_they_are_stored_and_widened_there(
+    clips_uri, tmp_path, monkeypatch, dtype
+):
+    save_slot_model(tiny_model(), tmp_path / "teacher")
+    config = make_config(tmp_path, "targets.student_features=true", f"targets.feature_dtype={dtype}")
+    targets_uri = make_targets(config, clips_uri, str(tmp_path / "teacher"), str(tmp_path / "targets"))
+    sent, real = [], RawBatch.to
+    monkeypatch.setattr(RawBatch, "to", lambda batch, device: sent.append(batch) or real(batch, device))
+    sampler = Sampler(ClipSet(clips_uri).videos, seed=0, batch_size=3, views=2)
+    options = {"recipe": config.targets, "dataset_seed": 5, "pixels": False, "teacher_features": True}
+    with Loader(clips_uri, targets_uri, sampler, stop=2, threads=1, **options) as loader:
+        batches = [batch for batch, _ in loader]
+    stored = TargetSet(targets_uri)
+    for step, batch in enumerate(batches):
+        rows = [
+            stored.read(s.video.shard, s.row, s.view, features=True, teacher_features=True)[2]
+            for s in batch.samples
+        ]
+        assert {row.features.dtype.name for row in rows} == {dtype}
+        for name in ("features", "teacher_features", "target_slots"):
+            expected = np.stack([getattr(row, name.removeprefix("target_")) for row in rows])
+            there = getattr(batch, name)
+            assert there.dtype == torch.float32
+            np.testing.assert_array_equal(there, expected.astype(np.float32))
+            assert torch.from_numpy(expected).dtype == getattr(sent[step], name).dtype
