@@ -18,9 +18,8 @@ help:
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "installing into .venv (a few minutes, about 2 GB)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "installing into .venv (about 2 GB)"
+	$(BIN)/python install.py --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: .venv/.installed

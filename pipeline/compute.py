@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -26,22 +27,82 @@ SECONDS_BETWEEN_LINES = 60.0
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connects to `ray.address` (or `$RAY_ADDRESS`), else starts a local Ray and ends it afterwards.
+    """Connects to `ray.address` (or `$RAY_ADDRESS`), else starts a local Ray; ends that afterwards.
 
-    Does nothing where this process is connected already, as in a pipeline of several stages.
+    Does nothing where this process is connected already; within `one_ray` what it starts stays.
     """
+    # Before Ray is imported, which reads some of them then.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Set ray log level|Reporting training result")
     # Lines of progress are alike but for their numbers, which Ray would take for repetition.
     os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", r"steps/s|steps in")
+    if _kept is not None:
+        _kept.start(config)
+        yield
+        return
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    with _connected(config):
+        yield
+
+
+@contextlib.contextmanager
+def one_ray() -> Iterator[OneRay]:
+    """Makes the Ray sessions in the block one, which begins with the first of them and ends with the block.
+
+    So a line of several stages starts Ray once, and not at all where there is nothing to compute.
+    """
+    global _kept
+    before, _kept = _kept, OneRay()
+    try:
+        yield _kept
+    finally:
+        _kept.end()
+        _kept = before
+
+
+class OneRay:
+    """The session of `one_ray`.
+
+    Attributes:
+        ours: whether it has begun, and this process was not connected before.
+    """
+
+    def __init__(self) -> None:
+        self.ours = self._ended = False
+        self._lock, self._open = threading.Lock(), contextlib.ExitStack()
+
+    def start(self, config: Config) -> None:
+        """Begins, unless this process is connected already. Raises KeyboardInterrupt after `end`."""
+        import ray
+
+        with self._lock:
+            if self._ended:
+                raise KeyboardInterrupt
+            if not ray.is_initialized():
+                self._open.enter_context(_connected(config))
+                self.ours = True
+
+    def end(self) -> None:
+        """Ends it. Other threads that begin something on Ray, or wait for training there, get KeyboardInterrupt."""
+        with self._lock:
+            self._ended = True
+            self._open.close()
+
+
+_kept: OneRay | None = None
+
+
+@contextlib.contextmanager
+def _connected(config: Config) -> Iterator[None]:
+    import ray
+
+    address = _address(config)
     # What Ray says of its own work at INFO would bury ours.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     options: dict[str, Any] = {
@@ -70,6 +131,11 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _address(config: Config) -> str | None:
+    """Of a cluster that is there; None for a Ray of our own."""
+    return config.ray.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def gpus_to_use(config: Config) -> int:
@@ -123,10 +189,27 @@ def actor_options(config: Config, tasks: int) -> dict[str, Any]:
     if gpus:
         return {"num_gpus": 1, "compute": ActorPoolStrategy(size=min(gpus, tasks))}
     cpus = config.ray.teacher_cpus
-    total = ray.cluster_resources().get("CPU", 1)
-    # Some CPU must stay free, or Ray Data waits for ever without a word.
-    most = max(1, int((total - 0.2) // cpus))
+    most = _places(ray.cluster_resources().get("CPU", 1), cpus)
     return {"num_cpus": cpus, "compute": ActorPoolStrategy(size=min(most, tasks))}
+
+
+def _places(total: float, cpus: float) -> int:
+    """How many actors of `cpus` each may run at a time on `total` CPUs."""
+    # Some CPU must stay free, or Ray Data waits for ever without a word.
+    return max(1, int((total - 0.2) // cpus))
+
+
+def _one_at_a_time(config: Config, task: Callable[..., Any] | type, count: int) -> bool:
+    """Whether Ray would run `count` rows one by one, on this machine's CPU: then few clips cost no start of it."""
+    if torch.cuda.is_available() or _address(config):
+        return False
+    ray, total = sys.modules.get("ray"), float(config.ray.num_cpus or os.cpu_count() or 1)
+    if ray is not None and ray.is_initialized():
+        if len(ray.nodes()) > 1 or _cluster_gpus():
+            return False
+        total = ray.cluster_resources().get("CPU", 1)
+    places = _places(total, config.ray.teacher_cpus) if isinstance(task, type) else int(total)
+    return min(places, count) <= 1
 
 
 def map_tasks(
@@ -138,6 +221,7 @@ def map_tasks(
 ) -> Iterator[dict[str, Any]]:
     """Runs a task over rows on Ray Data, each row by itself; yields what it returns as each is done.
 
+    Where Ray would run one row at a time on this machine, they are run in this process, in their order.
     Ray runs a task again whose answer was lost with its node: a task that writes a file looks first whether it is
     there.
 
@@ -149,6 +233,9 @@ def map_tasks(
     Raises what the first task that fails has raised, with the traceback there as a note.
     """
     if not rows:
+        return
+    if _one_at_a_time(config, task, len(rows)):
+        yield from _here(config, task, rows, arguments)
         return
     with ray_session(config):
         import ray
@@ -168,6 +255,20 @@ def map_tasks(
                 if line["error"]:
                     raise _unpacked(line["error"])
                 yield json.loads(line["result"])
+
+
+def _here(
+    config: Config, task: Callable[..., Any] | type, rows: Sequence[dict[str, Any]], arguments: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
+    """`map_tasks` in this process, on as many threads as Ray gives a task, so that the numbers are the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(config.ray.teacher_cpus)) if isinstance(task, type) else 1)
+    try:
+        run = task(*arguments) if isinstance(task, type) else lambda row: task(row, *arguments)
+        for row in rows:
+            yield json.loads(json.dumps(run(row)))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _named(task: Callable[..., Any], arguments: Sequence[Any]) -> Callable[[dict[str, str]], dict[str, str]]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.artifacts.identity import Artifacts
+from pipeline.artifacts.once import is_whole
 from pipeline.clips.library import ClipLibrary, artifacts_of, open_clips, require_generated
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
-from pipeline.compute import best_device, ray_session
+from pipeline.compute import OneRay, best_device, gpus_to_use, one_ray, ray_session
 from pipeline.config import Config, ConfigError, with_overrides
-from pipeline.distill.stage import distill, train_teacher
+from pipeline.distill.stage import distill, run_files, train_teacher
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES, score_table
 from pipeline.evaluate.stage import score_subjects
@@ -29,10 +33,12 @@ from pipeline.report.gallery import GROUND_TRUTH, video_panel
 from pipeline.segment.figures import comparison, to_png
 from pipeline.segment.stage import segment
 from pipeline.sweep.stage import sweep_places
+from pipeline.sweep.trials import concurrent_trials
 from pipeline.targets.stage import cache
 
 NO_KD = "student, no KD"
 SLOTMATCH = "SlotMatch"
+_T = TypeVar("_T")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def run(config: Config) -> dict[str, Any]:
 
     Returns the summary; the table and where to look are printed.
     """
-    with ray_session(config):
+    with one_ray() as session:
         _title(1, "shard the videos")
         library = ClipLibrary()
         train = shard(config, library)
@@ -53,9 +59,9 @@ def run(config: Config) -> dict[str, Any]:
         log(f"teacher: {teacher_uri}")
         _title(3, "cache the teacher's slots")
         targets = cache(config, artifacts)
-        _title(4, "train a student without distillation, then one with SlotMatch")
+        _title(4, "train a student without distillation, and one with SlotMatch")
         configs = students_of(config)
-        runs = {name: distill(c, artifacts.of(c)) for name, c in configs.items()}
+        runs = _train(artifacts, configs, session)
         evaluations = _evaluate(artifacts, teacher_uri, {name: r["uri"] for name, r in runs.items()})
         _title(6, "register the students, pull the champion, segment a video")
         registered = [register_run(c, runs[n]["uri"], evaluations.get(n)) for n, c in configs.items()]
@@ -87,6 +93,52 @@ def students_of(config: Config) -> dict[str, Config]:
         NO_KD: with_overrides(config, {"distill.method": "no_kd", "distill.name": NO_KD}),
         SLOTMATCH: with_overrides(config, {"distill.name": config.distill.name or SLOTMATCH}),
     }
+
+
+def _train(artifacts: Artifacts, configs: dict[str, Config], session: OneRay) -> dict[str, dict[str, Any]]:
+    """The runs of the students by their names, trained at the same time where the machines have room for that."""
+    of = {name: artifacts.of(config) for name, config in configs.items()}
+    left = [config for name, config in configs.items() if not is_whole(of[name].student.uri, run_files)]
+    calls = [functools.partial(distill, config, of[name]) for name, config in configs.items()]
+    done = (
+        _together(calls, session)
+        if _have_room(artifacts.config, left, session)
+        else [call() for call in calls]
+    )
+    return dict(zip(configs, done, strict=True))
+
+
+def _have_room(config: Config, left: list[Config], session: OneRay) -> bool:
+    """Whether these students can be trained at the same time, on workers of a Ray that is ours to end."""
+    if len(left) < 2 or not config.distill.workers:
+        return False
+    with ray_session(config):
+        import ray
+
+        gpus_to_use(config)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        try:
+            return session.ours and concurrent_trials(nodes, left) == len(left)
+        except ConfigError:
+            return False  # not even for one, which the training says in its own words
+
+
+def _together(calls: Sequence[Callable[[], _T]], session: OneRay) -> list[_T]:
+    """The results of functions that train on Ray, all at the same time.
+
+    Where one fails, or at Ctrl-C, Ray ends, and with it the other trainings, which go on the next time.
+
+    Raises what the first that fails has raised.
+    """
+    with ThreadPoolExecutor(len(calls)) as pool:
+        running = [pool.submit(call) for call in calls]
+        try:
+            for done in as_completed(running):
+                done.result()
+        except BaseException:
+            session.end()
+            raise
+    return [done.result() for done in running]
 
 
 def made_of(config: Config) -> set[str]:

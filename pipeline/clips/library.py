@@ -13,8 +13,11 @@ from pipeline.clips.sources import VideoRef, list_videos
 from pipeline.clips.sources.synthetic import SyntheticSettings, video_file, write_dataset
 from pipeline.clips.sources.videos import list_videos as list_local
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet
+from pipeline.compute import map_tasks
 from pipeline.config import Config, ConfigError, parse_split
 from pipeline.log import Progress, is_storable, printable
+
+GENERATED_AT_ONCE = 20  # videos, by one task
 
 
 class ClipLibrary:
@@ -124,10 +127,10 @@ def _generate(config: Config, split: str) -> str:
             return folder
         contents: dict[str, str] = {}
         if not storage.is_remote(folder):
-            _write_videos(synthetic, folder, label)
+            _write_videos(config, synthetic, folder, label)
         else:
             with tempfile.TemporaryDirectory() as local:
-                _write_videos(synthetic, local, label)
+                _write_videos(config, synthetic, local, label, here=True)  # no other node sees it
                 # Hashes of what was made, so that clips have the same fingerprint wherever they are stored.
                 contents = {v.video_id: v.content for v in list_local(local, config.dataset.masks)}
                 storage.upload_tree(local, folder)
@@ -135,11 +138,26 @@ def _generate(config: Config, split: str) -> str:
     return folder
 
 
-def _write_videos(settings: SyntheticSettings, folder: str, label: str) -> None:
+def _write_videos(
+    config: Config, settings: SyntheticSettings, folder: str, label: str, *, here: bool = False
+) -> None:
+    starts = range(0, settings.videos, GENERATED_AT_ONCE)
+    rows = [{"start": n, "stop": min(n + GENERATED_AT_ONCE, settings.videos)} for n in starts]
+    arguments = (settings, folder)
+    made = (
+        (generate_task(row, *arguments) for row in rows)
+        if here
+        else map_tasks(config, generate_task, rows, arguments=arguments)
+    )
     with Progress(label, settings.videos, "videos") as progress:
-        write_dataset(
-            settings, folder, on_progress=lambda done, total: progress.advance(done - progress.done)
-        )
+        for row in made:
+            progress.advance(row["videos"])
+
+
+def generate_task(row: dict[str, int], settings: SyntheticSettings, folder: str) -> dict[str, int]:
+    """A task (see `map_tasks`): writes a few of the generated videos."""
+    write_dataset(settings, folder, indices=range(row["start"], row["stop"]))
+    return {"videos": row["stop"] - row["start"]}
 
 
 def clip_files(uri: str) -> list[str]:

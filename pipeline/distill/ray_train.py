@@ -116,17 +116,17 @@ def _interruptible() -> Iterator[None]:
     """Makes Ctrl-C in the block a KeyboardInterrupt, as everywhere else.
 
     Ray Train's own handler, which ends the workers, leaves with SystemExit, and stays when the training is over.
+    Other threads than the main one get no signals; where that ends Ray, SystemExit is raised in them too.
     """
-    if threading.current_thread() is not threading.main_thread():  # a trial of Tune, which gets no signals
-        yield
-        return
+    main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if main:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _check_resources(settings: Training, gpus: int) -> None:

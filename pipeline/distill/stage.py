@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,10 @@ from pipeline.tracking.client import optional
 from pipeline.tracking.datasets import log_training_data
 from pipeline.tracking.runs import git_revision
 from pipeline.tracking.system_metrics import check_system_metrics
+
+# One run at a time begins in a process: MLflow fails where two record the same data set at once, and what is built
+# draws PyTorch's global random numbers.
+_beginning = threading.Lock()
 
 
 class NonFiniteLoss(RuntimeError):
@@ -124,7 +129,8 @@ def _train(
         inputs.append(artifacts.evaluation_clips.uri)
     with once(run.uri, run.label, files=run_files, inputs=inputs) as needed:
         if needed:
-            run, tags = _begin(run, artifacts, tags, run_tags)
+            with _beginning:
+                run, tags = _begin(run, artifacts, tags, run_tags)
             started = time.monotonic()
             try:
                 outcome = fit(run, on_validation, train_callbacks)

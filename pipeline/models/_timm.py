@@ -10,10 +10,12 @@ beside a working torchvision would make *its* registration fail.
 from __future__ import annotations
 
 import sys
+import threading
 from types import ModuleType
 
 import torch
 
+_importing = threading.Lock()
 _declared: torch.library.Library | None = None  # the declarations live as long as this object
 
 
@@ -27,14 +29,15 @@ def _declare_torchvision_operators() -> None:
 
 def import_timm() -> ModuleType:
     """Returns the `timm` module, also where torchvision's compiled operators can't be loaded."""
-    try:
-        import timm
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        # A failed import leaves half-initialised modules behind; start again without them.
-        for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "timm")]:
-            del sys.modules[name]
-        _declare_torchvision_operators()
-        import timm
-    return timm
+    with _importing:
+        try:
+            import timm
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            # A failed import leaves half-initialised modules behind; start again without them.
+            for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "timm")]:
+                del sys.modules[name]
+            _declare_torchvision_operators()
+            import timm
+        return timm

@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.artifacts.manifests import RunManifest, SweepManifest
 from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.stage import shard_split
-from pipeline.compute import ray_session
+from pipeline.compute import one_ray
 from pipeline.config import Config, with_overrides
 from pipeline.evaluate.scoring import SCORES, TITLES
 from pipeline.evaluate.stage import score_subjects
@@ -93,7 +93,7 @@ def evidence(config: Config) -> dict[str, Any]:
         RuntimeError: trials of the sweep that are worth another try.
     """
     check_evidence(config)
-    with ray_session(config):
+    with one_ray():
         uri = sweep(config)["uri"]
         if not storage.is_complete(uri):
             raise RuntimeError(f"the sweep has not ended ({uri}); start this again")

@@ -29,8 +29,9 @@ TINY = {
     "student": tiny_section(24, 40, (32, 32)),
     "distill": {**TRAINING, "steps": 8, "checkpoint_every": 4},
     "evaluate": {"split": "validation"},
-    # One actor a stage on `local_ray`: each imports torch and timm, 5 s of a core, which is most of what a test costs.
-    # Clusters (clusters.py), whose nodes have one CPU, and the demo have one for each core.
+    # One actor a stage on `local_ray` would do all the work, so this process does it: an actor imports torch and timm,
+    # 5 s of a core, which is most of what a test costs. Clusters (clusters.py), whose nodes have one CPU, and the demo
+    # have one for each core.
     "ray": {"teacher_cpus": 1.5},
 }
 

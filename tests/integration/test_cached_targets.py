@@ -1,9 +1,12 @@
 """Training from the cache is training with the teacher: the losses agree step by step."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import GOLDEN_TEACHER
 
 from pipeline import storage
 from pipeline.clips.library import artifacts_of
@@ -108,3 +111,15 @@ def test_a_student_without_kd_is_the_same_before_and_after_caching(shared_tiny, 
     train_teacher(config)
     cache(config)
     assert artifacts_of(config).student.uri == before
+
+
+def test_this_process_writes_what_actors_write(tiny, local_ray):
+    """On `local_ray` the tiny config has room for one actor, which then is this process; here it has room for two."""
+    config = tiny(*VIEWS, *GOLDEN_TEACHER, "targets.student_features=true")
+    shard(config)
+    here = cache(config)
+    written = {path.name: path.read_bytes() for path in Path(here["uri"], "data").iterdir()}
+    storage.delete(here["uri"])
+    actors = cache(tiny(*VIEWS, *GOLDEN_TEACHER, "targets.student_features=true", "ray.teacher_cpus=0.8"))
+    assert actors["uri"] == here["uri"]
+    assert {path.name: path.read_bytes() for path in Path(here["uri"], "data").iterdir()} == written

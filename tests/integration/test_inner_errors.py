@@ -40,7 +40,12 @@ def test_an_actor_that_fails(tiny, local_ray):
         def __call__(self, row):
             raise ValueError(f"{self.words}: {row['n']}")
 
-    with pytest.raises(PermissionError, match="not yours"):
-        list(map_tasks(tiny(), FailsWhenMade, [{"n": 1}, {"n": 2}], arguments=("not yours",)))
-    with pytest.raises(ValueError, match="no number: 1"):
-        list(map_tasks(tiny(), Fails, [{"n": 1}], arguments=("no number",)))
+    rows = [{"n": 1}, {"n": 1}]
+    # Two actors; one that would do all by itself is this process.
+    for config, words in ((tiny("ray.teacher_cpus=0.8"), "In the worker"), (tiny(), "")):
+        with pytest.raises(PermissionError, match="not yours") as caught:
+            list(map_tasks(config, FailsWhenMade, rows, arguments=("not yours",)))
+        assert caught.value.errno == errno.EACCES
+        assert words in "".join(getattr(caught.value, "__notes__", ()))
+        with pytest.raises(ValueError, match="no number: 1"):
+            list(map_tasks(config, Fails, rows, arguments=("no number",)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import pytest
 from helpers import GOLDEN_TEACHER, command_line, is_alive, wait_for
 
 from pipeline import tracking
+from pipeline.line import NO_KD, SLOTMATCH
 
 # Making the clips and a student takes a minute, and several where the machine is busy.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ENDLESS = ["distill.steps=100000", "teacher.train.steps=100000", "ray.num_cpus=3"]
 SWEEP = [*ENDLESS, "distill.method=no_kd", "sweep.grid={distill.learning_rate: [0.001]}", "sweep.seeds=[1]"]
 ENDED = "ends in seconds, says how to go on, no MLflow run stays open"
+# Several tasks at a time, as one alone runs in the driver.
+TASKS = ["clips.videos_per_shard=1", "ray.teacher_cpus=0.8"]
 STUDENT = ["distill.method=no_kd", "evaluate.teacher=false", "ray.num_cpus=3"]
 
 
@@ -61,7 +65,7 @@ class Running:
 @pytest.fixture(scope="module")
 def clips(shared_tiny, tmp_path_factory):
     """The config of a root that has its clips and a finished student."""
-    config = shared_tiny()
+    config = shared_tiny(*TASKS)
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(config.to_yaml())
     for stage in ("shard", "distill"):
@@ -131,6 +135,20 @@ def test_a_sweep(start, clips, workers, group):
     job = start("sweep", *SWEEP, f"distill.workers={workers}", "distill.cpus_per_worker=1")
     wait_for(lambda: job.says("steps/s"), 240)
     check_interrupt(job, clips, group=group)
+
+
+@pytest.mark.fault(fault="Ctrl-C in the training of two students at once", stage="pipeline", checked=ENDED)
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+def test_students_that_train_together(start, clips, group):
+    together = [*ENDLESS, *GOLDEN_TEACHER, "distill.workers=1", f"distill.seed={6 + group}"]
+    job = start("pipeline", *together)
+    wait_for(
+        lambda: all(re.search(rf"\({name}\): \d+/\d+ steps", job.errors()) for name in (NO_KD, SLOTMATCH)),
+        240,
+    )
+    check_interrupt(job, clips, group=group)
+    runs = tracking.connect(clips).search_runs([tracking.experiment_id(clips)])
+    assert {run.info.status for run in runs if run.data.tags.get("seed") == str(6 + group)} == {"KILLED"}
 
 
 @pytest.mark.fault(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline import tracking
+from pipeline.compute import OneRay
 from pipeline.evaluate.scoring import SCORES
 from pipeline.line import NO_KD, SLOTMATCH, run
 from pipeline.models import load_slot_model
@@ -13,7 +14,7 @@ from pipeline.report.stage import report
 
 
 @pytest.mark.timeout(900)
-def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
+def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys, monkeypatch):
     config = tiny("distill.workers=1")
     first = run(config)
     assert first["videos"] == 10
@@ -63,6 +64,7 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys):
     row = next(line for line in text.splitlines() if line.startswith("| SlotMatch (ours) |"))
     assert mbo in row, "the first table is that of the data set that has runs"
 
+    monkeypatch.setattr(OneRay, "start", lambda *_: pytest.fail("nothing is left that needs Ray"))
     second = run(config)
     assert all(second["reused"].values())
     assert second["scores"] == first["scores"]

@@ -112,30 +112,22 @@ def video_file(index: int) -> str:
     return f"video_{index:05d}.mp4"
 
 
-def write_dataset(
-    settings: SyntheticSettings,
-    folder: str | Path,
-    *,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write every video as ``video_00000.mp4`` and its masks under ``masks/video_00000/``.
+def write_dataset(settings: SyntheticSettings, folder: str | Path, *, indices: range | None = None) -> None:
+    """Write every video as ``video_00000.mp4`` and its masks under ``masks/video_00000/``, or those of `indices`.
 
     The videos are H.264, the masks one palette PNG a frame whose index is the label. A video
     appears only once it and its masks are complete; one that is there already is kept.
-    `on_progress` is called with (videos done, videos in all). Raises OSError where the folder
-    cannot be written.
+    Raises OSError where the folder cannot be written.
     """
     root = Path(folder)
     (root / "masks").mkdir(parents=True, exist_ok=True)
-    for index in range(settings.videos):
+    for index in range(settings.videos) if indices is None else indices:
         video = root / video_file(index)
         masks = root / "masks" / video.stem
         if not (video.exists() and masks.exists()):
             frames, labels = render_video(settings, index)
             _write_masks(labels, masks)
             _write_mp4(frames, settings.fps, video)
-        if on_progress is not None:
-            on_progress(index + 1, settings.videos)
 
 
 def _write_masks(labels: np.ndarray, folder: Path) -> None:
