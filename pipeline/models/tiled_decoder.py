@@ -32,7 +32,7 @@ def decode(slots_MND: Tensor, pos_emb_PD: Tensor, linears: Sequence[nn.Linear]) 
     return _Decode.apply(*inputs)
 
 
-class _Layers:
+class Layers:
     """The decoder's weights in the type that products are computed in, and how its first layers are taken apart."""
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -72,7 +72,7 @@ class _Decode(torch.autograd.Function):
         device = slots.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else slots.dtype
         with torch.autocast(device, enabled=False):
-            layers = _Layers(parameters, dtype)
+            layers = Layers(parameters, dtype)
             slots_in, positions_in = slots.to(dtype), pos_emb.to(dtype)
             from_slots = F.linear(slots_in, layers.weights[0])  # (M, N, H)
             from_positions = F.linear(positions_in, layers.weights[0], layers.biases[0])  # (P, H)
@@ -112,7 +112,7 @@ class _Decode(torch.autograd.Function):
 
 
 def _forward(
-    layers: _Layers, from_slots: Tensor, from_positions: Tensor, keep: bool
+    layers: Layers, from_slots: Tensor, from_positions: Tensor, keep: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Hidden layers but the first `(M, N, P, H)`, none unless `keep`; masks; the last one's mix `(M, P, H)`."""
     M, N, H = from_slots.shape
@@ -152,7 +152,7 @@ class _Backward:
 
     def __init__(
         self,
-        layers: _Layers,
+        layers: Layers,
         gradients: list[Tensor],
         from_slots: Tensor,
         from_positions: Tensor,

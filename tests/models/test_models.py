@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model, tiny_vit
+from tiny_models import decoded, tiny_model, tiny_vit
 
 from pipeline.models import (
     Backbone,
@@ -252,13 +252,6 @@ def test_label_maps():
     assert (labels[0] == 1).all()
     assert (labels[1, :20] == 0).all()
     assert (labels[1, 20:] == 2).all()
-
-
-def decoded(decoder, slots, target):
-    """Both outputs and all gradients, also of a loss on the masks."""
-    reconstruction, masks = decoder(slots)
-    loss = (reconstruction - target).square().mean() + masks[:, 0].square().mean()
-    return reconstruction, masks, *torch.autograd.grad(loss, [slots, *decoder.parameters()])
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 1000, 5000, 1 << 20])  # a slot, some slots, a frame, all at a time
