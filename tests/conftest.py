@@ -23,6 +23,10 @@ from students import refuse_export
 
 from pipeline import storage
 
+if not torch.cuda.is_available():
+    # Triton asks when it is imported: without a GPU its interpreter runs kernels, in NumPy.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():

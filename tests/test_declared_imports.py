@@ -20,6 +20,7 @@ def declared(*groups):
     }
 
 
+COMES_WITH = {"triton": "torch"}  # that is made for GPUs
 DEV = ["dependencies", "dev"]
 FOLDERS = {"pipeline": ["dependencies", "s3"], "jobs": ["dependencies"], "cluster": DEV, "benchmarks": DEV}
 
@@ -33,5 +34,6 @@ def test_imports_are_declared(folder, groups):
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [str(node.module)]
             for name in {name.split(".")[0] for name in names} - OURS - set(sys.stdlib_module_names):
+                name = COMES_WITH.get(name, name)
                 found = {re.sub("[-_.]+", "-", d).lower() for d in providers.get(name, [name])}
                 assert found & allowed, f"{file.relative_to(ROOT)} imports {name}, of {found}"

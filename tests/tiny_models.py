@@ -24,3 +24,10 @@ def tiny_section(width=16, image_size=16, hidden=(8,), **settings):
     """Of a config, for such a model."""
     vit = {"backbone": tiny_vit(width), "backbone_weights": "random"}
     return {**vit, "image_size": image_size, "decoder_hidden_sizes": list(hidden), **settings}
+
+
+def decoded(decoder, slots, target):
+    """Both outputs of a decoder and all gradients, also of a loss on the masks."""
+    reconstruction, masks = decoder(slots)
+    loss = (reconstruction - target).square().mean() + masks[:, 0].square().mean()
+    return reconstruction, masks, *torch.autograd.grad(loss, [slots, *decoder.parameters()])

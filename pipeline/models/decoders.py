@@ -7,12 +7,15 @@ their place, P logits of how similar the position is to each position of the nex
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.log import log
 from pipeline.models import tiled_decoder
 from pipeline.models.layers import MLP, Transformer
 
@@ -37,6 +40,20 @@ def untiled(decoder: nn.Module) -> Iterator[None]:
             part.tiled = True
 
 
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """`triton_decoder`, or None where its kernels don't run: no Triton, or no C compiler for it, or too old a GPU."""
+    try:
+        from pipeline.models import triton_decoder
+
+        triton_decoder.try_out(device)
+    except Exception as error:  # Triton's own have no class in common
+        reason = str(error).strip().partition("\n")[0]
+        log(f"decoder: in plain operations, since Triton's kernels don't run on {device}: {reason}")
+        return None
+    return triton_decoder
+
+
 class MLPDecoder(Decoder):
     """Spatial-broadcast MLP decoder (DINOSAUR, Seitzer et al. 2023; used by SlotContrast, SlotMatch).
 
@@ -45,8 +62,8 @@ class MLPDecoder(Decoder):
 
     `fast` uses two exact identities and computes a tenth to a fifth less: the first layer distributes
     over slot + position, and the last one commutes with the mask-weighted sum over the slots. On a CPU
-    it works in tiles as well, see `tiled_decoder`, but where `tiled` is off, since those have no forward
-    derivative. Results agree with the plain form to rounding.
+    it works in tiles as well, see `tiled_decoder`, and on a GPU in kernels, see `triton_decoder`, but where
+    `tiled` is off, since those have a first derivative alone. Results agree with the plain form to rounding.
     """
 
     def __init__(
@@ -61,6 +78,8 @@ class MLPDecoder(Decoder):
             return self._plain(slots_MND)
         if self.tiled and slots_MND.device.type == "cpu":
             return tiled_decoder.decode(slots_MND, self.pos_emb[0, 0], self._linears)
+        if self.tiled and slots_MND.device.type == "cuda" and (kernels := _kernels(slots_MND.device)):
+            return kernels.decode(slots_MND, self.pos_emb[0, 0], self._linears)
         return self._fast(slots_MND)
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 TILE_BYTES = 5 << 19  # of one hidden layer: three such tensors are in use at a time
 
@@ -32,7 +33,7 @@ def decode(slots_MND: Tensor, pos_emb_PD: Tensor, linears: Sequence[nn.Linear]) 
     return _Decode.apply(*inputs)
 
 
-class _Layers:
+class Layers:
     """The decoder's weights in the type that products are computed in, and how its first layers are taken apart."""
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -72,7 +73,7 @@ class _Decode(torch.autograd.Function):
         device = slots.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else slots.dtype
         with torch.autocast(device, enabled=False):
-            layers = _Layers(parameters, dtype)
+            layers = Layers(parameters, dtype)
             slots_in, positions_in = slots.to(dtype), pos_emb.to(dtype)
             from_slots = F.linear(slots_in, layers.weights[0])  # (M, N, H)
             from_positions = F.linear(positions_in, layers.weights[0], layers.biases[0])  # (P, H)
@@ -87,6 +88,7 @@ class _Decode(torch.autograd.Function):
         return reconstruction, masks
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_reconstruction: Tensor, grad_masks: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         slots, positions, from_slots, from_positions, masks, mixed, *rest = ctx.saved_tensors
         parameters, hidden = rest[: len(ctx.layers.weights) * 2], rest[len(ctx.layers.weights) * 2 :]
@@ -94,9 +96,11 @@ class _Decode(torch.autograd.Function):
         with torch.autocast(slots.device.type, enabled=False):
             gradients = [torch.zeros_like(p, dtype=exact) for p in parameters]
             grad = grad_reconstruction.to(slots.dtype)
-            gradients[-2][:-1] = _rows(grad).t() @ _rows(mixed)
-            gradients[-1][:-1] = _rows(grad).sum(0, dtype=exact)
-            state = _Backward(layers, gradients, from_slots, from_positions, masks, grad @ layers.features)
+            grad_mixed = grad @ layers.features
+            if trained := any(ctx.needs_input_grad[2:]):
+                gradients[-2][:-1] = _rows(grad).t() @ _rows(mixed)
+                gradients[-1][:-1] = _rows(grad).sum(0, dtype=exact)
+            state = _Backward(layers, gradients, trained, from_slots, from_positions, masks, grad_mixed)
             state.run(hidden, grad_masks)
             into_slots, into_positions = (
                 state.into_slots.to(slots.dtype),
@@ -112,7 +116,7 @@ class _Decode(torch.autograd.Function):
 
 
 def _forward(
-    layers: _Layers, from_slots: Tensor, from_positions: Tensor, keep: bool
+    layers: Layers, from_slots: Tensor, from_positions: Tensor, keep: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Hidden layers but the first `(M, N, P, H)`, none unless `keep`; masks; the last one's mix `(M, P, H)`."""
     M, N, H = from_slots.shape
@@ -145,21 +149,22 @@ def _forward(
 
 
 class _Backward:
-    """The backward pass over the tiles, which adds to the parameters' `gradients`.
+    """The backward pass over the tiles, which adds to the parameters' `gradients` where those are `trained`.
 
     into_slots `(M, N, H)`, into_positions `(P, H)`: gradients of the two parts of the first layer.
     """
 
     def __init__(
         self,
-        layers: _Layers,
+        layers: Layers,
         gradients: list[Tensor],
+        trained: bool,
         from_slots: Tensor,
         from_positions: Tensor,
         masks: Tensor,
         grad_mixed: Tensor,
     ) -> None:
-        self.layers, self.gradients, self.masks = layers, gradients, masks
+        self.layers, self.gradients, self.trained, self.masks = layers, gradients, trained, masks
         self.from_slots, self.from_positions, self.grad_mixed = from_slots, from_positions, grad_mixed
         self.into_slots = torch.empty_like(from_slots, dtype=masks.dtype)
         self.into_positions = torch.zeros_like(from_positions, dtype=masks.dtype)
@@ -188,7 +193,8 @@ class _Backward:
         """One tile from the last hidden layer back to the first; `grad_logits` (f, n, P) of its masks."""
         layers, exact = self.layers, self.masks.dtype
         layer = self._hidden(hidden, len(hidden), frames, block)
-        self.gradients[-2][-1] += _rows(layer).t() @ grad_logits.flatten()
+        if self.trained:
+            self.gradients[-2][-1] += _rows(layer).t() @ grad_logits.flatten()
         masks = self.masks[frames, block].to(grad_logits.dtype).unsqueeze(-1)
         grad = torch.addcmul(
             grad_logits.unsqueeze(-1) * layers.mask_row, masks, self.grad_mixed[frames].unsqueeze(1)
@@ -196,13 +202,18 @@ class _Backward:
         for index in range(len(hidden), 0, -1):
             below = self._hidden(hidden, index - 1, frames, block)
             rows = _rows(torch.ops.aten.threshold_backward(grad, layer, 0))
-            weight_gradient = self.gradients[2 * index]
-            if weight_gradient.dtype == rows.dtype:
-                weight_gradient.addmm_(rows.t(), _rows(below))
-            else:
-                weight_gradient += rows.t() @ _rows(below)
-            self.gradients[2 * index + 1] += rows.sum(0, dtype=exact)
+            if self.trained:
+                self._add(index, rows, below)
             grad, layer = (rows @ layers.weights[index]).view_as(below), below
         grad = torch.ops.aten.threshold_backward(grad, layer, 0)
         self.into_slots[frames, block] = grad.sum(2, dtype=exact)
         self.into_positions += grad.sum((0, 1), dtype=exact)
+
+    def _add(self, index: int, rows: Tensor, below: Tensor) -> None:
+        """To a middle layer's gradients, from those of its sums and from what it read."""
+        weight_gradient = self.gradients[2 * index]
+        if weight_gradient.dtype == rows.dtype:
+            weight_gradient.addmm_(rows.t(), _rows(below))
+        else:
+            weight_gradient += rows.t() @ _rows(below)
+        self.gradients[2 * index + 1] += rows.sum(0, dtype=self.masks.dtype)
