@@ -180,7 +180,9 @@ class ClipSet:
         for row in range(video.first_row, video.first_row + video.clips):
             yield self.read_clip(video.shard, row, masks=masks)
 
-    def iter_videos(self, videos: Iterable[VideoEntry], *, masks: bool = False) -> Generator[Clip, None, None]:
+    def iter_videos(
+        self, videos: Iterable[VideoEntry], *, masks: bool = False
+    ) -> Generator[Clip, None, None]:
         """Clips of videos in turn, as `iter_video`; read and decoded in threads while those before are used."""
         rows = (
             self.reader.row(video.shard, row, _columns(masks))

@@ -109,7 +109,9 @@ def ahead(items: Iterator[_T]) -> Generator[_T, None, None]:
             yield item  # type: ignore[misc]
 
 
-def made_ahead(make: Callable[[_T], _Made], items: Iterator[_T], threads: int) -> Generator[_Made, None, None]:
+def made_ahead(
+    make: Callable[[_T], _Made], items: Iterator[_T], threads: int
+) -> Generator[_Made, None, None]:
     """What `make` gives of each item, in order; made in threads, so many at once, while those before are used."""
     following: deque[Future[_Made]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
