@@ -1,5 +1,5 @@
-"""`python -m benchmarks`: measures the training step, the scores, `shard` and `cache`, the loader, the memory of an
-evaluation, and how the stages grow with the number of videos, and prints tables.
+"""`python -m benchmarks`: measures the training step, the scores, `shard`, `cache` and `evaluate`, the loader, the
+memory of an evaluation, and how the stages grow with the number of videos, and prints tables.
 
 Times never fail; ways of doing the same work that give different results do (exit code 1).
 """
@@ -18,7 +18,14 @@ from benchmarks.memory import memory_report
 from benchmarks.report import machine, table
 from benchmarks.scale import measure_scale, scale_report
 from benchmarks.scores import ScoreMismatch, score_comparison
-from benchmarks.stages import Load, cache_comparison, ray_started, shard_comparison, tiny_load
+from benchmarks.stages import (
+    Load,
+    cache_comparison,
+    evaluate_comparison,
+    ray_started,
+    shard_comparison,
+    tiny_load,
+)
 from benchmarks.step import LossMismatch, paper_sizes, step_comparison, tiny_sizes
 
 
@@ -50,6 +57,7 @@ def main() -> int:
         comparisons.append(shard_comparison(load, repeats, Path(scratch), real=not quick))
         comparisons[-1].notes.append(started)
         comparisons.append(cache_comparison(load, repeats, Path(scratch)))
+        comparisons.append(evaluate_comparison(load, repeats, Path(scratch)))
         comparisons += loader_comparisons(tiny_feeding() if quick else Feeding(), repeats, Path(scratch))
     print(table(comparisons))
     memory = memory_report(lengths=(8, 16), side=56) if quick else memory_report()

@@ -1,9 +1,9 @@
-"""The stages `shard` and `cache` on Ray Data beside the plain loop that one would write instead.
+"""The stages `shard`, `cache` and `evaluate` on Ray Data beside the plain loop that one would write instead.
 
 Measured: a whole call of the stage on a Ray that runs already, so with hashing the sources, starting
-tasks and actors, and publishing; the loops only compute. Stage and loop take turns. The time to start
-Ray and its first tasks is in the notes. Not measured: downloads, remote storage, more than one node.
-Ray's idle processes run beside the loops; they take a few per cent of a core.
+tasks and actors, and publishing; the loops only compute, those of a model on frames in memory. Stage and
+loop take turns. The time to start Ray and its first tasks is in the notes. Not measured: downloads, remote
+storage, more than one node. Ray's idle processes run beside the loops; they take a few per cent of a core.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ from time import perf_counter
 from typing import Any
 
 import av
+import numpy as np
 import torch
 from PIL import Image
 
 from benchmarks.report import Comparison, Row, interleaved
 from pipeline.clips.library import artifacts_of
+from pipeline.clips.schema import Clip
 from pipeline.clips.sources.synthetic import SyntheticSettings, write_dataset
 from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import View, apply_view, make_view
 from pipeline.compute import ray_session
 from pipeline.config import Config, resolve_config
+from pipeline.config.protocols import choose_protocol
+from pipeline.evaluate.scoring import model_predictor
+from pipeline.evaluate.stage import score_subjects
+from pipeline.evaluate.subjects import Subject
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig, save_slot_model
 from pipeline.models.checkpoints import load_slot_model
 from pipeline.targets.maker import teacher_outputs
@@ -44,20 +50,23 @@ SMALL_TEACHER = BackboneConfig("vit_small_patch14_dinov2", 224)
 
 @dataclass(frozen=True)
 class Load:
-    """How much work a repeat does; the defaults take ten to twenty seconds on two cores."""
+    """How much work a repeat does; by default ten to twenty seconds of `shard` on two cores, a minute of a model."""
 
     copies: int = 4  # of the real videos, at least one shard each
     short_side: int = 336
     teacher: BackboneConfig = SMALL_TEACHER
-    videos: int = 16  # generated, for the teacher
-    frames: int = 16
+    videos: int = 64  # generated, for the teacher
+    frames: int = 16  # of each for `cache`, four clips
+    scored_frames: int = 8  # and for `evaluate`
     batch_size: int = 8  # clips
 
 
 def tiny_load() -> Load:
     """For the smoke test."""
     vit = {"patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    return Load(copies=1, short_side=48, teacher=BackboneConfig(None, 56, vit), videos=2, frames=8)
+    return Load(
+        copies=1, short_side=48, teacher=BackboneConfig(None, 56, vit), videos=2, frames=8, scored_frames=4
+    )
 
 
 @contextmanager
@@ -143,43 +152,90 @@ def _bare_shard(path: Path, short_side: int) -> int:
     return frames
 
 
-# --- cache ------------------------------------------------------------------------------------------
+# --- cache and evaluate -----------------------------------------------------------------------------
 
 
 def cache_comparison(load: Load, repeats: int, scratch: Path) -> Comparison:
-    """Clips a second of `cache` and of one process that runs the same teacher over the same clips.
-
-    The third row is the stage without its start: the time of a call with one clip for each process is
-    taken off, which leaves the rate that a large clip set sees (on a busy machine, mostly noise).
-    """
-    torch.manual_seed(0)
-    teacher = SlotModel(SlotModelConfig(load.teacher, num_slots=15, slot_size=128))
-    save_slot_model(teacher, scratch / "teacher")
+    """Clips a second of `cache` and of one process that runs the same teacher over the same batches in memory."""
+    model = _saved_teacher(load, scratch)
     work = _clips(load, scratch, videos=load.videos, frames=load.frames)
     start = _clips(load, scratch, videos=processes(), frames=4)
+    batches = list(_batches(work, load.batch_size))
     roots = (str(scratch / f"cache-{i}") for i in count())
 
     def stage(clips: ClipSet) -> dict[str, Any]:
         config = _config(load, scratch, root=next(roots))
         return cache(config, artifacts_of(config, clips.uri))
 
-    model = load_slot_model(scratch / "teacher")
-    loop, ray_data, starting = interleaved(
-        [lambda: _bare_teacher(model, work, load.batch_size), lambda: stage(work), lambda: stage(start)],
-        repeats,
-    )
-    clips, few = work.manifest.clips, start.manifest.clips
-    steady = [a - b for a, b in zip(ray_data, starting, strict=True)]
+    @torch.no_grad()
+    def loop() -> None:
+        for pixels, views in batches:
+            teacher_outputs(model, pixels, views, "forward")
+
+    seconds = interleaved([loop, lambda: stage(work), lambda: stage(start)], repeats)
+    counts = work.manifest.clips, start.manifest.clips
+    rows, note = _rows("cache", "teacher's loop", seconds, counts, "clips")
+    return Comparison(f"teacher {load.teacher.label} at {load.teacher.image_size}", rows, [note])
+
+
+def evaluate_comparison(load: Load, repeats: int, scratch: Path) -> Comparison:
+    """Videos a second of `evaluate` and of one process that makes the same labels of frames in memory.
+
+    The stage scores one model, without trivial baselines, and records it in MLflow.
+    """
+    model = _saved_teacher(load, scratch)
+    work = _clips(load, scratch, videos=load.videos, frames=load.scored_frames)
+    start = _clips(load, scratch, videos=processes(), frames=4)
+    protocol = choose_protocol(Config().evaluate)
+    videos = [[_pixels(clip) for clip in work.iter_video(video)] for video in work.videos]
+    roots = (str(scratch / f"evaluate-{i}") for i in count())
+
+    def stage(clips: ClipSet) -> dict[str, Any]:
+        config = _config(load, scratch, root=next(roots))
+        subject = Subject(str(scratch / "teacher"))
+        return score_subjects(artifacts_of(config, clips.uri), clips, {"model": subject})
+
+    def loop() -> None:
+        for entry, chunks in zip(work.videos, videos, strict=True):
+            predict = model_predictor(model, entry.video_id, protocol)
+            for _ in predict(iter(chunks), chunks[0].shape[1:3]):
+                pass
+
+    stage(start)  # the first call makes MLflow's database
+    seconds = interleaved([loop, lambda: stage(work), lambda: stage(start)], repeats)
+    rows, note = _rows("evaluate", "model's loop", seconds, (len(work.videos), len(start.videos)), "videos")
+    title = f"scoring {load.teacher.label} at {load.teacher.image_size}, {load.scored_frames} frames a video"
+    return Comparison(title, rows, [note])
+
+
+def _rows(
+    stage: str, loop: str, seconds: list[list[float]], counts: tuple[int, int], unit: str
+) -> tuple[list[Row], str]:
+    """Rows of a loop, of a stage, and of the stage without its start, which is a call with few units.
+
+    What is left without it is the rate that a large clip set sees (on a busy machine, mostly noise).
+    """
+    bare, whole, starting = seconds
+    work, few = counts
+    steady = [a - b for a, b in zip(whole, starting, strict=True)]
     rows = [
-        Row("teacher's loop, 1 process", loop, clips, "clips"),
-        Row("`cache` on Ray Data", ray_data, clips, "clips"),
-        Row("`cache` on Ray Data, less its start", steady, clips - few, "clips"),
+        Row(f"{loop}, 1 process, frames in memory", bare, work, unit),
+        Row(f"`{stage}` on Ray Data, its start included", whole, work, unit),
+        Row(f"`{stage}` on Ray Data, less its start", steady, work - few, unit),
     ]
     note = (
-        f"{clips} clips of 4 frames; the start is a call with {few} clips, {median(starting):.1f} s; "
-        f"the loop runs torch on {torch.get_num_threads()} threads, Ray's actors on one each"
+        f"{work} {unit}; the start is a call with {few} {unit}, {median(starting):.1f} s; the loop runs torch on "
+        f"{torch.get_num_threads()} threads, Ray's actors on one each"
     )
-    return Comparison(f"teacher {load.teacher.label} at {load.teacher.image_size}", rows, [note])
+    return rows, note
+
+
+def _saved_teacher(load: Load, scratch: Path) -> SlotModel:
+    torch.manual_seed(0)
+    save_slot_model(
+        SlotModel(SlotModelConfig(load.teacher, num_slots=15, slot_size=128)), scratch / "teacher"
+    )
+    return load_slot_model(scratch / "teacher")
 
 
 def _config(load: Load, scratch: Path, *, root: str, videos: int = 1, frames: int = 1) -> Config:
@@ -191,6 +247,7 @@ def _config(load: Load, scratch: Path, *, root: str, videos: int = 1, frames: in
             "teacher": {"checkpoint": str(scratch / "teacher")},
             "targets": {"batch_size": load.batch_size},
             "storage": {"root": root},
+            "mlflow": {"tracking_uri": f"sqlite:///{scratch}/mlflow.db"},
         }
     )
 
@@ -200,16 +257,16 @@ def _clips(load: Load, scratch: Path, *, videos: int, frames: int) -> ClipSet:
     return ClipSet(shard_split(config, "")["uri"])
 
 
-@torch.no_grad()
-def _bare_teacher(model: SlotModel, clips: ClipSet, batch_size: int) -> None:
-    """Reads clips, decodes them and runs the teacher; drops the slots."""
+def _batches(clips: ClipSet, size: int) -> Iterator[tuple[list[np.ndarray], list[View]]]:
     stored = (clip for name in clips.shards for clip in clips.iter_shard(name))
-    while batch := list(islice(stored, batch_size)):
-        views = [_view(clip) for clip in batch]
-        pixels = [apply_view(clip.frames, view) for clip, view in zip(batch, views, strict=True)]
-        teacher_outputs(model, pixels, views, "forward")
+    while batch := list(islice(stored, size)):
+        yield [_pixels(clip) for clip in batch], [_view(clip) for clip in batch]
 
 
-def _view(clip: Any) -> View:
+def _pixels(clip: Clip) -> np.ndarray:
+    return apply_view(clip.frames, _view(clip))
+
+
+def _view(clip: Clip) -> View:
     height, width = clip.frames.shape[1:3]
     return make_view(Config().targets, 0, clip.video_id, clip.clip_index, 0, height, width)

@@ -6,8 +6,9 @@ import contextlib
 import sys
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ INDEX_FILE = "index.parquet"
 SOURCES_FILE = "sources.parquet"  # the videos that it was made of, those set aside included
 SHARD_FOLDER = "data"
 _CACHED_ROW_GROUPS = 8
+_DECODERS = 2  # threads: one decodes a clip with its masks more slowly than a GPU segments it
 # Of all that a reader remembers, as stored; in memory they are about eleven times as large.
 _FOOTER_BYTES = 4 << 20
 
@@ -177,6 +179,17 @@ class ClipSet:
         """A video's clips in order, the shorter tail included."""
         for row in range(video.first_row, video.first_row + video.clips):
             yield self.read_clip(video.shard, row, masks=masks)
+
+    def iter_videos(
+        self, videos: Iterable[VideoEntry], *, masks: bool = False
+    ) -> Generator[Clip, None, None]:
+        """Clips of videos in turn, as `iter_video`; read and decoded in threads while those before are used."""
+        rows = (
+            self.reader.row(video.shard, row, _columns(masks))
+            for video in videos
+            for row in range(video.first_row, video.first_row + video.clips)
+        )
+        return storage.made_ahead(partial(to_clip, masks=masks), storage.ahead(rows), _DECODERS)
 
 
 def _entries(index: pa.Table) -> list[VideoEntry]:

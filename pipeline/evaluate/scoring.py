@@ -6,12 +6,16 @@ video's length (but for the cyclic roll-out, which needs the whole of a sample).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
+from pipeline import storage
 from pipeline.artifacts.manifests import Rules
 from pipeline.clips.schema import Clip, stack_masks
 from pipeline.clips.table import ClipSet, VideoEntry
@@ -21,6 +25,7 @@ from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.table import Cell, Column, Row, Table, cells, one_decimal
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
 from pipeline.models.exported import Segmenter
+from pipeline.models.tf32 import without_tf32
 
 SCORES = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
 TITLES = {
@@ -95,11 +100,32 @@ def model_predictor(model: Segmenter, video_id: str, protocol: Protocol) -> Pred
 
 def score_video(clips: ClipSet, video: VideoEntry, predict: Predictor, protocol: Protocol) -> VideoScore:
     """Scores of one annotated video; one pass makes all four."""
-    scored = [
-        _score_sample(sample, video, predict, protocol)
-        for sample in samples(clips.iter_video(video, masks=True), protocol.clip_frames)
-    ]
-    return _summarise(video.video_id, scored)
+    return score_videos(clips, [video], lambda _: predict, protocol)[0]
+
+
+def score_videos(
+    clips: ClipSet,
+    videos: Sequence[VideoEntry],
+    predictor: Callable[[VideoEntry], Predictor],
+    protocol: Protocol,
+) -> list[VideoScore]:
+    """Scores of annotated videos of a clip set, each by its predictor.
+
+    Clips are decoded and pixels counted in threads while a model works on the clip in between, with at most a few
+    clips on either side.
+    """
+    decoded = clips.iter_videos(videos, masks=True)
+    scores = []
+    with contextlib.closing(decoded), without_tf32(), storage.behind() as later:
+        for video in videos:
+            own = islice(decoded, video.clips)
+            predict = predictor(video)
+            scored = [
+                _score_sample(sample, video, predict, protocol, later)
+                for sample in samples(own, protocol.clip_frames)
+            ]
+            scores.append(later(_summarise, video.video_id, scored))
+    return [score.result() for score in scores]
 
 
 class _Sample:
@@ -190,11 +216,15 @@ def view_of(protocol: Protocol, height: int, width: int) -> View:
 
 
 def _score_sample(
-    sample: Iterator[Clip], video: VideoEntry, predict: Predictor, protocol: Protocol
+    sample: Iterator[Clip],
+    video: VideoEntry,
+    predict: Predictor,
+    protocol: Protocol,
+    later: Callable[..., Any],
 ) -> _Sample:
+    """What will hold a sample's counts, once the calls that are left to `later` have been made."""
     view = view_of(protocol, video.height, video.width)
     size = (protocol.mask_size,) * 2 if protocol.mask_size else (view.height, view.width)
-    box = (slice(view.top, view.top + view.height), slice(view.left, view.left + view.width))
     annotations: list[list[dict[int, np.ndarray]]] = []
 
     def chunks() -> Iterator[np.ndarray]:
@@ -205,15 +235,28 @@ def _score_sample(
 
     result = _Sample()
     for labels in predict(chunks(), size):
-        masks = [{i: nearest_resize(m[box], size) for i, m in frame.items()} for frame in annotations.pop(0)]
-        if protocol.background == "object":
-            for frame in masks:
-                frame[BACKGROUND] = ~np.logical_or.reduce([*frame.values(), np.zeros(size, bool)])
-        object_ids = sorted({i for frame in masks for i in frame})
-        counts = count_overlaps(
-            torch.from_numpy(stack_masks(masks, object_ids, size))[None],
-            torch.from_numpy(labels)[None],
-            ignore_overlaps=protocol.ignore_overlaps,
-        )
-        result.add(object_ids, counts)
+        later(_count, result, annotations.pop(0), labels, view, protocol)
     return result
+
+
+def _count(
+    result: _Sample,
+    annotations: list[dict[int, np.ndarray]],
+    labels: np.ndarray,
+    view: View,
+    protocol: Protocol,
+) -> None:
+    """Adds a chunk of frames, whose masks these are as stored, to its sample."""
+    size = labels.shape[1:]
+    box = (slice(view.top, view.top + view.height), slice(view.left, view.left + view.width))
+    masks = [{i: nearest_resize(m[box], size) for i, m in frame.items()} for frame in annotations]
+    if protocol.background == "object":
+        for frame in masks:
+            frame[BACKGROUND] = ~np.logical_or.reduce([*frame.values(), np.zeros(size, bool)])
+    object_ids = sorted({i for frame in masks for i in frame})
+    counts = count_overlaps(
+        torch.from_numpy(stack_masks(masks, object_ids, size))[None],
+        torch.from_numpy(labels)[None],
+        ignore_overlaps=protocol.ignore_overlaps,
+    )
+    result.add(object_ids, counts)

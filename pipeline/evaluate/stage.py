@@ -7,8 +7,9 @@ means with their protocol in the manifest. Each is recorded as an MLflow run for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ from pipeline.config import Config
 from pipeline.config.protocols import Protocol, choose_protocol
 from pipeline.evaluate.baselines import BASELINES, Predictor
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
-from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_table, score_video
+from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_table, score_videos
 from pipeline.evaluate.subjects import Subject, baseline_subjects, named_model, own_models
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
@@ -95,7 +96,7 @@ def score_subjects(
 
 
 class ScoreTask:
-    """A task for actors (see `map_tasks`): scores a shard's videos with one subject, whose models it keeps."""
+    """A task for actors (see `map_tasks`): scores a shard's videos with one model, and keeps the models."""
 
     def __init__(self, clips_uri: str, work: Sequence[tuple[Subject, str]], protocol: Protocol) -> None:
         self.clips = ClipSet(clips_uri)
@@ -105,25 +106,55 @@ class ScoreTask:
         self.device = best_device()
         self.models: dict[int, Segmenter] = {}
 
-    def _predictor(self, index: int, video: VideoEntry) -> Predictor:
-        subject = self.work[index][0]
-        if subject.baseline is not None:
-            return BASELINES[subject.baseline](subject.num_slots)
+    def _model(self, index: int) -> Segmenter:
         if index not in self.models:
+            subject = self.work[index][0]
             assert subject.model_uri is not None
             self.models[index] = open_model(subject.model_uri, subject.hints, self.device)
-        return model_predictor(self.models[index], video.video_id, self.protocol)
+        return self.models[index]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        index, shard = row["subject"], row["shard"]
-        videos, uri = self.by_shard[shard], storage.join(self.work[index][1], ROWS_FOLDER, shard)
-        if not storage.exists(uri):
-            scores = [
-                score_video(self.clips, video, self._predictor(index, video), self.protocol)
-                for video in videos
-            ]
-            _write_rows(uri, scores)
+        index, videos = row["subject"], self.by_shard[row["shard"]]
+
+        def predictor(video: VideoEntry) -> Predictor:
+            return model_predictor(self._model(index), video.video_id, self.protocol)
+
+        _score_shard(self.clips, videos, predictor, self.protocol, _rows_uri(self.work[index][1], row))
         return {"videos": len(videos)}
+
+
+def score_baseline(
+    row: dict[str, Any], clips_uri: str, work: Sequence[tuple[Subject, str]], protocol: Protocol
+) -> dict[str, Any]:
+    """A task (see `map_tasks`): scores a shard's videos with one trivial baseline, which needs one CPU."""
+    subject, uri = work[row["subject"]]
+    predict = BASELINES[subject.baseline or ""](subject.num_slots)
+    clips, by_shard = _opened(clips_uri)
+    videos = by_shard[row["shard"]]
+    _score_shard(clips, videos, lambda _: predict, protocol, _rows_uri(uri, row))
+    return {"videos": len(videos)}
+
+
+@lru_cache(maxsize=1)  # a process of Ray's does one task after the other
+def _opened(clips_uri: str) -> tuple[ClipSet, dict[str, list[VideoEntry]]]:
+    clips = ClipSet(clips_uri)
+    return clips, _annotated_videos(clips)
+
+
+def _rows_uri(evaluation_uri: str, row: dict[str, Any]) -> str:
+    return storage.join(evaluation_uri, ROWS_FOLDER, row["shard"])
+
+
+def _score_shard(
+    clips: ClipSet,
+    videos: Sequence[VideoEntry],
+    predictor: Callable[[VideoEntry], Predictor],
+    protocol: Protocol,
+    uri: str,
+) -> None:
+    """Writes the videos' scores to `uri`, where they are not there yet."""
+    if not storage.exists(uri):
+        _write_rows(uri, score_videos(clips, videos, predictor, protocol))
 
 
 @dataclass
@@ -139,17 +170,20 @@ class _Scoring:
         if not self.work:
             return
         by_shard = _annotated_videos(self.clips)
-        rows, done = [], 0
-        for index, (_, uri) in enumerate(self.work):
+        done = 0
+        rows: dict[Any, list[dict[str, Any]]] = {ScoreTask: [], score_baseline: []}
+        for index, (subject, uri) in enumerate(self.work):
             written = set(storage.list_names(storage.join(uri, ROWS_FOLDER)))
-            rows += [{"subject": index, "shard": shard} for shard in by_shard if shard not in written]
+            task = ScoreTask if subject.baseline is None else score_baseline
+            rows[task] += [{"subject": index, "shard": shard} for shard in by_shard if shard not in written]
             done += sum(len(videos) for shard, videos in by_shard.items() if shard in written)
         total = len(self.work) * sum(map(len, by_shard.values()))
         arguments = (self.clips.uri, self.work, choose_protocol(self.config.evaluate))
         with Progress("evaluate", total, "videos") as progress:
             progress.skip(done)
-            for row in map_tasks(self.config, ScoreTask, rows, arguments=arguments):
-                progress.advance(row["videos"])
+            for task, own in rows.items():
+                for row in map_tasks(self.config, task, own, arguments=arguments):
+                    progress.advance(row["videos"])
 
     def publish(self, name: str, uri: str, rules: Rules) -> None:
         rows = storage.join(uri, ROWS_FOLDER)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -22,9 +22,10 @@ from pipeline.models import (
 )
 from pipeline.models.checkpoints import CONFIG_FILE
 from pipeline.models.exported import ONNX_FILE, Segmenter, is_exported, load_exported
+from pipeline.models.initialisation import WithoutDraws
 
 
-@contextmanager
+@contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """A block whose torch random numbers follow from `seed`, leaving the others as they were."""
     with torch.random.fork_rng(devices=[]):
@@ -51,7 +52,8 @@ def fill_backbone(backbone: Backbone, weights: str) -> None:
 
 def build_backbone(section: Model) -> Backbone:
     # Random backbones must be the same in every stage and for every training seed.
-    with seeded(0):
+    drawn = section.backbone_weights == "random"
+    with seeded(0), contextlib.nullcontext() if drawn else WithoutDraws():
         backbone = Backbone(backbone_config(section))
     fill_backbone(backbone, section.backbone_weights)
     return backbone

@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.log import log
 from pipeline.models._timm import import_timm
 from pipeline.models.backbone import BackboneConfig, check_finite, check_state_dict, read_checkpoint_file
+from pipeline.models.initialisation import WithoutDraws
 from pipeline.models.slot_model import IMAGENET_MEAN, IMAGENET_STD, SlotModel, SlotModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -110,7 +111,8 @@ def load_slot_model(
             config = infer_config(state, CheckpointHints(num_heads, num_slots, mean, std), source=str(path))
             state = _with_resampled_positions(state, config, str(path))
     state = {k: v.float() for k, v in _plain_names(state).items()}
-    model = SlotModel(config)
+    with WithoutDraws():
+        model = SlotModel(config)
     check_state_dict(model, state, str(path))
     check_finite(state, str(path))
     model.load_state_dict(state)

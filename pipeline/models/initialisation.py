@@ -1,12 +1,14 @@
-"""A start for slot models that have little data and few steps."""
+"""A start for slot models that have little data and few steps; and none, for those whose weights are loaded."""
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.models.layers import TransformerBlock
 from pipeline.models.slot_model import SlotModel
@@ -52,3 +54,29 @@ def start_as_soft_kmeans(model: SlotModel, *, sharpness: float = 4.0, position_s
         layer.bias.zero_()
     periods = (model.grid - 1) / (math.pi * 2 ** torch.linspace(-1, 2.5, size // 4))
     model.decoder.pos_emb.copy_(position_scale * sine_cosine_positions(model.grid, size, periods))
+
+
+class WithoutDraws(TorchFunctionMode):
+    """A block that builds modules without their random start: for those of which every parameter is loaded next.
+
+    Drawing a ViT-B takes longer than reading it. Until they are loaded, parameters hold anything.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+# timm calls the tensor's own methods, PyTorch's layers call functions, some of which are seen here themselves.
+_DRAWS = (
+    *(Tensor.uniform_, Tensor.normal_, Tensor.erfinv_),
+    *(nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_),
+)

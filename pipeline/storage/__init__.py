@@ -30,7 +30,7 @@ from pipeline.storage.errors import (
     StorageError,
     UnavailableError,
 )
-from pipeline.storage.reading import RangeFile, ahead, is_remote, on_s3, read_range
+from pipeline.storage.reading import RangeFile, ahead, behind, is_remote, made_ahead, on_s3, read_range
 from pipeline.storage.s3_filesystem import S3Filesystem
 
 __all__ = [
@@ -43,7 +43,9 @@ __all__ = [
     "StorageError",
     "UnavailableError",
     "ahead",
+    "behind",
     "is_remote",
+    "made_ahead",
     "read_range",
 ]
 

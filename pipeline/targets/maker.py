@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,42 @@ from pipeline.compute import best_device, keep_freed_memory
 from pipeline.config import Config
 from pipeline.models.build import build_student, load_teacher
 from pipeline.models.slot_model import SlotModel
+from pipeline.models.tf32 import without_tf32
 from pipeline.targets.table import FEATURES, TargetMismatch, TargetSet, _schema
 
 ROW_GROUP_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of a target set, and what a model sees of them.
+
+    items: clip, number and numbers of each view, shorter tails included.
+    pixels: `(T, h, w, 3)` uint8 of the full clips' views, those that are equal once.
+    place: for each full clip's view the index of its pixels.
+    """
+
+    items: list[tuple[Clip, int, View]]
+    pixels: list[np.ndarray]
+    place: list[int]
+
+    @property
+    def full(self) -> list[tuple[Clip, int, View]]:
+        return [item for item in self.items if item[0].full]
+
+
+def _batch(items: list[tuple[Clip, int, View]]) -> _Batch:
+    seen: dict[tuple[int, View], int] = {}
+    pixels: list[np.ndarray] = []
+    place = []
+    for clip, _, view in items:
+        if clip.full:
+            key = (id(clip), replace(view, noise_seed=0))
+            if key not in seen:
+                seen[key] = len(pixels)
+                pixels.append(apply_view(clip.frames, view))
+            place.append(seen[key])
+    return _Batch(items, pixels, place)
 
 
 class TargetMaker:
@@ -51,17 +84,28 @@ class TargetMaker:
             for k in range(recipe.views)
         ]
 
+    @without_tf32()
     @torch.no_grad()
-    def compute(self, items: list[tuple[Clip, int, View]]) -> dict[str, Tensor]:
-        """Columns of M full clips' views: `slots` `(M, T, N, d)`, and `FEATURES` where they are cached."""
-        pixels = [apply_view(clip.frames, view) for clip, _, view in items]
-        views = [view for _, _, view in items]
-        slots, features = teacher_outputs(self.teacher, pixels, views, self.config.targets.rollout)
+    def compute(self, batch: _Batch) -> dict[str, Tensor]:
+        """Columns of a batch's M full views: `slots` `(M, T, N, d)`, and `FEATURES` where they are cached.
+
+        Raises:
+            ValueError: slots that are not finite.
+        """
+        if not batch.pixels:
+            return {}
+        views = [view for _, _, view in batch.full]
+        rollout = self.config.targets.rollout
+        slots, features = teacher_outputs(self.teacher, batch.pixels, views, rollout, batch.place)
         columns = {"slots": slots.cpu()}
+        if not bool(torch.isfinite(columns["slots"]).all()):
+            names = sorted({f"{c.video_id} clip {c.clip_index}" for c, _, _ in batch.full})
+            raise ValueError(f"the teacher's slots are not finite for one of: {', '.join(names)}")
         if self.student is not None:
-            columns["features"] = self.student.backbone_features(self.student.prepare(pixels)).cpu()
+            own = self.student.backbone_features(self.student.prepare(batch.pixels))
+            columns["features"] = _taken(own.cpu(), batch.place)
         if self.config.targets.teacher_features:
-            columns["teacher_features"] = features.cpu()
+            columns["teacher_features"] = _taken(features.cpu(), batch.place)
         return columns
 
     def schema(self) -> pa.Schema:
@@ -75,34 +119,38 @@ class TargetMaker:
         return _schema(slots_shape, shapes, self.config.targets.feature_dtype)
 
     def write_shard(self, shard: str, folder: str) -> None:
-        """Computes and publishes the targets of one clip shard."""
+        """Computes and publishes the targets of one clip shard.
+
+        Clips are decoded, and rows encoded and written, in threads while the teacher computes in between.
+        """
         schema = self.schema()
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / shard
             writer = pq.ParquetWriter(
                 path, schema, compression="none", use_dictionary=["video_id"], write_page_checksum=True
             )
-            for items in self._batches(shard):
-                full = [item for item in items if item[0].full]
-                computed = self.compute(full) if full else {}
-                if full and not bool(torch.isfinite(computed["slots"]).all()):
-                    names = sorted({f"{c.video_id} clip {c.clip_index}" for c, _, _ in full})
-                    raise ValueError(f"the teacher's slots are not finite for one of: {', '.join(names)}")
-                table = self._table(items, computed, schema)
-                limit = max(1, ROW_GROUP_BYTES * len(table) // max(table.nbytes, 1))
-                writer.write_table(table, row_group_size=limit)
+            with storage.behind() as later:
+                for batch in storage.ahead(self._batches(shard)):
+                    later(self._write, writer, batch, self.compute(batch), schema)
             writer.close()
             storage.upload_file(path, storage.join(folder, shard))
 
-    def _batches(self, shard: str) -> Iterator[list[tuple[Clip, int, View]]]:
+    def _batches(self, shard: str) -> Iterator[_Batch]:
         pending: list[tuple[Clip, int, View]] = []
         for clip in self.clips.iter_shard(shard):
             pending += self.items(clip)
             if len(pending) >= self.config.targets.batch_size:
-                yield pending
+                yield _batch(pending)
                 pending = []
         if pending:
-            yield pending
+            yield _batch(pending)
+
+    def _write(
+        self, writer: pq.ParquetWriter, batch: _Batch, computed: dict[str, Tensor], schema: pa.Schema
+    ) -> None:
+        table = self._table(batch.items, computed, schema)
+        limit = max(1, ROW_GROUP_BYTES * len(table) // max(table.nbytes, 1))
+        writer.write_table(table, row_group_size=limit)
 
     def _table(
         self,
@@ -131,29 +179,46 @@ class TargetMaker:
         return pa.Table.from_pydict(columns, schema=schema)
 
     def verify_shard(self, shard: str, targets_uri: str, fraction: float) -> dict[str, Any]:
-        """Computes a random share of a published shard's rows again; returns the worst deviation."""
+        """Computes a random share of a published shard's rows again; returns the worst deviation.
+
+        The batches of those rows are computed whole, as they were when the shard was written.
+        """
         targets = TargetSet(targets_uri)
         nonce = os.urandom(8).hex()  # other rows in every run
-        checked, worst, where = 0, 0.0, ""
-        for row, clip in enumerate(self.clips.iter_shard(shard)):
-            for item in self.items(clip) if clip.full else []:
-                draw = stable_hash(nonce, clip.video_id, clip.clip_index, item[1])
-                if draw % 10**6 >= fraction * 10**6:
-                    continue
-                deviation = self._verify_row(targets, shard, row, item)
+        checked, worst, where, first = 0, 0.0, "", 0
+        for batch in storage.ahead(self._batches(shard)):
+            rows = [row for row, (clip, _, _) in enumerate(batch.items, first) if clip.full]
+            first += len(batch.items)
+            drawn = [i for i, item in enumerate(batch.full) if _is_drawn(item, nonce, fraction)]
+            columns = self.compute(batch) if drawn else {}
+            for i in drawn:
+                clip, k, _ = batch.full[i]
+                computed = {name: column[i].numpy() for name, column in columns.items()}
+                deviation = self._compare(targets, shard, rows[i], batch.full[i], computed)
                 checked += 1
                 if deviation >= worst:
-                    worst, where = deviation, f"{clip.video_id} clip {clip.clip_index} view {item[1]}"
+                    worst, where = deviation, f"{clip.video_id} clip {clip.clip_index} view {k}"
         return {"checked": checked, "worst": worst, "where": where}
 
-    def _verify_row(self, targets: TargetSet, shard: str, row: int, item: tuple[Clip, int, View]) -> float:
+    def _compare(
+        self,
+        targets: TargetSet,
+        shard: str,
+        row: int,
+        item: tuple[Clip, int, View],
+        computed: dict[str, np.ndarray],
+    ) -> float:
         clip, k, view = item
-        computed = self.compute([item])
         cached = {name: name in computed for name in FEATURES}
-        video_id, clip_index, target = targets.read(shard, row, k, **cached)
+        video_id, clip_index, target = targets.read(shard, row // self.config.targets.views, k, **cached)
         if (video_id, clip_index, target.view) != (clip.video_id, clip.clip_index, view):
             raise TargetMismatch(f"{targets.uri} {shard}: row {row} is of {video_id} clip {clip_index}")
-        return max(_deviation(value[0].numpy(), getattr(target, name)) for name, value in computed.items())
+        return max(_deviation(value, getattr(target, name)) for name, value in computed.items())
+
+
+def _is_drawn(item: tuple[Clip, int, View], nonce: str, fraction: float) -> bool:
+    clip, k, _ = item
+    return stable_hash(nonce, clip.video_id, clip.clip_index, k) % 10**6 < fraction * 10**6
 
 
 def _deviation(computed: np.ndarray, cached: np.ndarray) -> float:
@@ -162,16 +227,34 @@ def _deviation(computed: np.ndarray, cached: np.ndarray) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
+@without_tf32()
 def teacher_outputs(
-    teacher: SlotModel, pixels: Sequence[np.ndarray | Tensor], views: list[View], rollout: str
+    teacher: SlotModel,
+    pixels: Sequence[np.ndarray | Tensor],
+    views: list[View],
+    rollout: str,
+    place: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The frozen teacher's slots `(M, T, N, d)` and features `(M, T, P, F)` of M views.
+    """The frozen teacher's slots `(M, T, N, d)` of M views, and features `(U, T, P, F)` of U pixels.
 
     The same code cached and live. Drawn initial slots are those of the views' noise seeds.
+
+    Args:
+        place: for each view the index of its pixels, where some views have equal ones; by default M = U. The ViT sees
+            pixels once, and so does slot attention where it starts from learned slots.
     """
     features = teacher.backbone_features(teacher.prepare(pixels))
+    place = range(len(views)) if place is None else place
+    if teacher.config.initializer == "learned":
+        initial = teacher.initial_slots(len(pixels))
+        return _taken(teacher.roll_out(features, initial, rollout)[0], place), features
     initial = teacher.initial_slots(len(views), [v.noise_seed for v in views])
-    return teacher.roll_out(features, initial, rollout)[0], features
+    return teacher.roll_out(_taken(features, place), initial, rollout)[0], features
+
+
+def _taken(values: Tensor, place: Sequence[int]) -> Tensor:
+    """Rows of a tensor by their index; itself where these are all its rows in order."""
+    return values if list(place) == list(range(len(values))) else values[list(place)]
 
 
 class ShardTask:

@@ -20,7 +20,7 @@ def test_quick_run_prints_every_row(tmp_path):
 
     comparisons = json.loads(results.read_text())["comparisons"]
     steps = 10 if has_bf16() else 5  # four ways and their products, in each precision
-    assert [len(comparison["rows"]) for comparison in comparisons] == [steps, 3, 2, 3, 2, 2, 2]
+    assert [len(comparison["rows"]) for comparison in comparisons] == [steps, 3, 2, 3, 3, 2, 2, 2]
     for comparison in comparisons:
         assert comparison["rows"][0]["speed_up"] == 1
         for row in comparison["rows"]:

@@ -1,7 +1,7 @@
 """Scores of a streamed video are those of the metrics on the whole of it, under every rule of a protocol."""
 
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from pipeline.clips.schema import stack_masks
 from pipeline.config import Config, Evaluate
 from pipeline.config.protocols import PRESETS
 from pipeline.evaluate.baselines import grid
-from pipeline.evaluate.scoring import mean_scores, model_predictor, score_video
+from pipeline.evaluate.scoring import mean_scores, model_predictor, score_video, score_videos
 from pipeline.metrics import fg_ari, mean_best_overlap
 
 WHOLE = PRESETS["slotcontrast"]
@@ -197,3 +197,58 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < (320 - 32) * 1000
+
+
+def test_videos_in_one_pass_score_as_one_by_one(tmp_path, monkeypatch):
+    """Also where samples end in the middle of a stored clip, and a tail is left over; a model never runs in TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    clips = random_clips(tmp_path, {"a": 9, "b": 2, "c": 11})
+    seen, allowed = [], []
+
+    def predictor(video):
+        def predict(chunks, size):
+            for frames in chunks:
+                seen.append((video.video_id, len(frames)))
+                allowed.append(torch.backends.cudnn.allow_tf32)
+                yield np.random.default_rng(len(seen)).integers(0, 4, (len(frames), *size), dtype=np.uint8)
+
+        return predict
+
+    for protocol in (WHOLE, replace(WHOLE, clip_frames=3)):
+        together = score_videos(clips, clips.videos, predictor, protocol)
+        del seen[:]
+        alone = [
+            score for video in clips.videos for score in score_videos(clips, [video], predictor, protocol)
+        ]
+        del seen[:]
+        assert [score.video_id for score in together] == ["a", "b", "c"]
+        np.testing.assert_equal([asdict(score) for score in together], [asdict(score) for score in alone])
+    assert not any(allowed)
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    clips = random_clips(tmp_path, {"a": 9, "b": 9})
+    path = tmp_path / "data" / "shard-00000.parquet"
+    content = bytearray(path.read_bytes())
+    start = len(content) // 2
+    content[start : start + 400] = bytes(400)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-00000.parquet: row group \d is damaged"):
+        score_videos(clips, clips.videos, lambda _: grid(4), WHOLE)
+
+
+def test_what_a_model_and_the_counting_raise_is_raised(clips):
+    def fails(chunks, size):
+        next(chunks)
+        raise MemoryError("of the model")
+        yield
+
+    def of_another_size(chunks, size):
+        for frames in chunks:
+            yield np.zeros((len(frames) - 1, *size), np.uint8)
+
+    with pytest.raises(MemoryError, match="of the model"):
+        score_video(clips, clips.videos[0], fails, WHOLE)
+    with pytest.raises(ValueError, match=r"predicted \(1, 3, 24, 24\)"):
+        score_video(clips, clips.videos[0], of_another_size, WHOLE)
