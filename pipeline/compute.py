@@ -55,15 +55,19 @@ def ray_session(config: Config) -> Iterator[None]:
 def one_ray() -> Iterator[OneRay]:
     """Makes the Ray sessions in the block one, which begins with the first of them and ends with the block.
 
-    So a line of several stages starts Ray once, and not at all where there is nothing to compute.
+    So a line of several stages starts Ray once, and not at all where there is nothing to compute. Within another
+    such block it is that one.
     """
     global _kept
-    before, _kept = _kept, OneRay()
+    if _kept is not None:
+        yield _kept
+        return
+    _kept = OneRay()
     try:
         yield _kept
     finally:
         _kept.end()
-        _kept = before
+        _kept = None
 
 
 class OneRay:

@@ -21,7 +21,7 @@ from pipeline.artifacts.manifests import EvaluationManifest, Rules
 from pipeline.artifacts.once import all_once
 from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.table import ClipSet, VideoEntry
-from pipeline.compute import best_device, map_tasks
+from pipeline.compute import best_device, map_tasks, one_ray
 from pipeline.config import Config
 from pipeline.config.protocols import Protocol, choose_protocol
 from pipeline.evaluate.baselines import BASELINES, Predictor
@@ -179,7 +179,7 @@ class _Scoring:
             done += sum(len(videos) for shard, videos in by_shard.items() if shard in written)
         total = len(self.work) * sum(map(len, by_shard.values()))
         arguments = (self.clips.uri, self.work, choose_protocol(self.config.evaluate))
-        with Progress("evaluate", total, "videos") as progress:
+        with one_ray(), Progress("evaluate", total, "videos") as progress:
             progress.skip(done)
             for task, own in rows.items():
                 for row in map_tasks(self.config, task, own, arguments=arguments):
