@@ -26,8 +26,7 @@ from pipeline.tracking.datasets import log_training_data
 from pipeline.tracking.runs import git_revision
 from pipeline.tracking.system_metrics import check_system_metrics
 
-# One run at a time begins in a process: MLflow fails where two record the same data set at once, and what is built
-# draws PyTorch's global random numbers.
+# One run at a time begins in a process, as what is built draws PyTorch's global random numbers.
 _beginning = threading.Lock()
 
 

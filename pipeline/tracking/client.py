@@ -18,6 +18,7 @@ from pipeline.log import log, redact
 
 SECONDS_TO_WAIT = 120.0  # for a server that is away when a job begins or ends
 SECONDS_BETWEEN_CALLS = 2.0  # meanwhile
+TRIES_AGAINST_OTHERS = 5  # of a write while other clients write the same
 ANSWER_WITHIN, TRANSFER_WITHIN = 20, 600  # seconds: a request, and one that sends or fetches a model
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _T = TypeVar("_T")
@@ -233,6 +234,8 @@ def patiently(
 ) -> _T:
     """The result of an operation that needs the server of `uri`, tried again while that is away.
 
+    Tried again, too, is what another client did at the same moment, if both leave the same behind.
+
     Args:
         repeat: whether to try again what may have arrived, its answer being lost.
         deadline: on `time.monotonic`, after which nothing is tried.
@@ -241,7 +244,7 @@ def patiently(
         ServerUnavailable: it does not answer for `SECONDS_TO_WAIT`.
         AccessDenied: a wrong user, password or permission.
     """
-    shown, started, waiting = redact(uri), time.monotonic(), False
+    shown, started, waiting, raced = redact(uri), time.monotonic(), False, 0
     while True:
         if time.monotonic() > deadline:
             raise ServerUnavailable(f"mlflow: {shown} answers too slowly")
@@ -255,6 +258,9 @@ def patiently(
                     f"mlflow: {shown} refuses {f'the user {user!r}' if user else 'users without a name'} ({reason}); "
                     "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ask for the permission"
                 ) from None
+            if repeat and _is_raced(error) and raced < TRIES_AGAINST_OTHERS:
+                raced += 1
+                continue
             if not _is_away(error):
                 raise
             reason, waited = in_words(error), time.monotonic() - started
@@ -309,6 +315,12 @@ def _is_away(error: Exception) -> bool:
     if status is not None:
         return status in (408, 429, 502, 503, 504)
     return isinstance(error, RequestException) or "API request to" in str(error)
+
+
+def _is_raced(error: Exception) -> bool:
+    """Whether another client made the same row between MLflow's look for it and its own: the next look finds it."""
+    said = "UNIQUE constraint failed|duplicate key value|Duplicate entry"  # SQLite, PostgreSQL, MySQL
+    return error_code(error) != "RESOURCE_ALREADY_EXISTS" and re.search(said, str(error)) is not None
 
 
 def _never_arrived(error: Exception) -> bool:

@@ -1,11 +1,14 @@
 """Which calls to MLflow are sent again, and how long they may take; test_mlflow_faults has real servers."""
 
 import os
+import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from requests.exceptions import ConnectionError, ReadTimeout
 
 from pipeline.registry import lock
@@ -15,6 +18,7 @@ from pipeline.tracking.client import (
     READS,
     PatientClient,
     ServerUnavailable,
+    client_of,
     slow_transfers,
 )
 
@@ -118,3 +122,41 @@ def test_a_timeout_that_the_user_has_set_holds_for_transfers_too(monkeypatch, ow
     with slow_transfers(), slow_transfers():
         assert os.environ[TIMEOUT] == own
     assert os.environ[TIMEOUT] == own
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "(sqlite3.IntegrityError) UNIQUE constraint failed: tags.key, tags.run_uuid",
+        'duplicate key value violates unique constraint "tag_pk"',
+        "(1062, \"Duplicate entry 'a-b' for key 'tags.PRIMARY'\")",
+    ],
+)
+def test_what_another_client_writes_at_the_same_moment_is_written_again(said):
+    raced = MlflowException(said, error_code=BAD_REQUEST)
+    plain = Plain(raced, raced)
+    assert PatientClient(plain, "http://server").set_tag("run", "key", "value") == "answer"
+    assert plain.calls == ["set_tag"] * 3
+    with pytest.raises(MlflowException, match=re.escape(said)):
+        PatientClient(Plain(raced), "http://server").create_run("0")
+    for_ever = Plain(*[raced] * 100)
+    with pytest.raises(MlflowException, match=re.escape(said)):
+        PatientClient(for_ever, "http://server").set_tag("run", "key", "value")
+    assert len(for_ever.calls) < 10
+
+
+def test_clients_that_set_the_same_tags_at_once_all_succeed(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    mlflow = client_of(uri)
+    run_id = mlflow.create_run("0").info.run_id
+    together = threading.Barrier(4)
+
+    def tag_it(_):
+        own = client_of(uri)
+        for i in range(8):
+            together.wait(30)
+            own.set_tag(run_id, f"tag {i}", "value")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(tag_it, range(4)))
+    assert {f"tag {i}" for i in range(8)} <= set(mlflow.get_run(run_id).data.tags)
