@@ -23,6 +23,7 @@ from pipeline.losses import (
 )
 from pipeline.models import SlotModel, SlotModelOutput
 from pipeline.models.layers import MLP
+from pipeline.models.pixels import send
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(
-            **{k: v.to(device, non_blocking=True) if v is not None else None for k, v in moved.items()}
-        )
+        return Batch(**{k: send(v, device) if v is not None else None for k, v in moved.items()})
 
 
 @dataclass(frozen=True)

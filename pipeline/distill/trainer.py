@@ -189,11 +189,10 @@ class Trainer:
                         break
                     self.save()
         self.logger.flush(last=True)
-        if self.diverged():
-            return Outcome("non-finite", self.step, self.history, self.precision)
-        if self.rank == 0:
+        status: Literal["ok", "non-finite"] = "non-finite" if self.diverged() else "ok"
+        if status == "ok" and self.rank == 0:
             self.publish()
-        return Outcome("ok", self.step, self.history, self.precision)
+        return Outcome(status, self.step, self.history, self.precision)
 
     def diverged(self) -> bool:
         """Whether a gradient was not finite, and then back at the step before it; waits for the device."""
