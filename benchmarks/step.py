@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.report import Comparison, Row, interleaved
 from pipeline.distill.precision import choose_precision, has_bf16, speedup_of_bf16
-from pipeline.distill.step import Batch, Objective, Terms, training_step
+from pipeline.distill.step import Batch, Objective, Terms, read_values, training_step
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss, slot_kd_loss
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 from pipeline.models.decoders import untiled
@@ -251,7 +251,7 @@ def _step(
         )
         if student.device.type == "cuda":
             torch.cuda.synchronize()
-        return losses
+        return read_values(losses)
 
     return step
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.pixels import send
+
 Matching = Literal["clip", "frame"]
 
 
@@ -125,7 +127,7 @@ def match_slots(student_BTND: Tensor, teacher_BTND: Tensor, *, per: Matching) ->
         for matrix in similarity_BTNN.flatten(0, 1).cpu().numpy()
     ]
     match_BTN = torch.stack(matched).unflatten(0, similarity_BTNN.shape[:2])
-    return match_BTN.to(student_BTND.device, torch.long).expand(student_BTND.shape[:3])
+    return send(match_BTN.long(), student_BTND.device).expand(student_BTND.shape[:3])
 
 
 def hungarian_slot_kd_loss(student: Tensor, teacher: Tensor, *, per: Matching) -> Tensor:

@@ -75,6 +75,8 @@ def load_checkpoint(uri: str, objective: Objective, optimizer: torch.optim.Optim
             objective.heads.load_state_dict(load_file(Path(folder) / HEADS_FILE))
             # A run that began on a GPU may go on without one; the optimizer moves its state to the parameters.
             state = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True)
+            for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                saved["fused"] = own.get("fused")  # follows from the device, which may be another one
             optimizer.load_state_dict(state)
             manifest: dict[str, Any] = json.loads((Path(folder) / storage.MANIFEST).read_text())
             history = json.loads((Path(folder) / "history.json").read_text())

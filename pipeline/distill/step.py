@@ -23,6 +23,7 @@ from pipeline.losses import (
 )
 from pipeline.models import SlotModel, SlotModelOutput
 from pipeline.models.layers import MLP
+from pipeline.models.pixels import send
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(
-            **{k: v.to(device, non_blocking=True) if v is not None else None for k, v in moved.items()}
-        )
+        return Batch(**{k: send(v, device) if v is not None else None for k, v in moved.items()})
 
 
 @dataclass(frozen=True)
@@ -176,15 +175,19 @@ class Objective(nn.Module):
             features, keys = self.model.features_and_keys(batch.video)
             batch = replace(batch, video=None, backbone_features=features)
         output = self._output(batch)
-        with torch.autocast(output.slots.device.type, enabled=False):
-            return self._losses(output, keys, batch)
+        device = output.slots.device.type
+        products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
+            return self._losses(output, keys, batch, products)
 
     def _output(self, batch: Batch) -> SlotModelOutput:
         return self.model(
             batch.video, backbone_features=batch.backbone_features, initial_slots=batch.initial_slots
         )
 
-    def _losses(self, output: SlotModelOutput, keys: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+    def _losses(
+        self, output: SlotModelOutput, keys: Tensor | None, batch: Batch, products: torch.dtype | None
+    ) -> dict[str, Tensor]:
         terms, slots = self.terms, output.slots.float()
         losses: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
@@ -197,7 +200,11 @@ class Objective(nn.Module):
         add("contrast", terms.alpha, lambda: self._contrast(slots))
         add("similarity", terms.similarity, lambda: self._similarity(output, keys))
         add("slot_kd", terms.slot_kd, lambda: self._slot_kd(slots, batch))
-        add("reconstruction_kd", terms.reconstruction_kd, lambda: self._reconstruction_kd(slots, batch))
+        add(
+            "reconstruction_kd",
+            terms.reconstruction_kd,
+            lambda: self._reconstruction_kd(slots, batch, products),
+        )
         add("feature_kd", terms.feature_kd, lambda: self._feature_kd(output.backbone_features, batch))
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"total": total, **losses}
@@ -235,16 +242,18 @@ class Objective(nn.Module):
     def _slot_kd(self, slots: Tensor, batch: Batch) -> Tensor:
         return SLOT_LOSSES[self.terms.slot_loss](*self.slots_to_compare(slots, batch))
 
-    def _reconstruction_kd(self, slots: Tensor, batch: Batch) -> Tensor:
+    def _reconstruction_kd(self, slots: Tensor, batch: Batch, products: torch.dtype | None) -> Tensor:
         student, teacher = self.slots_to_compare(slots, batch)
         with torch.no_grad():
-            anchor = self._decode(teacher)
-        return reconstruction_kd_loss(self._decode(student), anchor)
+            anchor = self._decode(teacher, products)
+        return reconstruction_kd_loss(self._decode(student, products), anchor)
 
-    def _decode(self, slots: Tensor) -> Tensor:
-        """The teacher's reconstruction `(B * T, P', F')` of slots `(B, T, N, d')`."""
+    def _decode(self, slots: Tensor, products: torch.dtype | None) -> Tensor:
+        """What the teacher makes `(B * T, P', F')` of slots `(B, T, N, d')`; products: autocast's type or None."""
         assert self.teacher_decoder is not None
-        return self.teacher_decoder(slots.flatten(0, 1))[0][..., : self._teacher_feature_size]
+        with torch.autocast(slots.device.type, dtype=products, enabled=products is not None):
+            decoded = self.teacher_decoder(slots.flatten(0, 1))[0]
+        return decoded[..., : self._teacher_feature_size].float()
 
     def _feature_kd(self, backbone_features: Tensor, batch: Batch) -> Tensor:
         if batch.teacher_features is None:
@@ -274,6 +283,30 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> f
     return 0.5 ** ((step - warmup_steps) / max(total_steps - warmup_steps, 1))
 
 
+class GradientWatch:
+    """Whether all gradients of a run have been finite, kept on the device, so that no step waits to know it.
+
+    After the first one that was not, no update changes weights or moments any more: whoever looks at `failed` after
+    many steps finds both as they were before it. It is the same on every worker of a DDP group.
+
+    failed: 1.0 from that gradient on, before it 0.0. finite_steps: the number of steps before it, from `step` on.
+    """
+
+    def __init__(self, device: torch.device, step: int = 0) -> None:
+        self.failed = torch.zeros((), device=device)
+        self.finite_steps = torch.full((), step, device=device)
+
+    def see(self, norm: Tensor) -> None:
+        """Takes in the norm of the next step's gradient."""
+        self.failed.masked_fill_(~torch.isfinite(norm), 1.0)
+        self.finite_steps += self.failed == 0
+
+
+def adam(parameters: list[nn.Parameter], learning_rate: float, device: torch.device) -> torch.optim.Adam:
+    """Whether to update, the fused kernel decides on the device; on a CPU the plain one, whose curves are recorded."""
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True if device.type == "cuda" else None)
+
+
 def training_step(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -282,11 +315,12 @@ def training_step(
     learning_rate: float,
     gradient_clip: float,
     autocast: torch.dtype | None = None,
-) -> dict[str, float]:
-    """One update of the weights; returns the losses and the gradient norm before clipping.
+    watch: GradientWatch | None = None,
+) -> dict[str, Tensor]:
+    """One update of the weights; returns the losses and the gradient norm before clipping, for `read_values`.
 
-    The weights are left as they were if the gradient is not finite: the caller sees that in
-    `gradient_norm`, which is the same on every worker of a DDP group.
+    Nothing in it waits for the device where the optimizer is fused (see `adam`), except for a Hungarian matching. The
+    weights are left as they were if the gradient is not finite, and where one was not that `watch` has seen before.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -297,10 +331,22 @@ def training_step(
         losses = objective(batch)
     losses["total"].backward()
     norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
-    if bool(torch.isfinite(norm)):
+    watch = watch or GradientWatch(norm.device)
+    watch.see(norm)
+    _update(optimizer, watch.failed)
+    values = {name: loss.detach() for name, loss in losses.items()}
+    return {**values, "gradient_norm": norm.to(losses["total"].dtype)}
+
+
+def _update(optimizer: torch.optim.Optimizer, failed: Tensor) -> None:
+    """The optimizer's step, unless `failed` is not 0."""
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = failed  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
         optimizer.step()
-    names = list(losses)
-    values = torch.stack(
-        [*(losses[name].detach() for name in names), norm.to(losses["total"].dtype)]
-    ).tolist()
-    return dict(zip([*names, "gradient_norm"], values, strict=True))
+    elif not failed:
+        optimizer.step()
+
+
+def read_values(values: dict[str, Tensor]) -> dict[str, float]:
+    """What `training_step` returns as numbers; waits for the device, once."""
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))

@@ -7,17 +7,14 @@ them in (`Hooks`, `Logger`, `Draw`), as `ray_train` does.
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,9 +26,17 @@ from pipeline.compute import keep_freed_memory
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
 from pipeline.distill.frame_map import open_frame_map
+from pipeline.distill.pace import Pace, mean_over_workers
 from pipeline.distill.precision import Precision, autocast_type, choose_precision, earlier_precision
 from pipeline.distill.run import OnValidation, Run, build
-from pipeline.distill.step import Batch, learning_rate_factor, training_step
+from pipeline.distill.step import (
+    Batch,
+    GradientWatch,
+    adam,
+    learning_rate_factor,
+    read_values,
+    training_step,
+)
 from pipeline.distill.validation import Validation
 from pipeline.log import Progress, log
 from pipeline.models import save_public_checkpoint, save_slot_model
@@ -139,12 +144,14 @@ class Trainer:
         self.objective = objective.to(self.device)
         self.model = objective.model.train()
         self.teacher = teacher.to(self.device) if teacher is not None else None
-        self.optimizer = torch.optim.Adam(objective.trainable_parameters(), lr=run.settings.learning_rate)
+        self.optimizer = adam(objective.trainable_parameters(), run.settings.learning_rate, self.device)
         self.validation = Validation(run.validation_uri, run.config.evaluate) if run.validation_uri else None
         self.precision = choose_precision(run.settings.precision, self.device)
         self.step = 0  # that many are done
+        self.watch = GradientWatch(self.device)
+        self.asynchronous = self.device.type != "cpu"  # whoever reads a number waits for the device
         self.history: list[dict[str, float]] = []
-        self._pace = _Pace(self.step)
+        self._pace = Pace(self.step)
         self._noticed = False  # that a node is about to be taken away
 
     def train(self) -> Outcome:
@@ -158,30 +165,41 @@ class Trainer:
         run, settings = self.run, self.run.settings
         self._say_precision()
         shared = self._share_objective()
-        status: Literal["ok", "non-finite"] = "ok"
+        note = ""
         with self.loader() as loader, self._progress() as progress:
-            self._pace = _Pace(self.step)
+            self._pace = Pace(self.step)
             for raw, waited in loader:
                 self._pace.waited += waited
                 batch, rate = self.batch(raw), self.learning_rate()
-                values = self.train_step(shared, batch, rate)
-                if not math.isfinite(values["gradient_norm"]):
-                    status = "non-finite"
-                    break
+                done = self.train_step(shared, batch, rate)
                 self.step += 1
-                if self.due(run.bound_every):
-                    values |= self.objective.measure_bound(batch)
-                values = self.log(values, rate)
+                if self.logs() or not self.asynchronous:
+                    if self.diverged():
+                        break
+                    values = read_values(done)
+                    if self.due(run.bound_every):
+                        values |= self.objective.measure_bound(batch)
+                    note = f"loss {self.log(values, rate)['total']:.4f}"
                 if progress:
-                    progress.advance(note=f"loss {values['total']:.4f}")
+                    progress.advance(note=note)
                 if self.due(max(1, settings.steps // settings.overlays)):
                     self.picture()
                 if self.notice() or self.due(settings.checkpoint_every):
+                    if self.diverged():
+                        break
                     self.save()
         self.logger.flush(last=True)
+        status: Literal["ok", "non-finite"] = "non-finite" if self.diverged() else "ok"
         if status == "ok" and self.rank == 0:
             self.publish()
         return Outcome(status, self.step, self.history, self.precision)
+
+    def diverged(self) -> bool:
+        """Whether a gradient was not finite, and then back at the step before it; waits for the device."""
+        if self.watch.failed:
+            self.step = int(self.watch.finite_steps)
+            return True
+        return False
 
     def resume(self) -> None:
         """Goes to where the newest checkpoint of the run is, if there is one.
@@ -193,6 +211,7 @@ class Trainer:
         if latest:
             state = load_checkpoint(latest, self.objective, self.optimizer)
             self.step, self.history = state.step, list(state.history)
+            self.watch = GradientWatch(self.device, self.step)
             # One curve has one precision, whatever this machine is good at.
             self.precision = state.precision or earlier_precision(self.run.settings.precision, self.device)
             if self.rank == 0:
@@ -274,7 +293,7 @@ class Trainer:
         video = self.model.prepare(raw.pixels) if raw.pixels is not None else None
         return Batch(video, raw.features, targets, teacher_features, initial).to(self.device)
 
-    def train_step(self, shared: torch.nn.Module, batch: Batch, rate: float) -> dict[str, float]:
+    def train_step(self, shared: torch.nn.Module, batch: Batch, rate: float) -> dict[str, torch.Tensor]:
         """One update of the weights; returns the losses and the gradient norm, as `training_step`."""
         return training_step(
             shared,
@@ -283,22 +302,29 @@ class Trainer:
             learning_rate=rate,
             gradient_clip=self.run.settings.gradient_clip,
             autocast=autocast_type(self.precision),
+            watch=self.watch,
         )
+
+    def _validates(self) -> bool:
+        return self.validation is not None and self.due(self.run.settings.validate_every)
+
+    def logs(self) -> bool:
+        """Whether this step's values go into the history."""
+        return self._validates() or self.due(self.run.bound_every) or self.due(self.run.settings.log_every)
 
     def log(self, values: dict[str, float], rate: float) -> dict[str, float]:
         """Puts a step's values into the history where one is due, as their mean over the workers; returns them."""
-        run, settings = self.run, self.run.settings
-        validates = self.validation is not None and self.due(settings.validate_every)
-        if not (validates or self.due(run.bound_every) or self.due(settings.log_every)):
+        if not self.logs():
             return values
-        values = _mean_over_workers(values, self.world_size, self.device)
+        settings, validates = self.run.settings, self._validates()
+        values = mean_over_workers(values, self.world_size, self.device)
         frames = settings.batch_size * self.clips.clip_frames
         speed = {"learning_rate": rate, **self._pace.speed(self.step, frames)}
         scores = self.validate() if validates else {}
         values |= scores
         self.history.append({"step": self.step, **values})
         self.logger.metrics({**values, **speed}, self.step)
-        self._pace = _Pace(self.step)
+        self._pace = Pace(self.step)
         if validates and self.step < settings.steps:
             self.hooks.on_validation(self.step, scores)
         return values
@@ -363,29 +389,3 @@ class Trainer:
                 save_public_checkpoint(self.model, Path(scratch) / PUBLIC_CHECKPOINT, step=run.settings.steps)
                 storage.upload_folder(scratch, run.uri)
         storage.write_json(storage.join(run.uri, HISTORY_FILE), self.history)
-
-
-@dataclass
-class _Pace:
-    """How fast training has been since a step, for which time was lost to waiting for data."""
-
-    step: int
-    waited: float = 0.0  # seconds
-    since: float = field(default_factory=time.monotonic)
-
-    def speed(self, step: int, frames_per_step: int) -> dict[str, float]:
-        elapsed = max(time.monotonic() - self.since, 1e-9)
-        return {
-            "frames_per_second": (step - self.step) * frames_per_step / elapsed,
-            "data_wait_share": self.waited / elapsed,
-        }
-
-
-def _mean_over_workers(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:
-    if world_size == 1:
-        return values
-    tensor = torch.tensor(
-        list(values.values()), dtype=torch.float64 if device.type == "cpu" else None, device=device
-    )
-    dist.all_reduce(tensor)
-    return dict(zip(values, (tensor / world_size).tolist(), strict=True))

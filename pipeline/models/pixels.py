@@ -10,11 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device, without waiting for what that is at, which a copy from unpinned memory does."""
+    if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def square_pixels(frames: np.ndarray | Tensor, side: int, device: torch.device | str = "cpu") -> Tensor:
     """Frames `(T, h, w, 3)` uint8 to `(T, 3, side, side)` in [0, 1]: bicubic, anti-aliased, clamped."""
     if not isinstance(frames, Tensor):
         frames = torch.from_numpy(np.ascontiguousarray(frames))
-    pixels = frames.to(device).permute(0, 3, 1, 2).float().div_(255)
+    pixels = send(frames, device).permute(0, 3, 1, 2).float().div_(255)
     if tuple(pixels.shape[-2:]) == (side, side):
         return pixels
     return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)

@@ -9,6 +9,8 @@ Shapes: B clips, T frames, N slots, P patches, F backbone feature size, d slot s
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.models.backbone import Backbone, BackboneConfig
 from pipeline.models.decoders import Decoder, MLPDecoder, SlotMixerDecoder
 from pipeline.models.layers import MLP, LearnedSlots, RandomSlots, SlotAttention, Transformer, slot_noise
-from pipeline.models.pixels import label_maps, square_pixels
+from pipeline.models.pixels import label_maps, send, square_pixels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,6 +62,18 @@ class SlotModelConfig:
         """The inverse of `to_dict`, also after a round trip through JSON; what is absent is the default."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**{**values, "backbone": BackboneConfig(**values["backbone"])})
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A number for each channel of pictures; made once a device, as making it waits for the device."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    if not torch.amp.is_autocast_available(device):  # "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -172,8 +186,7 @@ class SlotModel(nn.Module):
         Every clip is resized to the model's own square input (bicubic, anti-aliased, clamped to
         [0, 1]) and normalised with the model's own mean and standard deviation.
         """
-        mean = torch.tensor(self.config.mean, device=self.device).view(3, 1, 1)
-        std = torch.tensor(self.config.std, device=self.device).view(3, 1, 1)
+        mean, std = (_channels(values, self.device) for values in (self.config.mean, self.config.std))
         videos = [(square_pixels(frames, self.image_size, self.device) - mean) / std for frames in clips]
         return torch.stack(videos)
 
@@ -192,7 +205,7 @@ class SlotModel(nn.Module):
         noise = None
         if isinstance(self.initializer, RandomSlots) and noise_seeds is not None:
             sizes = (self.config.num_slots, self.config.slot_size)
-            noise = torch.stack([slot_noise(*sizes, seed) for seed in noise_seeds]).to(self.device)
+            noise = send(torch.stack([slot_noise(*sizes, seed) for seed in noise_seeds]), self.device)
         return self.initializer(batch_size, noise)
 
     def roll_out(
@@ -208,7 +221,10 @@ class SlotModel(nn.Module):
             raise ValueError(f"rollout must be 'forward' or 'cyclic', not {rollout!r}")
         features_BTPD = self.encoder.output_transform(backbone_features)
         state = self.initial_slots(len(features_BTPD)) if initial_slots is None else initial_slots
-        slots, attention = self._roll(features_BTPD, state, rollout)
+        # Slots go round and round, so that roundings of autocast would add up; and they are few, so that its casts
+        # would take longer than it saves.
+        with _without_autocast(features_BTPD.device.type):
+            slots, attention = self._roll(features_BTPD.to(state.dtype), state, rollout)
         return torch.stack(slots, 1), torch.stack(attention, 1)
 
     def _roll(

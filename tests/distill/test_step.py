@@ -1,13 +1,23 @@
 """The training step, called as a GPU box without Ray would."""
 
+import copy
 import json
+import math
 
 import pytest
 import torch
 from places import GOLDEN
 from tiny_models import tiny_model, tiny_vit
 
-from pipeline.distill.step import Batch, Objective, Terms, learning_rate_factor, training_step
+from pipeline.distill.step import (
+    Batch,
+    GradientWatch,
+    Objective,
+    Terms,
+    learning_rate_factor,
+    read_values,
+    training_step,
+)
 
 RECORDED = json.loads((GOLDEN / "metrics.json").read_text())
 
@@ -30,8 +40,8 @@ def make_objective(model, alpha=1.0, beta=0.2):
 
 
 def step(objective, optimizer, batch, learning_rate=1e-3, **options):
-    return training_step(
-        objective, optimizer, batch, learning_rate=learning_rate, gradient_clip=0.05, **options
+    return read_values(
+        training_step(objective, optimizer, batch, learning_rate=learning_rate, gradient_clip=0.05, **options)
     )
 
 
@@ -99,17 +109,38 @@ def test_gradient_norm_is_that_before_clipping(model, batch):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_leaves_the_weights(model, batch, bad):
-    objective, optimizer = make_objective(model)
-    step(objective, optimizer, batch)
-    before = weights(model)
+@pytest.mark.parametrize("fused", [None, True])  # True: as on a GPU
+def test_a_gradient_that_is_not_finite_changes_nothing(model, batch, bad, fused):
+    """Nor does any later one of the same run, whoever looks how late."""
+    objective, _ = make_objective(model)
+    optimizer = torch.optim.Adam(model.trainable_parameters(), fused=fused)
+    watch = GradientWatch(torch.device("cpu"), step=7)
+    for _ in range(2):
+        step(objective, optimizer, batch, watch=watch)
+    before, moments = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
     broken = Batch(video=batch.video.clone(), target_slots=batch.target_slots)
     broken.video[0, 0, 0, 0, 0] = bad
-    values = step(objective, optimizer, broken)
-    assert not torch.isfinite(torch.tensor(values["gradient_norm"]))
+    values = step(objective, optimizer, broken, watch=watch)
+    assert not math.isfinite(values["gradient_norm"])
+    after = step(objective, optimizer, batch, watch=watch)
+    assert all(map(math.isfinite, after.values()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    after = step(objective, optimizer, batch)
-    assert torch.isfinite(torch.tensor(list(after.values()))).all()
+    torch.testing.assert_close(optimizer.state_dict()["state"], moments, rtol=0, atol=0)
+    assert (bool(watch.failed), int(watch.finite_steps)) == (True, 9)
+    step(objective, optimizer, batch)
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_decides_on_the_device_updates_alike(model, batch):
+    """The fused kernel that GPUs use, here on the CPU."""
+    curves = []
+    for fused in (None, True):
+        copied = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(copied.trainable_parameters(), fused=fused)
+        objective = Objective(copied, Terms(slot_kd=0.2))
+        curves.append([step(objective, optimizer, batch)["total"] for _ in range(10)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[0][-1] < 0.99 * curves[0][0]
 
 
 def test_half_precision_is_close_and_losses_stay_float32(model, batch):
@@ -117,3 +148,14 @@ def test_half_precision_is_close_and_losses_stay_float32(model, batch):
     full, half = (step(objective, optimizer, batch, 0.0, autocast=dtype) for dtype in (None, torch.bfloat16))
     assert half["total"] == pytest.approx(full["total"], rel=0.05)
     assert half["total"] != full["total"]
+
+
+def test_slots_are_carried_in_float32_whatever_the_products_are(model, batch):
+    exact = model(batch.video).slots
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = model.encoder.output_transform(model.backbone_features(batch.video))
+        rounded = model(batch.video).slots
+    assert (features.dtype, rounded.dtype) == (torch.bfloat16, torch.float32)
+    carried, _ = model._roll(features.float(), model.initial_slots(2), "forward")
+    assert torch.equal(rounded, torch.stack(carried, 1))
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)

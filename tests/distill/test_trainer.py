@@ -105,6 +105,39 @@ def test_a_gradient_that_is_not_finite_ends_the_run(clips, tmp_path):
     assert not storage.exists(f"{run.uri}/model")
 
 
+@pytest.mark.parametrize("log_every", [1, 6])
+def test_a_run_that_looks_late_is_the_run_that_looks_at_every_step(clips, tmp_path, log_every):
+    """As on a GPU: the history is the same, and after a gradient that is not finite nothing is kept of later steps."""
+    config = small(tmp_path, f"distill.log_every={log_every}", "distill.checkpoint_every=3")
+    outcomes, checkpoints = [], []
+    for asynchronous in (False, True):
+        for last in (20, 7):
+            run = student_run(config, str(tmp_path / f"{asynchronous}-{last}"), clips)
+            trainer = Breaking(run, last)
+            trainer.asynchronous = asynchronous
+            outcomes.append(replace(trainer.train(), precision="fp32"))
+            checkpoints.append(storage.list_names(f"{run.uri}/checkpoints"))
+            assert storage.exists(f"{run.uri}/model") == (last == 20)
+    assert outcomes[:2] == outcomes[2:]
+    assert checkpoints[:2] == checkpoints[2:]
+    assert [(o.status, o.step) for o in outcomes[:2]] == [("ok", 20), ("non-finite", 7)]
+    assert max(row["step"] for row in outcomes[1].history) == (7 if log_every == 1 else 6)
+    assert checkpoints[1] == ["step_00000003", "step_00000006"]
+
+
+class Breaking(Trainer):
+    """Its gradients are finite in the first steps alone."""
+
+    def __init__(self, run, steps):
+        super().__init__(run)
+        self.finite = steps
+
+    def batch(self, raw):
+        batch = super().batch(raw)
+        self.finite -= 1
+        return batch if self.finite >= 0 else replace(batch, video=batch.video * float("nan"))
+
+
 def test_what_another_job_has_published_stays(clips, tmp_path):
     run = student_run(small(tmp_path, "distill.steps=1"), str(tmp_path / "run"), clips)
     storage.publish(run.uri, {"kind": "student"})
