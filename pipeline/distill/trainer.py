@@ -95,13 +95,15 @@ class NoLogger:
 class Outcome:
     """How a run ended: "non-finite" where the gradient of step `step + 1` was.
 
-    history: the metrics of each logged step. precision: what its products were computed in.
+    history: the metrics of each logged step. precision: what its products were computed in. workers: how many there
+    were at the end.
     """
 
     status: Literal["ok", "non-finite"]
     step: int
     history: list[dict[str, float]]
     precision: Precision
+    workers: int
 
 
 class Trainer:
@@ -180,7 +182,7 @@ class Trainer:
         self.logger.flush(last=True)
         if status == "ok" and self.rank == 0:
             self.publish()
-        return Outcome(status, self.step, self.history, self.precision)
+        return Outcome(status, self.step, self.history, self.precision, self.world_size)
 
     def resume(self) -> None:
         """Goes to where the newest checkpoint of the run is, if there is one.
