@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.models import Model, ViT
 from pipeline.config.sections import GENERATED_SPLITS, Config, parse_split
-from pipeline.config.training import Training
+from pipeline.config.training import Training, equal_shares
 from pipeline.log import has_password
 
 
@@ -144,11 +144,18 @@ def _check_workers(name: str, train: Training) -> list[str]:
         problems.append(
             f"{name}.batch_size: {train.batch_size} can't be shared equally by {count} workers; nearest: {nearest}"
         )
+    if isinstance(train.contrast, int) and train.batch_size % train.contrast:
+        nearest = equal_shares(train.batch_size, train.contrast)
+        problems.append(
+            f"{name}.contrast: {train.contrast} shares of a batch of {train.batch_size} would not be equal; nearest "
+            f"valid: {nearest}"
+        )
     if train.workers_vary and train.alpha and train.contrast == "local":
         word = "auto" if train.workers == "auto" else list(train.workers)  # type: ignore[arg-type]
         problems.append(
             f"{name}.workers: {word} leaves open how many workers there are, and with contrast=local that decides what "
-            f"is learned; nearest valid: {name}.contrast=global, or {name}.workers={fewest}"
+            f"is learned; nearest valid: {name}.contrast=2 (of two workers, whatever their number), or "
+            f"{name}.contrast=global"
         )
     return problems
 

@@ -41,8 +41,8 @@ class Training(Section):
     """of the slot-slot contrastive loss"""
     seed: NonNegativeInt = 42
     """of the initial weights and the order of the clips"""
-    contrast: Literal["global", "local"] = "global"
-    """the slots to contrast: of the whole batch, or of each worker's share alone"""
+    contrast: Literal["global", "local"] | PositiveInt = "global"
+    """the slots to contrast: of the whole batch, or each worker's alone; 2: as if there were two workers"""
     workers: NonNegativeInt | Literal["auto"] | tuple[PositiveInt, PositiveInt] = 1
     """Ray Train workers; auto: one a GPU, else one; [1, 8]: as many as there are at the time; 0: in this process"""
     cpus_per_worker: PositiveFloat = run_detail(0.8)
@@ -63,6 +63,16 @@ class Training(Section):
     """mask pictures in MLflow over the run, the last one at its end"""
     max_failures: NonNegativeInt = run_detail(3)
     """restarts of the worker group before the job gives up"""
+
+    @field_validator("contrast", mode="before")
+    @classmethod
+    def _what_to_contrast(cls, value: Any) -> Any:
+        if value in ("global", "local") or (type(value) is int and value >= 1):
+            return value
+        nearest = max(1, int(value)) if isinstance(value, int | float) else "global"
+        raise PydanticCustomError(
+            "contrast", f"global, local, or a number of shares; nearest valid: {nearest}"
+        )
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -164,8 +164,9 @@ def student_terms(settings: Distill) -> Terms:
 
 
 def _common_terms(settings: Training) -> dict[str, Any]:
+    contrast = settings.contrast
     return {
         "alpha": settings.alpha,
         "temperature": settings.temperature,
-        "contrast_globally": settings.contrast == "global",
+        "contrast_shares": contrast if isinstance(contrast, int) else int(contrast == "global"),
     }

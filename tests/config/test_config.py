@@ -106,6 +106,18 @@ def test_wrong_type(override, line):
                 ("true", "True", "1"),
             ]
         ),
+        (
+            "distill.contrast=6",
+            "distill.contrast: 6 shares of a batch of 16 would not be equal; nearest valid: 4",
+        ),
+        (
+            "distill.contrast=0",
+            "distill.contrast: 0 is not global, local, or a number of shares; nearest valid: 1",
+        ),
+        (
+            "distill.contrast=each",
+            "distill.contrast: 'each' is not global, local, or a number of shares; nearest valid: global",
+        ),
     ],
 )
 def test_impossible_value(override, line):
@@ -128,8 +140,11 @@ def test_workers_that_vary_learn_what_one_does(workers):
     (line,) = problems({}, f"distill.workers={workers}", "distill.contrast=local")
     assert line == (
         f"distill.workers: {workers} leaves open how many workers there are, and with contrast=local that decides "
-        "what is learned; nearest valid: distill.contrast=global, or distill.workers=1"
+        "what is learned; nearest valid: distill.contrast=2 (of two workers, whatever their number), or "
+        "distill.contrast=global"
     )
+    for way in ("contrast=2", "contrast=global"):
+        resolve_config({}, [f"distill.workers={workers}", f"distill.{way}"])
     resolve_config({}, [f"distill.workers={workers}", "distill.contrast=local", "distill.alpha=0"])
 
 
