@@ -78,10 +78,16 @@ def clip_settings(config: Config) -> dict[str, Any]:
 def training_settings(settings: Training, *, but: Iterable[str] = ()) -> dict[str, Any]:
     """The settings that decide what is learned.
 
-    Of several workers each contrasted its own share before there was a choice; for one it makes no difference.
+    Of several workers each contrasted its own share before there was a choice; for one it makes no difference. So a
+    number of shares counts as that many workers. Where the machines decide how many workers there are, any number
+    learns what one does, and so it counts as one.
     """
-    globally = settings.alpha > 0 and settings.workers > 1 and settings.contrast == "global"
     content = counted(settings, but={"contrast", *but})
+    if isinstance(settings.contrast, int):
+        return content | {"workers": settings.contrast}
+    if not isinstance(settings.workers, int):
+        return content | {"workers": 1}
+    globally = settings.alpha > 0 and settings.workers > 1 and settings.contrast == "global"
     return content | ({"contrast": "global"} if globally else {})
 
 

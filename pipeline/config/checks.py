@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.models import Model, ViT
 from pipeline.config.sections import GENERATED_SPLITS, Config, parse_split
-from pipeline.config.training import Training
+from pipeline.config.training import Training, equal_shares
 from pipeline.log import has_password
 
 
@@ -134,6 +134,32 @@ def _check_distill(config: Config) -> list[str]:
     return problems
 
 
+def _check_workers(name: str, train: Training) -> list[str]:
+    problems, fewest = [], train.fewest_workers
+    if fewest and train.batch_size % fewest:
+        nearest = max(1, round(train.batch_size / fewest)) * fewest
+        count = (
+            f"any of {train.workers[0]} to {train.workers[1]}" if isinstance(train.workers, tuple) else fewest
+        )
+        problems.append(
+            f"{name}.batch_size: {train.batch_size} can't be shared equally by {count} workers; nearest: {nearest}"
+        )
+    if isinstance(train.contrast, int) and train.batch_size % train.contrast:
+        nearest = equal_shares(train.batch_size, train.contrast)
+        problems.append(
+            f"{name}.contrast: {train.contrast} shares of a batch of {train.batch_size} would not be equal; nearest "
+            f"valid: {nearest}"
+        )
+    if train.workers_vary and train.alpha and train.contrast == "local":
+        word = "auto" if train.workers == "auto" else list(train.workers)  # type: ignore[arg-type]
+        problems.append(
+            f"{name}.workers: {word} leaves open how many workers there are, and with contrast=local that decides what "
+            f"is learned; nearest valid: {name}.contrast=2 (of two workers, whatever their number), or "
+            f"{name}.contrast=global"
+        )
+    return problems
+
+
 def check_combinations(config: Config) -> list[str]:
     problems = _check_distill(config)
     runs: list[tuple[str, Training, Model]] = [
@@ -141,12 +167,7 @@ def check_combinations(config: Config) -> list[str]:
         ("distill", config.distill, config.student),
     ]
     for name, train, model in runs:
-        if train.workers and train.batch_size % train.workers:
-            nearest = max(1, round(train.batch_size / train.workers)) * train.workers
-            problems.append(
-                f"{name}.batch_size: {train.batch_size} can't be shared equally by {train.workers} workers; "
-                f"nearest: {nearest}"
-            )
+        problems += _check_workers(name, train)
         if train.alpha and not model.predictor:
             problems.append(
                 f"{name}.alpha: {train.alpha:g} contrasts neighbouring frames, but a model without predictor sees "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.fields import (
     NonNegativeFloat,
@@ -14,6 +15,11 @@ from pipeline.config.fields import (
     Section,
     run_detail,
 )
+
+
+def equal_shares(batch_size: int, most: int, fewest: int = 1) -> int:
+    """The largest number of workers from `fewest` to `most` that share a batch equally; 0: there is none."""
+    return max((n for n in range(fewest, most + 1) if batch_size % n == 0), default=0)
 
 
 class Training(Section):
@@ -35,10 +41,10 @@ class Training(Section):
     """of the slot-slot contrastive loss"""
     seed: NonNegativeInt = 42
     """of the initial weights and the order of the clips"""
-    contrast: Literal["global", "local"] = "global"
-    """the slots to contrast: of the whole batch, or of each worker's share alone"""
-    workers: NonNegativeInt = 1
-    """Ray Train workers; 0: in this process, for tests"""
+    contrast: Literal["global", "local"] | PositiveInt = "global"
+    """the slots to contrast: of the whole batch, or each worker's alone; 2: as if there were two workers"""
+    workers: NonNegativeInt | Literal["auto"] | tuple[PositiveInt, PositiveInt] = 1
+    """Ray Train workers; auto: one a GPU, else one; [1, 8]: as many as there are at the time; 0: in this process"""
     cpus_per_worker: PositiveFloat = run_detail(0.8)
     """on a small machine leave some for Ray's own work"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -57,6 +63,48 @@ class Training(Section):
     """mask pictures in MLflow over the run, the last one at its end"""
     max_failures: NonNegativeInt = run_detail(3)
     """restarts of the worker group before the job gives up"""
+
+    @field_validator("contrast", mode="before")
+    @classmethod
+    def _what_to_contrast(cls, value: Any) -> Any:
+        if value in ("global", "local") or (type(value) is int and value >= 1):
+            return value
+        nearest = max(1, int(value)) if isinstance(value, int | float) else "global"
+        raise PydanticCustomError(
+            "contrast", f"global, local, or a number of shares; nearest valid: {nearest}"
+        )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_of_workers(cls, value: Any) -> Any:
+        if value == "auto" or (type(value) is int and value >= 0):
+            return value
+        nearest = "auto"
+        if isinstance(value, int | float):
+            nearest = str(max(0, int(value)))
+        elif isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int for n in value):
+            if 1 <= value[0] <= value[1]:
+                return value
+            fewest, most = sorted(max(1, n) for n in value)
+            nearest = f"[{fewest}, {most}]"
+        raise PydanticCustomError(
+            "workers", f"a number of workers, auto, or [fewest, most]; nearest valid: {nearest}"
+        )
+
+    @property
+    def workers_vary(self) -> bool:
+        """Whether the machines decide how many workers there are."""
+        return not isinstance(self.workers, int)
+
+    @property
+    def fewest_workers(self) -> int:
+        """That it can do with, and that share the batch equally; 0: in this process."""
+        if isinstance(self.workers, int):
+            return self.workers
+        if self.workers == "auto":
+            return 1
+        fewest, most = self.workers
+        return next((n for n in range(fewest, most + 1) if self.batch_size % n == 0), fewest)
 
 
 class TeacherTraining(Training):

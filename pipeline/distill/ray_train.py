@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,29 +18,99 @@ from PIL import Image
 from pipeline import storage
 from pipeline.compute import arrow_filesystem, gpus_to_use, ray_session
 from pipeline.config import ConfigError, Training
+from pipeline.config.training import equal_shares
 from pipeline.distill.run import OnValidation, Run
 from pipeline.distill.trainer import Hooks, Outcome, Trainer
+from pipeline.log import log
 from pipeline.segment.figures import Panel, comparison
 from pipeline.tracking import RunLogger
 from pipeline.tracking.system_metrics import system_metrics
 
 
-def fit(run: Run, on_validation: OnValidation | None = None, train_callbacks: Sequence[Any] = ()) -> Outcome:
-    """Trains to the end: in this process where `workers` is 0, else on Ray.
+@contextlib.contextmanager
+def machines(run: Run, workers: int | None = None) -> Iterator[Run]:
+    """The run with its number of workers decided, connected to the Ray that it is to train on.
 
     Args:
-        on_validation: see `Hooks`; called in this process, so only with `workers` = 0.
-        train_callbacks: Ray Train's, to follow the same validations of its workers (`ray.train.report`).
+        workers: that many, where the config leaves it to the machines.
 
     Raises:
         ConfigError: more workers than fit the cluster.
     """
-    if run.settings.workers == 0:
-        hooks = Hooks(on_validation=on_validation) if on_validation else Hooks()
-        with system_metrics(run.config, run.mlflow_run):
-            return Trainer(run, hooks=hooks, logger=RunLogger(run.config, run.mlflow_run), draw=_draw).train()
+    settings = run.settings
+    if settings.workers == 0:
+        yield replace(run, workers=0)
+        return
     with ray_session(run.config):
+        import ray
+
+        gpus = gpus_to_use(run.config)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if settings.workers_vary and workers is not None:
+            settings = settings.model_copy(update={"workers": workers})
+        yield replace(run, workers=choose_workers(run.label, settings, nodes, gpus))
+
+
+def choose_workers(
+    label: str, settings: Training, nodes: Sequence[Mapping[str, float]], gpus: int
+) -> int | tuple[int, int]:
+    """How many workers a run has on these machines: fewest and most where their number may change on the way.
+
+    Args:
+        label: what messages call the run.
+        nodes: `CPU` and `GPU` of each.
+        gpus: of all of them.
+
+    Raises:
+        ConfigError: they don't fit, and would wait without a word; names the number that fits.
+    """
+    places = _places(settings, nodes, on_gpus=gpus > 0)
+    fewest, batch = settings.fewest_workers, settings.batch_size
+    if fewest > places:
+        there = f"{gpus} GPUs" if gpus else f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs"
+        raise ConfigError(
+            f"workers: {fewest} don't fit this cluster's {there} ({settings.cpus_per_worker:g} CPUs a worker); nearest "
+            f"valid: {equal_shares(batch, places)}"
+        )
+    if isinstance(settings.workers, tuple):
+        log(f"{label}: from {fewest} to {settings.workers[1]} workers, as many as there are at the time")
+        return fewest, settings.workers[1]
+    if settings.workers != "auto":
+        return settings.workers
+    if not gpus:
+        log(f"{label}: one worker, as there are no GPUs (workers=auto)")
+        return 1
+    chosen = equal_shares(batch, places)
+    why = f", the most that share a batch of {batch} equally" if chosen < places else ""
+    idle = f"; {gpus - chosen} stay idle" if chosen < gpus else ""
+    if places < gpus:
+        idle += f", as a worker needs {settings.cpus_per_worker:g} CPUs too"
+    log(f"{label}: workers on {chosen} of {gpus} GPUs (workers=auto){why}{idle}")
+    return chosen
+
+
+def _places(settings: Training, nodes: Sequence[Mapping[str, float]], *, on_gpus: bool) -> int:
+    """How many workers the nodes have room for; one, where an autoscaler has not begun."""
+    count = 0
+    for node in nodes:
+        # 1e-6: 2.4 / 0.8 is a little less than 3.
+        cpus = int(node.get("CPU", 0) / settings.cpus_per_worker + 1e-6)
+        count += min(cpus, int(node.get("GPU", 0))) if on_gpus else cpus
+    return max(1, count)
+
+
+def fit(run: Run, on_validation: OnValidation | None = None, train_callbacks: Sequence[Any] = ()) -> Outcome:
+    """Trains to the end, within `machines`: in this process where the run has no workers, else on Ray.
+
+    Args:
+        on_validation: see `Hooks`; called in this process, so only without workers.
+        train_callbacks: Ray Train's, to follow the same validations of its workers (`ray.train.report`).
+    """
+    if run.workers:
         return _fit_on_ray(run, train_callbacks)
+    hooks = Hooks(on_validation=on_validation) if on_validation else Hooks()
+    with system_metrics(run.config, run.mlflow_run):
+        return Trainer(run, hooks=hooks, logger=RunLogger(run.config, run.mlflow_run), draw=_draw).train()
 
 
 def _draw(frames: np.ndarray, labels: np.ndarray) -> Image.Image:
@@ -53,8 +125,13 @@ def _worker(options: dict[str, Any]) -> Outcome:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     context = ray.train.get_context()
     run: Run = options["run"]
-    rank = context.get_world_rank()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     mlflow_run = run.mlflow_run if rank == 0 else None
+    logger = RunLogger(run.config, mlflow_run)
+    if rank == 0:
+        logger.tag("workers", str(world_size))
+        if isinstance(run.workers, tuple):
+            log(f"{run.label}: {world_size} workers (workers={list(run.workers)})")
     # `report` is a barrier: every worker reports as often.
     hooks = Hooks(
         after_checkpoint=lambda step: ray.train.report({"step": step}),
@@ -65,10 +142,10 @@ def _worker(options: dict[str, Any]) -> Outcome:
         return Trainer(
             run,
             rank=rank,
-            world_size=context.get_world_size(),
+            world_size=world_size,
             device=ray.train.torch.get_device(),
             hooks=hooks,
-            logger=RunLogger(run.config, mlflow_run),
+            logger=logger,
             draw=_draw,
         ).train()
 
@@ -83,14 +160,19 @@ def _fit_on_ray(run: Run, callbacks: Sequence[Any]) -> Outcome:
     # attempt: Ray would take a finished run of the same name for one to be resumed.
     name = f"{run.kind}-{uuid.uuid4().hex[:12]}"
     gpus = gpus_to_use(config)
-    _check_resources(settings, gpus)
     worker: Any = _worker
+    workers: Any = run.workers  # typed as the older one's, which never vary
     run_config: Any = ray.train.RunConfig  # typed as the older one, which has no logging_config
-    trainer = ray.train.torch.TorchTrainer(
+    make: Any = ray.train.torch.TorchTrainer
+    if isinstance(run.workers, tuple):
+        from pipeline.distill.elastic import ElasticTrainer  # imports Ray
+
+        make = functools.partial(ElasticTrainer, batch_size=settings.batch_size)
+    trainer = make(
         worker,
         train_loop_config={"run": run},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpus else {})},
         ),
@@ -127,20 +209,3 @@ def _interruptible() -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)
-
-
-def _check_resources(settings: Training, gpus: int) -> None:
-    """More workers than the cluster can ever hold would wait without a word.
-
-    Raises:
-        ConfigError: naming the number that fits.
-    """
-    import ray
-
-    total = gpus if gpus else ray.cluster_resources().get("CPU", 1)
-    fits = max(1, int(total if gpus else total // settings.cpus_per_worker))
-    if settings.workers > fits:
-        unit = "GPUs" if gpus else f"CPUs ({settings.cpus_per_worker:g} a worker)"
-        raise ConfigError(
-            f"workers: {settings.workers} don't fit this cluster's {total:g} {unit}; nearest valid: {fits}"
-        )

@@ -38,6 +38,7 @@ class Run:
     public_checkpoint: bool = False  # whether the model is published in the public layout as well
     name: str = ""  # the user's
     title: str = ""  # what a sweep calls it
+    workers: int | tuple[int, int] = 0  # as the machines have them; see `Training.workers`
     validation_uri: str | None = None  # the clips that `validate_every` scores on
     mlflow_run: str | None = None
 
@@ -163,8 +164,9 @@ def student_terms(settings: Distill) -> Terms:
 
 
 def _common_terms(settings: Training) -> dict[str, Any]:
+    contrast = settings.contrast
     return {
         "alpha": settings.alpha,
         "temperature": settings.temperature,
-        "contrast_globally": settings.contrast == "global",
+        "contrast_shares": contrast if isinstance(contrast, int) else int(contrast == "global"),
     }

@@ -15,7 +15,7 @@ from pipeline.artifacts.manifests import MODEL_FOLDER, RunManifest, TargetManife
 from pipeline.artifacts.once import is_whole, once, require_files
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
 from pipeline.config import Config, ConfigError
-from pipeline.distill.ray_train import fit
+from pipeline.distill.ray_train import fit, machines
 from pipeline.distill.run import OnValidation, Run, build
 from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
@@ -40,6 +40,7 @@ def distill(
     *,
     title: str = "",
     run_tags: Mapping[str, str] = MappingProxyType({}),
+    workers: int | None = None,
     on_validation: OnValidation | None = None,
     train_callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
@@ -52,10 +53,11 @@ def distill(
         artifacts: the config's, where they are known already.
         title: what messages and a new MLflow run call it; without one `distill.name`.
         run_tags: further tags of a new MLflow run.
+        workers: see `machines`.
         on_validation, train_callbacks: see `fit`.
 
     Raises:
-        ConfigError: the clips have not been made, or the student doesn't fit the teacher.
+        ConfigError: the clips have not been made, the student doesn't fit the teacher, or the workers the cluster.
         storage.IncompleteError: the targets are not published.
         NonFiniteLoss: training diverged.
     """
@@ -87,7 +89,7 @@ def distill(
         tags["targets"] = artifacts.targets.fingerprint
     if config.distill.distils_slots:
         tags["beta"] = f"{config.distill.beta:g}"
-    return _train(run, artifacts, tags, run_tags, on_validation, train_callbacks)
+    return _train(run, artifacts, tags, run_tags, workers, on_validation, train_callbacks)
 
 
 def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def _train(
     artifacts: Artifacts,
     tags: dict[str, str],
     run_tags: Mapping[str, str] = MappingProxyType({}),
+    workers: int | None = None,
     on_validation: OnValidation | None = None,
     train_callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
@@ -129,17 +132,20 @@ def _train(
     with once(run.uri, run.label, files=run_files, inputs=inputs) as needed:
         if needed:
             with _beginning:
-                run, tags = _begin(run, artifacts, tags, run_tags)
-            started = time.monotonic()
-            try:
-                outcome = fit(run, on_validation, train_callbacks)
-                _check_finite(run, outcome)
-            except BaseException as error:
-                assert run.mlflow_run is not None
-                status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-                tracking.RunLogger(run.config, run.mlflow_run).end(status)
-                raise
-            tags = {**tags, "precision": outcome.precision}
+                run = _prepare(run, artifacts)
+            with machines(run, workers) as run:
+                with _beginning:
+                    run, tags = _begin(run, tags, run_tags)
+                started = time.monotonic()
+                try:
+                    outcome = fit(run, on_validation, train_callbacks)
+                    _check_finite(run, outcome)
+                except BaseException as error:
+                    assert run.mlflow_run is not None
+                    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+                    tracking.RunLogger(run.config, run.mlflow_run).end(status)
+                    raise
+            tags = {**tags, "precision": outcome.precision, "workers": str(outcome.workers)}
             _publish(run, outcome, tags, seconds=time.monotonic() - started)
     manifest = RunManifest.read(run.uri)
     if not needed:
@@ -157,19 +163,22 @@ def _train(
     }
 
 
-def _begin(
-    run: Run, artifacts: Artifacts, tags: dict[str, str], run_tags: Mapping[str, str]
-) -> tuple[Run, dict[str, str]]:
-    """The run with all that its workers need, and its tags; its MLflow run has begun."""
-    config, settings = run.config, run.settings
+def _prepare(run: Run, artifacts: Artifacts) -> Run:
+    """The run with its validation clips, after a look at all that can be wrong with its config."""
+    settings = run.settings
     if settings.warmup_steps >= settings.steps:
         log(
             f"{run.label}: WARNING, warm-up ({settings.warmup_steps} steps) outlasts training "
             f"({settings.steps} steps); set warmup_steps to a tenth of it or less"
         )
-    check_system_metrics(config)
+    check_system_metrics(run.config)
     build(run)  # what can't be built is said here and now, not by every worker several times over
-    validation_uri = _validation_clips(run, artifacts)
+    return replace(run, validation_uri=_validation_clips(run, artifacts))
+
+
+def _begin(run: Run, tags: dict[str, str], run_tags: Mapping[str, str]) -> tuple[Run, dict[str, str]]:
+    """The run and its tags, with its MLflow run, which has begun."""
+    config, settings = run.config, run.settings
     storage.write_bytes(storage.join(run.uri, "config.yaml"), config.to_yaml().encode())
     tags = {
         **tags,
@@ -183,8 +192,8 @@ def _begin(
     run_id = tracking.start_run(config, run.uri, name, {**tags, "mlflow.runName": name, **run_tags})
     with optional("the data sets of this run"):
         mlflow = tracking.connect(config)
-        log_training_data(mlflow, mlflow.get_run(run_id), run.clips_uri, run.targets_uri, validation_uri)
-    return replace(run, validation_uri=validation_uri, mlflow_run=run_id), tags
+        log_training_data(mlflow, mlflow.get_run(run_id), run.clips_uri, run.targets_uri, run.validation_uri)
+    return replace(run, mlflow_run=run_id), tags
 
 
 def _validation_clips(run: Run, artifacts: Artifacts) -> str | None:

@@ -54,9 +54,9 @@ class Terms:
     alpha: slot-slot contrast. similarity: VideoSAUR's temporal similarity. slot_kd: beta, of the
     distance named by `slot_loss`. reconstruction_kd and feature_kd: of the distances from what the
     teacher reconstructs and from its features. slot_map: whether a learned linear map takes the
-    student's slots to the teacher's slot size before they are compared. contrast_globally: whether the
-    slots of all workers are contrasted, as if one had the whole batch, or each worker's share by itself,
-    as in the reference implementation.
+    student's slots to the teacher's slot size before they are compared. contrast_shares: into how many
+    shares the batch is dealt out, sample i to share i mod their number, of which each is contrasted by itself, as by
+    that many workers of the reference implementation; 0: each worker's share, however many there are.
     """
 
     reconstruction: float = 1.0
@@ -70,7 +70,7 @@ class Terms:
     reconstruction_kd: float = 0.0
     feature_kd: float = 0.0
     slot_map: bool = False
-    contrast_globally: bool = True
+    contrast_shares: int = 1
 
 
 SLOT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -214,9 +214,16 @@ class Objective(nn.Module):
         return feature_reconstruction_loss(output.reconstruction.float(), output.backbone_features.float())
 
     def _contrast(self, slots: Tensor) -> Tensor:
-        if self.terms.contrast_globally and dist.is_initialized() and dist.get_world_size() > 1:
+        workers = dist.get_world_size() if dist.is_initialized() else 1
+        shares = self.terms.contrast_shares or workers
+        if shares % workers == 0:
+            shares //= workers  # of the batch that lie in this worker's clips, none of them in another's too
+        else:
             slots = _OfAllWorkers.apply(slots)
-        return slot_contrastive_loss(slots, self.terms.temperature)
+        if shares == 1:
+            return slot_contrastive_loss(slots, self.terms.temperature)
+        losses = [slot_contrastive_loss(slots[i::shares], self.terms.temperature) for i in range(shares)]
+        return torch.stack(losses).mean()
 
     def _similarity(self, output: SlotModelOutput, keys: Tensor | None) -> Tensor:
         assert output.similarity is not None

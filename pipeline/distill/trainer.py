@@ -101,13 +101,15 @@ class NoLogger:
 class Outcome:
     """How a run ended: "non-finite" where the gradient of step `step + 1` was.
 
-    history: the metrics of each logged step. precision: what its products were computed in.
+    history: the metrics of each logged step. precision: what its products were computed in. workers: how many there
+    were at the end.
     """
 
     status: Literal["ok", "non-finite"]
     step: int
     history: list[dict[str, float]]
     precision: Precision
+    workers: int
 
 
 class Trainer:
@@ -192,7 +194,7 @@ class Trainer:
         status: Literal["ok", "non-finite"] = "non-finite" if self.diverged() else "ok"
         if status == "ok" and self.rank == 0:
             self.publish()
-        return Outcome(status, self.step, self.history, self.precision)
+        return Outcome(status, self.step, self.history, self.precision, self.world_size)
 
     def diverged(self) -> bool:
         """Whether a gradient was not finite, and then back at the step before it; waits for the device."""

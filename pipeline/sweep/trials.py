@@ -64,7 +64,8 @@ def trial(options: Mapping[str, Any], jobs: Mapping[str, Any]) -> None:
 
     one: Trial = jobs["trials"][options["trial"]]
     started = time.monotonic()
-    settings: dict[str, Any] = {}
+    # A worker a trial, where there may be more: what is left is for other trials.
+    settings: dict[str, Any] = {"workers": one.config.distill.fewest_workers}
     if one.config.distill.workers == 0:
         import torch
 
@@ -98,7 +99,7 @@ def concurrent_trials(nodes: Sequence[Mapping[str, float]], trials: Sequence[Con
         ConfigError: there is no place for even one.
     """
     settings = [config.distill for config in trials]
-    workers = max(s.workers for s in settings)
+    workers = max(s.fewest_workers for s in settings)
     per_worker = max((s.cpus_per_worker for s in settings if s.workers), default=TRAINING_CPUS)
     own = max(WAITING_CPUS if s.workers else TRAINING_CPUS for s in settings)
     gpus = any(node.get("GPU", 0) for node in nodes)

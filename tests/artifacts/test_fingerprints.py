@@ -18,9 +18,9 @@ from pydantic import create_model
 
 from pipeline import storage
 from pipeline.artifacts import identity
-from pipeline.artifacts.counted import protocol_rules
+from pipeline.artifacts.counted import distill_settings, protocol_rules
 from pipeline.artifacts.identity import Artifacts
-from pipeline.config import Config, Section, loading, with_overrides
+from pipeline.config import Config, Section, loading, resolve_config, with_overrides
 from pipeline.config.protocols import Protocol
 from pipeline.models import CheckpointHints
 
@@ -170,8 +170,10 @@ DECIDES = [
     ("distill.seed=1", {"student"}),
     ("distill.name=mine", {"student", "sweep"}),
     ("distill.steps=5000", STUDENT),
-    ("distill.workers=1", STUDENT),
-    ("distill.contrast=global", STUDENT),  # of two workers
+    ("distill.workers=1", set()),  # of two shares, as any number of workers
+    ("distill.workers=[1, 8]", set()),
+    ("distill.contrast=global", STUDENT),
+    ("distill.contrast=4", STUDENT),
     ("distill.precision=fp32", STUDENT),
     ("distill.method=slotmatch_mse", STUDENT),
     ("distill.matching=frame", set()),  # of another method
@@ -231,6 +233,22 @@ def test_what_a_setting_changes(override, expected, unchanged):
 def test_run_details_change_nothing(override, unchanged):
     root, before = unchanged
     assert changed(before, fingerprints(world("movi_e", root, override))) == set()
+
+
+def student(*overrides):
+    return distill_settings(resolve_config({}, overrides).distill)
+
+
+def test_any_number_of_workers_has_the_name_that_its_curve_has():
+    """Of one worker where the whole batch is contrasted, else of as many as there are shares."""
+    one = student("distill.workers=1")
+    assert one == student("distill.workers=auto") == student("distill.workers=[1, 8]")
+    assert one == student("distill.workers=1", "distill.contrast=local") == student("distill.contrast=1")
+    two = student("distill.workers=2", "distill.contrast=local")
+    for workers in ("1", "2", "8", "auto", "[1, 8]"):
+        assert two == student("distill.contrast=2", f"distill.workers={workers}")
+    # Of two workers that pool their slots; made under this name before it was known to be one's.
+    assert student("distill.workers=2") == {**two, "contrast": "global"}
 
 
 # --- defaults, files ----------------------------------------------------------------------------------

@@ -87,10 +87,65 @@ def test_wrong_type(override, line):
         ),
         ("teacher.image_size=5", "teacher.image_size: 5 is not a multiple of the patch size 14; nearest: 14"),
         ("distill.workers=5", "distill.batch_size: 16 can't be shared equally by 5 workers; nearest: 15"),
+        (
+            "distill.workers=[5, 7]",
+            "distill.batch_size: 16 can't be shared equally by any of 5 to 7 workers; nearest: 15",
+        ),
+        *(
+            (
+                f"distill.workers={value}",
+                f"distill.workers: {shown} is not a number of workers, auto, or [fewest, most]; nearest valid: {near}",
+            )
+            for value, shown, near in [
+                ("-1", "-1", "0"),
+                ("2.0", "2.0", "2"),
+                ("all", "'all'", "auto"),
+                ("[8, 1]", "[8, 1]", "[1, 8]"),
+                ("[0, 8]", "[0, 8]", "[1, 8]"),
+                ("[1, 2, 4]", "[1, 2, 4]", "auto"),
+                ("true", "True", "1"),
+            ]
+        ),
+        (
+            "distill.contrast=6",
+            "distill.contrast: 6 shares of a batch of 16 would not be equal; nearest valid: 4",
+        ),
+        (
+            "distill.contrast=0",
+            "distill.contrast: 0 is not global, local, or a number of shares; nearest valid: 1",
+        ),
+        (
+            "distill.contrast=each",
+            "distill.contrast: 'each' is not global, local, or a number of shares; nearest valid: global",
+        ),
     ],
 )
 def test_impossible_value(override, line):
     assert problems({}, override) == [line]
+
+
+@pytest.mark.parametrize(
+    ("workers", "value", "fewest"),
+    [("auto", "auto", 1), ("[1, 8]", (1, 8), 1), ("[3, 9]", (3, 9), 4), ("0", 0, 0), ("4", 4, 4)],
+)
+def test_numbers_of_workers(workers, value, fewest):
+    config = resolve_config({}, [f"distill.workers={workers}"])
+    assert config.distill.workers == value
+    assert config.distill.fewest_workers == fewest
+    assert resolve_config(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("workers", ["auto", "[1, 8]"])
+def test_workers_that_vary_learn_what_one_does(workers):
+    (line,) = problems({}, f"distill.workers={workers}", "distill.contrast=local")
+    assert line == (
+        f"distill.workers: {workers} leaves open how many workers there are, and with contrast=local that decides "
+        "what is learned; nearest valid: distill.contrast=2 (of two workers, whatever their number), or "
+        "distill.contrast=global"
+    )
+    for way in ("contrast=2", "contrast=global"):
+        resolve_config({}, [f"distill.workers={workers}", f"distill.{way}"])
+    resolve_config({}, [f"distill.workers={workers}", "distill.contrast=local", "distill.alpha=0"])
 
 
 def test_values_that_are_impossible_together():

@@ -1,5 +1,6 @@
 """Any number of workers of one batch size learns the same, step by step."""
 
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ def folder(tmp_path_factory):
     return root
 
 
+@functools.cache
 def losses(folder, world_size, contrast="global"):
     """Of each step the total loss, the contrast and the slot distance."""
     words = [SCRIPT, world_size, folder / f"rendezvous_{contrast}{world_size}", folder, contrast]
@@ -37,6 +39,15 @@ def test_any_number_of_workers_gives_the_same_losses(folder):
     assert len(alone) == 20
     torch.testing.assert_close(two, alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(four, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_any_number_of_workers_contrasts_the_shares_that_are_said(folder):
+    """As so many workers of local contrast do, fewer of them and more."""
+    local = losses(folder, 2, "local")
+    alone, four = losses(folder, 1, 2), losses(folder, 4, 2)
+    torch.testing.assert_close(four, alone, rtol=1e-5, atol=1e-5)
+    # Rounding grows with the steps: 1e-6 at the tenth one, 2e-5 at the fifteenth.
+    torch.testing.assert_close(alone[:10], local[:10], rtol=1e-5, atol=1e-5)
 
 
 def test_local_contrast_is_of_each_workers_share(folder):

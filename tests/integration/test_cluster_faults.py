@@ -13,6 +13,7 @@ from clusters import SMALL_STORE, processes, running_cluster
 from helpers import GOLDEN_TEACHER, assert_kept, is_alive, published_shards, resumed_from, wait_for
 
 from pipeline import storage
+from pipeline.artifacts.manifests import RunManifest
 from pipeline.clips.library import artifacts_of
 from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
@@ -138,6 +139,30 @@ def test_distillation_loses_a_node(shared_tiny, cluster, unbroken):
     summary = job.finish()
     assert max(resumed_from(job.output())) >= 30
     assert storage.read_json(summary["history"]) == unbroken
+
+
+@pytest.mark.fault(
+    "SIGKILL of a node's raylet, and no node comes",
+    "distill",
+    "elastic: fewer workers, on the unbroken curve",
+)
+def test_an_elastic_distillation_goes_on_without_a_node(shared_tiny, cluster, unbroken):
+    name = ["distill.name=elastic", "distill.workers=[1, 2]"]
+    config = shared_tiny(*LONG_DISTILL, *name, "distill.checkpoint_every=30")
+    run = artifacts_of(config).student.uri
+    job = cluster.job("distill", config)
+    wait_for(lambda: checkpoints(run) or not job.running())
+    node, _ = worker_of(cluster, "RayTrainWorker")
+    cluster.kill(node)
+    summary = job.finish()
+    said = [int(n) for n in re.findall(r"(\d) workers \(workers=\[1, 2\]\)", job.output())]
+    assert (said[0], said[-1]) == (2, 1)
+    assert max(resumed_from(job.output())) >= 30
+    assert RunManifest.read(summary["uri"]).tags["workers"] == "1"
+    history = storage.read_json(summary["history"])
+    assert [row["step"] for row in history] == [row["step"] for row in unbroken]
+    for row, expected in zip(history, unbroken, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.fault(

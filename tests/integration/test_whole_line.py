@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline import tracking
+from pipeline.artifacts.manifests import RunManifest
 from pipeline.compute import OneRay
 from pipeline.evaluate.scoring import SCORES
 from pipeline.line import NO_KD, SLOTMATCH, run
@@ -15,7 +16,7 @@ from pipeline.report.stage import report
 
 @pytest.mark.timeout(900)
 def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys, monkeypatch):
-    config = tiny("distill.workers=1")
+    config = tiny("distill.workers=auto")
     first = run(config)
     assert first["videos"] == 10
     assert not any(first["reused"].values())
@@ -51,6 +52,7 @@ def test_from_videos_to_a_champion_and_again(tiny, local_ray, tmp_path, capsys, 
     assert len(origin.evaluation_clips["video_ids"]) == 3
     assert origin.teacher["files"]
     assert origin.run["seed"] == str(config.distill.seed)
+    assert RunManifest.read(origin.run["uri"]).tags["workers"] == "1", "there are no GPUs"
 
     summary = report(config, latency_runs=1)
     assert summary["records"] == len(first["scores"])

@@ -166,6 +166,9 @@ def together(nodes, count=8, **distill):
         ([{"CPU": 2}, {"CPU": 2}], {"workers": 1, "cpus_per_worker": 1}, 2),
         ([{"CPU": 64, "GPU": 8}, {"CPU": 64, "GPU": 8}, {"CPU": 4}], {"workers": 4, "cpus_per_worker": 4}, 4),
         ([{"CPU": 64}], {"workers": 0}, 8),  # no more than there are trials
+        # The fewest that a trial can do with, so that the others have a place.
+        ([{"CPU": 64, "GPU": 6}], {"workers": "auto"}, 6),
+        ([{"CPU": 64, "GPU": 6}], {"workers": [2, 4]}, 3),
     ],
 )
 def test_trials_at_a_time_never_wait_for_each_others_halves(nodes, distill, count):
