@@ -1,15 +1,24 @@
 """Backbones of any shape: their features against timm's own read-outs, their weights' files, what is refused."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from places import CONFIGS, ROOT
 from safetensors.torch import save_file
+from tiny_models import tiny_model
 from torch import nn
 
+from pipeline.config import ConfigError, load_config, resolve_config
+from pipeline.distill.step import Batch, Objective, Terms
 from pipeline.models import Backbone, BackboneConfig, SlotModel, SlotModelConfig, load_backbone_weights
 from pipeline.models._timm import import_timm
+from pipeline.models.build import build_student, model_config
+from pipeline.models.initialisation import start_as_soft_kmeans
+from pipeline.report.efficiency import count_macs
 
 timm = import_timm()
 
@@ -231,3 +240,67 @@ def test_position_biases_of_another_size_are_resampled(tmp_path):
 def test_backbones_that_cannot_be(config, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         Backbone(BackboneConfig(**{"image_size": 64, **config}))
+
+
+# --- students of a config -------------------------------------------------------------------------------------
+
+PRESETS = sorted((CONFIGS / "students").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_have_the_colours_and_the_parameters_that_are_said(preset):
+    config = load_config(CONFIGS / "movi_e.yaml", presets=[preset])
+    design = model_config(config.student, **config.teacher.sizes)
+    with torch.device("meta"):
+        model = SlotModel(design)
+    assert (design.mean, design.std) == model.encoder.backbone.trained_colours
+    gmac = count_macs(design, 60).products / 60 / 1e9
+    row = f"| {model.num_parameters() / 1e6:.2f} | {gmac:.1f} |"
+    (line,) = [
+        r for r in (ROOT / "docs" / "distilling.md").read_text().splitlines() if f"| `{preset.stem}`" in r
+    ]
+    assert row in line, row
+    # And over a config whose student has a ViT of its own.
+    assert load_config(CONFIGS / "demo.yaml", presets=[preset]).student.backbone == config.student.backbone
+
+
+def test_pretrained_weights_see_the_colours_that_they_know(tmp_path, capsys):
+    expected = r"test_convnext was trained with .*: mean=\[0\.5, 0\.5, 0\.5\] std=\[0\.5, 0\.5, 0\.5\]"
+    student = {"backbone": "test_convnext", "image_size": 64, "decoder_hidden_sizes": [8]}
+    with pytest.raises(ConfigError, match=expected):
+        build_student(resolve_config({"student": student}), teacher=None, seed=0)
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_convnext").state_dict(), path)
+    for colour, warned in ([0.5] * 3, False), ([0.4] * 3, True):
+        values = {**student, "backbone_weights": str(path), "mean": colour, "std": [0.5] * 3}
+        assert (
+            build_student(resolve_config({"student": values}), teacher=None, seed=0).config.mean[0]
+            == colour[0]
+        )
+        assert bool(re.search(expected, capsys.readouterr().err)) == warned
+
+
+def test_a_convolutional_student_of_another_grid_learns_from_a_vits_features():
+    torch.manual_seed(0)
+    design = BackboneConfig("test_convnext", 64, stride=8, grid=(3, 5))
+    student = SlotModel(SlotModelConfig(design, 3, 8, decoder_hidden_sizes=(8,)))
+    start_as_soft_kmeans(student)
+    teacher = tiny_model().eval()
+    features = teacher.backbone_features(torch.rand(2, 2, 3, 32, 32))
+    slots = teacher.roll_out(features)[0].detach()
+    batch = Batch(torch.rand(2, 2, 3, 64, 64), target_slots=slots, teacher_features=features)
+    losses = Objective(student, Terms(slot_kd=1, feature_kd=1), teacher=teacher)(batch)
+    losses["total"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.trainable_parameters())
+    own = student(batch.video)
+    assert own.masks.shape == (2, 2, 3, 15)
+    labels = student.label_maps(own.masks[0], (30, 50))
+    upscaled = F.interpolate(own.masks[0].unflatten(-1, (3, 5)), (30, 50), mode="bilinear")
+    assert torch.equal(labels.long(), upscaled.argmax(1))
+    save_and_load = SlotModelConfig.from_dict(json.loads(json.dumps(student.config.to_dict())))
+    assert save_and_load == student.config
+
+
+def test_a_plain_vits_config_has_no_new_keys():
+    """So that files stay as they were, and what hashes them."""
+    assert set(tiny_model().config.to_dict()["backbone"]) == {"name", "image_size", "arguments"}
