@@ -129,7 +129,7 @@ def pretrain(recipe: BackboneRecipe, frames: np.ndarray, labels: np.ndarray) -> 
     with torch.no_grad():  # timm's own 0.02 would hide the positions
         periods = 50 ** (torch.arange(recipe.width // 4) / (recipe.width // 4)) / 1.5
         vit.pos_embed[0, 0] = 0
-        vit.pos_embed[0, 1:] = 0.3 * sine_cosine_positions(GRID, recipe.width, periods)
+        vit.pos_embed[0, 1:] = 0.3 * sine_cosine_positions((GRID, GRID), recipe.width, periods)
     optimizer = torch.optim.AdamW(vit.parameters(), betas=(0.9, 0.98), weight_decay=0.02)
     patches, purity = patch_labels(labels)
     for step in range(recipe.steps):

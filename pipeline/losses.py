@@ -142,28 +142,33 @@ def hungarian_slot_kd_loss(student: Tensor, teacher: Tensor, *, per: Matching) -
     return slot_kd_loss(student, teacher.take_along_dim(match_BTN.unsqueeze(-1), dim=2))
 
 
-def feature_kd_loss(student_BTQF: Tensor, teacher_BTPF: Tensor) -> Tensor:
+def feature_kd_loss(
+    student_BTQF: Tensor,
+    teacher_BTPF: Tensor,
+    *,
+    grids: tuple[tuple[int, int], tuple[int, int]] | None = None,
+) -> Tensor:
     """Feature KD of Table 1: mean squared error to the teacher's backbone features.
 
     student_BTQF: the student's features, already mapped to the teacher's feature size (in the paper by
-    a two-layer MLP). Where the two have other numbers of patches, the student's square grid is
-    resized bilinearly to the teacher's. The teacher gets no gradient.
+    a two-layer MLP). grids: rows and columns of the student's patches and of the teacher's; where they
+    differ, the student's are resized bilinearly to the teacher's. The teacher gets no gradient.
 
     Raises:
-        ValueError: clips, frames or feature sizes differ, or grids to resize that are not square.
+        ValueError: clips, frames or feature sizes differ, or numbers of patches that are not their grids'.
     """
     shapes = f"student features {tuple(student_BTQF.shape)} and teacher features {tuple(teacher_BTPF.shape)}"
     B, T, P, size = teacher_BTPF.shape
     Q = student_BTQF.shape[2]
     if tuple(student_BTQF.shape) != (B, T, Q, size):
         raise ValueError(f"{shapes} differ in more than the number of patches")
-    if Q != P:
-        student_side, teacher_side = math.isqrt(Q), math.isqrt(P)
-        if student_side**2 != Q or teacher_side**2 != P:
-            raise ValueError(f"{shapes}: only square grids of patches can be resized to each other")
-        grid = student_BTQF.flatten(0, 1).transpose(1, 2).unflatten(2, (student_side, student_side))
-        grid = F.interpolate(grid, (teacher_side, teacher_side), mode="bilinear")
-        student_BTQF = grid.flatten(2).transpose(1, 2).unflatten(0, (B, T))
+    grid, teacher_grid = grids or ((Q, 1), (Q, 1))
+    if (math.prod(grid), math.prod(teacher_grid)) != (Q, P):
+        raise ValueError(f"{shapes} need the grids of their patches, which are not {grid} and {teacher_grid}")
+    if grid != teacher_grid:
+        resized = student_BTQF.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
+        resized = F.interpolate(resized, teacher_grid, mode="bilinear")
+        student_BTQF = resized.flatten(2).transpose(1, 2).unflatten(0, (B, T))
     return F.mse_loss(student_BTQF, teacher_BTPF.detach())
 
 

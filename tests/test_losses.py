@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ PAIRS = {
     "hungarian, frame": (lambda *slots: hungarian_slot_kd_loss(*slots, per="frame"), SLOTS, SLOTS),
     "feature_reconstruction": (feature_reconstruction_loss, PATCHES, PATCHES),
     "feature_kd": (feature_kd_loss, PATCHES, PATCHES),
-    "feature_kd, other grids": (feature_kd_loss, PATCHES, (2, 3, 16, 4)),
+    "feature_kd, other grids": (partial(feature_kd_loss, grids=((3, 3), (2, 8))), PATCHES, (2, 3, 16, 4)),
     "reconstruction_kd": (reconstruction_kd_loss, PATCHES, PATCHES),
     "temporal similarity": (similarity_loss, (1, 2, 4, 4), (1, 2, 4, 5)),
 }
@@ -279,31 +280,34 @@ def test_losses_import_neither_scipy_nor_ray():
 # --- features and reconstructions ----------------------------------------------------------------
 
 
-def bilinear(grid, side):
-    """Half-pixel bilinear interpolation of `(h, h, F)` to `(side, side, F)`, one position at a time."""
-    h = len(grid)
-    result = np.empty((side, side, grid.shape[-1]))
-    for i in range(side):
-        for j in range(side):
-            y, x = (np.clip((k + 0.5) * h / side - 0.5, 0, h - 1) for k in (i, j))
-            y0, x0 = int(y), int(x)
-            y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, h - 1)
-            top = grid[y0, x0] * (1 - (x - x0)) + grid[y0, x1] * (x - x0)
-            bottom = grid[y1, x0] * (1 - (x - x0)) + grid[y1, x1] * (x - x0)
-            result[i, j] = top * (1 - (y - y0)) + bottom * (y - y0)
+def bilinear(grid, size):
+    """Half-pixel bilinear interpolation of `(h, w, F)` to `(*size, F)`, one position at a time."""
+    sides = grid.shape[:2]
+    result = np.empty((*size, grid.shape[-1]))
+    for i, j in np.ndindex(*size):
+        y, x = (
+            np.clip((k + 0.5) * old / new - 0.5, 0, old - 1)
+            for k, old, new in zip((i, j), sides, size, strict=True)
+        )
+        y0, x0 = int(y), int(x)
+        y1, x1 = min(y0 + 1, sides[0] - 1), min(x0 + 1, sides[1] - 1)
+        top = grid[y0, x0] * (1 - (x - x0)) + grid[y0, x1] * (x - x0)
+        bottom = grid[y1, x0] * (1 - (x - x0)) + grid[y1, x1] * (x - x0)
+        result[i, j] = top * (1 - (y - y0)) + bottom * (y - y0)
     return result
 
 
-@pytest.mark.parametrize(("student_side", "teacher_side"), [(3, 5), (4, 3)])
-def test_feature_kd_loss_resizes_the_students_grid(student_side, teacher_side):
-    student, teacher = (random_tensor(i, 2, 3, n**2, 4) for i, n in enumerate((student_side, teacher_side)))
+@pytest.mark.parametrize("grids", [((3, 3), (5, 5)), ((4, 4), (3, 3)), ((2, 6), (4, 3))])
+def test_feature_kd_loss_resizes_the_students_grid(grids):
+    student, teacher = (random_tensor(i, 2, 3, h * w, 4) for i, (h, w) in enumerate(grids))
     terms = []
     for b in range(2):
         for t in range(3):
-            grid = student[b, t].numpy().reshape(student_side, student_side, 4)
-            target = teacher[b, t].numpy().reshape(teacher_side, teacher_side, 4)
-            terms.append(((bilinear(grid, teacher_side) - target) ** 2).mean())
-    loss = feature_kd_loss(student, teacher)
+            grid, target = (
+                x[b, t].numpy().reshape(*g, 4) for x, g in zip((student, teacher), grids, strict=True)
+            )
+            terms.append(((bilinear(grid, grids[1]) - target) ** 2).mean())
+    loss = feature_kd_loss(student, teacher, grids=grids)
     assert loss.item() == pytest.approx(np.mean(terms), rel=1e-9)
 
 
@@ -312,6 +316,6 @@ def test_feature_kd_loss_errors():
     for shape in [(1, 3, 9, 4), (2, 1, 9, 4), (2, 3, 9, 1)]:
         with pytest.raises(ValueError, match="differ in more than the number of patches"):
             feature_kd_loss(random_tensor(1, *shape), teacher)
-    for student, other in [(random_tensor(1, 2, 3, 6, 4), teacher), (teacher, random_tensor(1, 2, 3, 6, 4))]:
-        with pytest.raises(ValueError, match="only square grids"):
-            feature_kd_loss(student, other)
+    for grids in (None, ((2, 3), (3, 2)), ((3, 3), (3, 3))):
+        with pytest.raises(ValueError, match="need the grids of their patches"):
+            feature_kd_loss(random_tensor(1, 2, 3, 6, 4), teacher, grids=grids)

@@ -9,9 +9,9 @@ def tiny_vit(width=16, depth=1):
     return {"patch_size": 8, "embed_dim": width, "depth": depth, "num_heads": 2}
 
 
-def tiny_design(num_slots=3, slot_size=8, *, vit=None, image_size=32, hidden=(8,), **design):
+def tiny_design(num_slots=3, slot_size=8, *, backbone=None, vit=None, image_size=32, hidden=(8,), **design):
     """Its config; of a ViT of width 16 on 4 x 4 patches where nothing else is said."""
-    backbone = BackboneConfig(None, image_size, vit or tiny_vit())
+    backbone = backbone or BackboneConfig(None, image_size, vit or tiny_vit())
     return SlotModelConfig(backbone, num_slots, slot_size, decoder_hidden_sizes=hidden, **design)
 
 

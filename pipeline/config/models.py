@@ -32,11 +32,15 @@ class Model(Section):
     """The architecture, as teacher and student have it."""
 
     backbone: str | ViT = "vit_small_patch14_dinov2"
-    """a timm name, or a ViT's dimensions"""
+    """a timm name of a ViT or a convolutional network, or a ViT's dimensions"""
     backbone_weights: str = "timm"
     """timm (the hub), random, or a local file"""
     image_size: PositiveInt = 336
-    """pixels, a multiple of the patch size"""
+    """pixels; of a ViT a multiple of the patch size"""
+    stride: PositiveInt | None = None
+    """which map of a backbone that is no ViT, in pixels between neighbours: 8 to 32; null: the deepest"""
+    grid: tuple[PositiveInt, PositiveInt] | None = None
+    """rows and columns that the features are resampled to; null: the backbone's own"""
     num_slots: SlotCount | None = None
     """slots of a frame"""
     slot_size: PositiveInt | None = None

@@ -158,6 +158,7 @@ class Objective(nn.Module):
         elif self.terms.reconstruction_kd:
             raise ValueError("the teacher's decoder reconstructs no features, so that none can be distilled")
         self._teacher_feature_size = teacher.encoder.backbone.feature_size
+        self._teacher_grid = teacher.grid
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [*self.model.trainable_parameters(), *self.heads.parameters()]
@@ -266,7 +267,8 @@ class Objective(nn.Module):
         if batch.teacher_features is None:
             raise ValueError("feature KD needs the teacher's features")
         projected = self.model.encoder.output_transform(backbone_features.float())
-        return feature_kd_loss(self.heads["features"](projected), batch.teacher_features)
+        mapped = self.heads["features"](projected)
+        return feature_kd_loss(mapped, batch.teacher_features, grids=(self.model.grid, self._teacher_grid))
 
     @torch.no_grad()
     def measure_bound(self, batch: Batch) -> dict[str, float]:

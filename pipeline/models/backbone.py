@@ -1,12 +1,18 @@
-"""Frozen vision transformers from timm, read out the way that slot models use them.
+"""Frozen backbones from timm, read out the way that slot models use them: a grid of features.
 
-The features are the patch tokens of the last block's output *before* the final norm (as in DINOSAUR,
-VideoSAUR and SlotContrast), so the final norm is removed: public checkpoints don't have its weights.
+- Of a vision transformer (timm's `VisionTransformer`, or `Eva` as DINOv3 is one) the features are the patch tokens of
+  the last block's output *before* the final norm (as in DINOSAUR, VideoSAUR and SlotContrast), so the final norm is
+  removed: public checkpoints don't have its weights.
+- Of any other model, convolutional or hybrid, they are one of the maps that timm's `features_only` gives; the layers
+  behind it are removed.
+
+Nothing outside of this file knows which of them a model has.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,22 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models._timm import import_timm
 
+Grid = tuple[int, int]  # rows and columns of patches
+STRIDES = (8, 32)  # pixels between neighbours of a map: the least and the most
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A timm `VisionTransformer`: by timm's name, or by its own keyword arguments.
+    """A model of timm's: by its name, or a `VisionTransformer` by its own keyword arguments.
 
     `name` is a timm model name (`"vit_small_patch14_dinov2"`), or None for a plain
-    `VisionTransformer(**arguments)`. `image_size` is the side of the square input in pixels.
+    `VisionTransformer(**arguments)`. `image_size` is the side of the square input in pixels. `stride`, pixels, chooses
+    one of the maps of a model that is no ViT; None is the deepest. `grid` is what the features are resampled to; None
+    is the backbone's own.
     """
 
     name: str | None
     image_size: int
     arguments: dict[str, Any] | None = None
+    stride: int | None = None
+    grid: Grid | None = None
 
     @property
     def label(self) -> str:
@@ -41,75 +55,178 @@ class BackboneConfig:
 
 
 class Backbone(nn.Module):
-    """Images `(M, 3, S, S)` -> patch features `(M, P, F)`; always frozen, always in eval mode.
+    """Images `(M, 3, S, S)` -> features of a grid `(M, P, F)`; always frozen, always in eval mode.
 
     Raises:
-        ValueError: an unknown timm name, a model that is not a plain ViT, or an image size that the
-            patch size does not divide.
+        ValueError: an unknown timm name, a model that gives no grid of features, a stride that it doesn't have, or an
+            image size that it can't take.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        timm = import_timm()
-        from timm.layers import PatchEmbed
-        from timm.models.vision_transformer import VisionTransformer
-
-        arguments = {**(config.arguments or {}), "img_size": config.image_size, "num_classes": 0}
-        if config.name is None:
-            model = VisionTransformer(**{"global_pool": "", **arguments})
-        else:
-            if config.name.split(".")[0] not in timm.list_models():
-                near = difflib.get_close_matches(config.name, timm.list_models(), n=5)
-                raise ValueError(f"timm has no model {config.name!r}; similar: {', '.join(near) or '-'}")
-            try:
-                model = timm.create_model(config.name, pretrained=False, **arguments)
-            except TypeError as error:  # of an argument that every ViT knows
-                raise ValueError(f"backbone {config.name!r} is not a ViT ({error})") from error
-        if not isinstance(model, VisionTransformer):
-            raise ValueError(f"backbone {config.name!r} is a {type(model).__name__}, not a ViT")
-        if not isinstance(model.patch_embed, PatchEmbed):
-            raise ValueError(f"backbone {config.name!r} is a hybrid: its patches come from another network")
-        model.norm = nn.Identity()
-        self.model = model
-        self.name = config.name
-        patch = model.patch_embed.patch_size[0]
-        if config.image_size % patch:
-            lower = config.image_size // patch * patch
-            raise ValueError(
-                f"image size {config.image_size} is not a multiple of the patch size {patch} of "
-                f"{config.label}; nearest: {lower} or {lower + patch}"
-            )
-        self.patch_size: int = patch
-        self.grid: int = config.image_size // patch
-        # Interpolated position embeddings have been off by one at some sizes (timm#2111).
-        assert model.patch_embed.num_patches == self.grid**2, (
-            model.patch_embed.num_patches,
-            self.grid,
-        )
-        self.num_patches = self.grid**2
-        self.feature_size: int = model.embed_dim
-        self.requires_grad_(False)
+        self.config = config
+        self.model = _create(config)
+        self._map: int | None = None  # which of a model's maps is read; None: its patch tokens
         self.eval()
+        if _is_transformer(self.model):
+            own, size = _use_tokens(self.model, config), self.model.embed_dim
+        else:
+            self._map = _use_map(self.model, config)
+            own, size = self._try_map()
+        self._own_grid = own
+        self.grid: Grid = config.grid or own
+        self.feature_size: int = size
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Backbone:
         return super().train(False)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is timm's `VisionTransformer` in its own grid's patches, as public checkpoints have."""
+        return self._map is None and isinstance(self.model, _vision_transformer())
+
+    @property
+    def trained_colours(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of the colours that timm's weights of that name were trained with."""
+        found = import_timm().models.get_pretrained_cfg(self.config.name) if self.config.name else None
+        return (found.mean, found.std) if found else None
+
     @torch.no_grad()
     def forward(self, images_MCHW: Tensor) -> Tensor:
+        if self._map is not None:
+            return self._resampled(self._read_map(images_MCHW).flatten(2).transpose(1, 2))
         tokens = self.model.forward_features(images_MCHW)
-        return tokens[:, self.model.num_prefix_tokens :]
+        return self._resampled(tokens[:, self.model.num_prefix_tokens :])
 
     @torch.no_grad()
     def features_and_keys(self, images_MCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The features, and the attention keys of the last block, all heads side by side: both `(M, P, F)`."""
+        """The features, and the attention keys of the last block, all heads side by side: both `(M, P, F)`.
+
+        Raises:
+            ValueError: a model whose last block has no projection to queries, keys and values.
+        """
         seen: list[Tensor] = []
-        projection = self.model.get_submodule(f"blocks.{len(self.model.blocks) - 1}.attn.qkv")
-        hook = projection.register_forward_hook(lambda _, __, qkv: seen.append(qkv.chunk(3, dim=-1)[1]))
+        projection = None if self._map is not None else getattr(self.model.blocks[-1].attn, "qkv", None)
+        if projection is not None:
+            hook = projection.register_forward_hook(lambda _, __, qkv: seen.append(qkv.chunk(3, dim=-1)[1]))
+            try:
+                features = self(images_MCHW)
+            finally:
+                hook.remove()
+        if not seen:
+            raise ValueError(
+                f"backbone {self.config.name!r} shows no attention keys, which temporal similarity is made of; "
+                "use a plain ViT, such as vit_small_patch14_dinov2"
+            )
+        return features, self._resampled(seen[0][:, self.model.num_prefix_tokens :])
+
+    def _resampled(self, features_MPF: Tensor) -> Tensor:
+        """Features of the own grid at the grid that was asked for, bilinearly."""
+        if self.grid == self._own_grid:
+            return features_MPF
+        map_MFHW = features_MPF.transpose(1, 2).unflatten(2, self._own_grid)
+        return F.interpolate(map_MFHW, self.grid, mode="bilinear").flatten(2).transpose(1, 2)
+
+    def _read_map(self, images_MCHW: Tensor) -> Tensor:
+        maps = self.model.forward_intermediates(
+            images_MCHW,
+            indices=[self._map],
+            norm=False,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+        return maps[0]
+
+    @torch.no_grad()
+    def _try_map(self) -> tuple[Grid, int]:
+        """The grid and the channels of the map: models round sizes that their stride does not divide up or down."""
+        name, size = self.config.name, self.config.image_size
         try:
-            features = self(images_MCHW)
-        finally:
-            hook.remove()
-        return features, seen[0][:, self.model.num_prefix_tokens :]
+            found = self._read_map(torch.zeros(1, 3, size, size))
+        except Exception as error:  # of whatever layer the size doesn't suit
+            raise ValueError(f"backbone {name!r} can't take images of {size} pixels ({error})") from error
+        return (found.shape[2], found.shape[3]), found.shape[1]
+
+
+def _create(config: BackboneConfig, *, pretrained: bool = False) -> Any:
+    timm = import_timm()
+    size = {"img_size": config.image_size}
+    arguments = {**(config.arguments or {}), "num_classes": 0}
+    if config.name is None:
+        return _vision_transformer()(**{"global_pool": "", **arguments, **size})
+    if config.name.split(".")[0] not in timm.list_models():
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=5)
+        raise ValueError(f"timm has no model {config.name!r}; similar: {', '.join(near) or '-'}")
+    try:
+        return timm.create_model(config.name, pretrained=pretrained, **arguments, **size)
+    except TypeError:  # of an argument that models of a fixed size know, and others don't
+        return timm.create_model(config.name, pretrained=pretrained, **arguments)
+
+
+def _vision_transformer() -> type[nn.Module]:
+    import_timm()
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer
+
+
+def _is_transformer(model: nn.Module) -> bool:
+    """Whether a model's features are the patch tokens of one grid; hybrids' patches come from another network."""
+    from timm.layers import PatchEmbed
+    from timm.models.eva import Eva
+
+    return isinstance(model, (_vision_transformer(), Eva)) and isinstance(model.patch_embed, PatchEmbed)
+
+
+def _use_tokens(model: Any, config: BackboneConfig) -> Grid:
+    """Removes what comes after a transformer's blocks; its grid."""
+    from timm.models.eva import Eva
+
+    model.norm = nn.Identity()
+    is_eva = isinstance(model, Eva)
+    if (
+        is_eva
+    ):  # of a plain ViT what else it has stays: the names of its tensors are those of public checkpoints
+        model.fc_norm, model.attn_pool = nn.Identity(), None
+    patch = model.patch_embed.patch_size[0]
+    if config.stride not in (None, patch):
+        raise ValueError(
+            f"stride {config.stride}: {config.label} is a ViT, whose stride is its patch size {patch}"
+        )
+    if config.image_size % patch:
+        lower = config.image_size // patch * patch
+        raise ValueError(
+            f"image size {config.image_size} is not a multiple of the patch size {patch} of "
+            f"{config.label}; nearest: {lower} or {lower + patch}"
+        )
+    grid = config.image_size // patch
+    # Interpolated position embeddings have been off by one at some sizes (timm#2111).
+    assert model.patch_embed.num_patches == grid**2, (model.patch_embed.num_patches, grid)
+    return grid, grid
+
+
+def _use_map(model: Any, config: BackboneConfig) -> int:
+    """Removes what comes after the map that is read; which of the model's maps that is."""
+    least, most = STRIDES
+    strides = [info["reduction"] for info in model.feature_info]
+    valid = sorted({stride for stride in strides if least <= stride <= most})
+    if not valid:
+        raise ValueError(
+            f"backbone {config.name!r} gives no grid of features with a stride of {least} to {most} pixels (it has "
+            f"{', '.join(map(str, sorted(set(strides))))}); ViTs, DINOv3, ConvNeXt, MobileNetV4, FastViT and "
+            "EfficientViT do"
+        )
+    stride = config.stride or valid[-1]
+    if stride not in valid:
+        raise ValueError(
+            f"stride {stride}: {config.name!r} gives no such map; its strides are {', '.join(map(str, valid))}"
+        )
+    index = len(strides) - 1 - strides[::-1].index(stride)
+    model.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
+    return index
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -173,37 +290,57 @@ def _pickled_objects(path: Path, error: Exception) -> str:
 def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
     """Fills `backbone` from timm's hub (`source="timm"`) or from a local file of timm's key names.
 
-    Position embeddings of another size are resampled by timm; a final norm and a head are ignored.
+    Position embeddings of another size are resampled by timm; layers that the backbone does without (a final norm, a
+    head, stages behind its map) are ignored.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, unreadable, its keys or shapes differ, or a tensor is
             not finite.
         RuntimeError: the hub can't be reached.
     """
-    timm = import_timm()
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
     model = backbone.model
-    if str(source) == "timm":
-        name = backbone.name
-        if not name:
-            raise ValueError("pretrained weights need a timm name as backbone")
-        try:
-            donor = timm.create_model(
-                name, pretrained=True, img_size=model.patch_embed.img_size, num_classes=0
-            )
-        except Exception as error:
-            raise RuntimeError(
-                f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}); "
-                "give a local file (backbone_weights: PATH) or random weights (backbone_weights: random)"
-            ) from error
-        state = donor.state_dict()
-    else:
-        state = checkpoint_filter_fn(read_state_dict(source), model)
-    state = {k: v for k, v in state.items() if not k.startswith(("norm.", "fc_norm.", "head."))}
+    hub = str(source) == "timm"
+    state = _pretrained(backbone.config) if hub else _as_sized(read_state_dict(source), model)
+    unused = _unused_names(backbone)
+    state = {k: v for k, v in state.items() if not k.startswith(unused)}
     check_state_dict(model, state, str(source))
     check_finite(state, str(source))
     model.load_state_dict(state)
+
+
+def _pretrained(config: BackboneConfig) -> Mapping[str, Tensor]:
+    if not config.name:
+        raise ValueError("pretrained weights need a timm name as backbone")
+    try:
+        return _create(config, pretrained=True).state_dict()
+    except Exception as error:
+        raise RuntimeError(
+            f"the pretrained weights of {config.name} could not be downloaded ({type(error).__name__}); "
+            "give a local file (backbone_weights: PATH) or random weights (backbone_weights: random)"
+        ) from error
+
+
+def _as_sized(state: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """The tensors with embeddings and biases of positions resampled to the model's size, as timm does it."""
+    convert: Any = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    if _is_transformer(model):
+        return convert(state, model)
+    own = model.state_dict()
+    resized = set(own) <= set(state) and any(state[k].shape != own[k].shape for k in own)
+    try:
+        return convert(state, model) if convert and resized else state
+    except (KeyError, RuntimeError):  # another model's file, of which there is more to say than this
+        return state
+
+
+def _unused_names(backbone: Backbone) -> tuple[str, ...]:
+    """Of a file's tensors what the backbone does without: names, or what they begin with."""
+    if isinstance(backbone.model, _vision_transformer()):
+        return "norm.", "fc_norm.", "head."
+    config = backbone.config
+    with torch.device("meta"):
+        whole = import_timm().create_model(config.name, pretrained=False, **(config.arguments or {}))
+    return tuple(set(whole.state_dict()) - set(backbone.model.state_dict()))
 
 
 def check_state_dict(module: nn.Module, state: dict[str, Tensor], source: str) -> None:

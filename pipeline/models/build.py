@@ -9,6 +9,7 @@ import torch
 
 from pipeline import storage
 from pipeline.config import Config, ConfigError, Model, ViT
+from pipeline.log import log
 from pipeline.models import (
     Backbone,
     BackboneConfig,
@@ -34,9 +35,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def backbone_config(section: Model) -> BackboneConfig:
-    if isinstance(section.backbone, ViT):
-        return BackboneConfig(None, section.image_size, section.backbone.model_dump())
-    return BackboneConfig(section.backbone, section.image_size)
+    return BackboneConfig(
+        name=section.backbone if isinstance(section.backbone, str) else None,
+        image_size=section.image_size,
+        arguments=section.backbone.model_dump() if isinstance(section.backbone, ViT) else None,
+        stride=section.stride,
+        grid=section.grid,
+    )
 
 
 def fill_backbone(backbone: Backbone, weights: str) -> None:
@@ -55,8 +60,31 @@ def build_backbone(section: Model) -> Backbone:
     drawn = section.backbone_weights == "random"
     with seeded(0), contextlib.nullcontext() if drawn else WithoutDraws():
         backbone = Backbone(backbone_config(section))
+    _check_colours(section, backbone)
     fill_backbone(backbone, section.backbone_weights)
     return backbone
+
+
+def _check_colours(section: Model, backbone: Backbone) -> None:
+    """Whether pretrained weights see the colours that they were trained with.
+
+    ViTs were run with ImageNet's normalisation, whatever their own, before this was looked at: they are warned of. So
+    are those from a file, which may have been trained in another way.
+
+    Raises:
+        ValueError: of another model the hub's weights were trained with another normalisation.
+    """
+    expected = None if section.backbone_weights == "random" else backbone.trained_colours
+    if expected in (None, (section.mean, section.std)):
+        return
+    mean, std = (", ".join(f"{value:g}" for value in colour) for colour in expected)
+    text = (
+        f"{section.backbone} was trained with images of another normalisation (mean, std); nearest valid: "
+        f"mean=[{mean}] std=[{std}]"
+    )
+    if section.backbone_weights == "timm" and not backbone.plain:
+        raise ValueError(text)
+    log(f"WARNING, backbone {text}")
 
 
 def model_config(section: Model, *, num_slots: int, slot_size: int) -> SlotModelConfig:

@@ -64,8 +64,8 @@ def describe(model: SlotModel, source: str) -> dict[str, Any]:
         },
         "outputs": {
             "slots": "float32 (B, num_slots, slot_size)",
-            "masks": "float32 (B, num_slots, grid, grid), the decoder's, softmax over slots",
-            "attention": "float32 (B, num_slots, grid, grid), slot attention's, softmax over slots",
+            "masks": "float32 (B, num_slots, *grid), the decoder's, softmax over slots",
+            "attention": "float32 (B, num_slots, *grid), slot attention's, softmax over slots",
             "next_state": "float32 (B, num_slots, slot_size)",
         },
         "labels": "masks resized to the frame (bilinear, pixel centres at half), argmax over slots",
@@ -75,7 +75,8 @@ def describe(model: SlotModel, source: str) -> dict[str, Any]:
         "std": list(config.std),
         "num_slots": config.num_slots,
         "slot_size": config.slot_size,
-        "grid": model.grid,
+        # One side of a square, as it was before there were others; else rows and columns.
+        "grid": model.grid[0] if model.grid[0] == model.grid[1] else list(model.grid),
         "iterations": {
             "first": FIRST_FRAME_ITERATIONS,
             "next": NEXT_FRAME_ITERATIONS if config.predictor else FIRST_FRAME_ITERATIONS,

@@ -48,6 +48,8 @@ class ExportedModel:
         self._step = step
         self.about = about
         self.config = SlotModelConfig.from_dict(about["config"])
+        grid = about["grid"]
+        self._grid = (grid[0], grid[1]) if isinstance(grid, list) else (grid, grid)
 
     def stream(
         self,
@@ -92,7 +94,7 @@ class ExportedModel:
         return pixels.permute(0, 2, 3, 1).contiguous().unsqueeze(1).numpy()
 
     def label_maps(self, masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:
-        return label_maps(masks_TNP, size)
+        return label_maps(masks_TNP, self._grid, size)
 
 
 def _joined(outputs: list[tuple[Tensor, ...]], masks: str) -> tuple[Tensor, Tensor]:

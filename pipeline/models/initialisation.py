@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pipeline.models.backbone import Grid
 from pipeline.models.layers import TransformerBlock
 from pipeline.models.slot_model import SlotModel
 
 
-def sine_cosine_positions(grid: int, width: int, periods: Tensor) -> Tensor:
-    """Fixed 2-D positions `(grid², width)`: sine and cosine of x and y at `width / 4` periods."""
-    place = torch.arange(grid, dtype=torch.float32)
-    y, x = (p.flatten()[:, None] / periods for p in torch.meshgrid(place, place, indexing="ij"))
+def sine_cosine_positions(grid: Grid, width: int, periods: Tensor) -> Tensor:
+    """Fixed 2-D positions `(rows * columns, width)`: sine and cosine of x and y at `width / 4` periods."""
+    places = [torch.arange(side, dtype=torch.float32) for side in grid]
+    y, x = (p.flatten()[:, None] / periods for p in torch.meshgrid(*places, indexing="ij"))
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)
 
 
@@ -52,7 +53,7 @@ def start_as_soft_kmeans(model: SlotModel, *, sharpness: float = 4.0, position_s
     for layer in residual:
         layer.weight.mul_(0.1)
         layer.bias.zero_()
-    periods = (model.grid - 1) / (math.pi * 2 ** torch.linspace(-1, 2.5, size // 4))
+    periods = (max(model.grid) - 1) / (math.pi * 2 ** torch.linspace(-1, 2.5, size // 4))
     model.decoder.pos_emb.copy_(position_scale * sine_cosine_positions(model.grid, size, periods))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,13 +25,12 @@ def square_pixels(frames: np.ndarray | Tensor, side: int, device: torch.device |
     return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
 
 
-def label_maps(masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:
-    """Slot index of every pixel, `(T, *size)` uint8: bilinear resize of a square grid, then argmax over slots."""
-    grid = math.isqrt(masks_TNP.shape[-1])
+def label_maps(masks_TNP: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Slot index of every pixel, `(T, *size)` uint8: bilinear resize of the grid, then argmax over slots."""
     # One frame at a time: N full-size masks of a whole chunk would be the peak of all memory.
     return torch.stack(
         [
             F.interpolate(frame[None], size, mode="bilinear")[0].argmax(0).to(torch.uint8)
-            for frame in masks_TNP.float().unflatten(-1, (grid, grid))
+            for frame in masks_TNP.float().unflatten(-1, grid)
         ]
     )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.backbone import Backbone, BackboneConfig
+from pipeline.models.backbone import Backbone, BackboneConfig, Grid
 from pipeline.models.decoders import Decoder, MLPDecoder, SlotMixerDecoder
 from pipeline.models.layers import MLP, LearnedSlots, RandomSlots, SlotAttention, Transformer, slot_noise
 from pipeline.models.pixels import label_maps, send, square_pixels
@@ -55,13 +55,22 @@ class SlotModelConfig:
     std: tuple[float, ...] = IMAGENET_STD
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values by name; later fields of a backbone only where they are set, so that files stay the same."""
+        values = asdict(self)
+        for key in ("stride", "grid"):
+            if values["backbone"][key] is None:
+                del values["backbone"][key]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SlotModelConfig:
         """The inverse of `to_dict`, also after a round trip through JSON; what is absent is the default."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**{**values, "backbone": BackboneConfig(**values["backbone"])})
+        backbone = BackboneConfig(**_with_tuples(values["backbone"]))
+        return cls(**{**_with_tuples(values), "backbone": backbone})
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 @functools.cache
@@ -154,8 +163,8 @@ class SlotModel(nn.Module):
         return self.config.backbone.image_size
 
     @property
-    def grid(self) -> int:
-        """Patches along one side; P is its square."""
+    def grid(self) -> Grid:
+        """Rows and columns of patches; P is their product."""
         return self.encoder.backbone.grid
 
     @property
@@ -355,4 +364,4 @@ class SlotModel(nn.Module):
 
     def label_maps(self, masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:
         """Slot index of every pixel, `(T, *size)` uint8: bilinear resize, then argmax over slots."""
-        return label_maps(masks_TNP, size)
+        return label_maps(masks_TNP, self.grid, size)

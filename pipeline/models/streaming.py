@@ -1,6 +1,7 @@
 """The streaming step: one frame and the state before it, to slots, masks and the state after it. What is exported.
 
-Shapes: B clips that advance together, N slots, d slot size, S image side, G patches along one side.
+Shapes: B clips that advance together, N slots, d slot size, S image side, (h, w) the grid of
+patches.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class StreamingStep(nn.Module):
     where the model draws its initial slots, and is not looked at where they were learned; later it is the
     `next_state` of the frame before.
 
-    Outputs: slots `(B, N, d)`; masks, the decoder's, and attention, slot attention's: both `(B, N, G, G)`, softmax
+    Outputs: slots `(B, N, d)`; masks, the decoder's, and attention, slot attention's: both `(B, N, h, w)`, softmax
     over N; next_state `(B, N, d)`.
 
     There is no branch in it: each frame has the later frames' iterations, and those that a first frame has more
@@ -49,8 +50,8 @@ class StreamingStep(nn.Module):
         features = model.encoder.output_transform(model.encoder.backbone(pixels))
         slots, attention, next_state = self._advance(features, state, first[:, None, None])
         _, masks = model.decoder(slots)
-        side = (model.grid, model.grid)
-        return slots, masks.unflatten(-1, side), attention.unflatten(-1, side), next_state
+        grid = model.grid
+        return slots, masks.unflatten(-1, grid), attention.unflatten(-1, grid), next_state
 
     def _advance(self, features: Tensor, state: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         initializer, processor = self.model.initializer, self.model.processor

@@ -45,7 +45,9 @@ class Facts:
     evaluation: EvaluationManifest | None
     scores: _Scores  # of the model and, beside it, of others under the same rules on the same videos
     licence: str
-    dinov2: bool  # whether its frozen backbone is DINOv2's
+    backbone_licence: (
+        str  # a sentence on that of a frozen backbone which was published under one; may be empty
+    )
 
     @property
     def taught(self) -> bool:
@@ -85,7 +87,9 @@ def gather(
         evaluation=scored,
         scores=_beside(config, scored) if scored else (),
         licence=config.mlflow.weights_licence,
-        dinov2=isinstance(backbone, str) and "dinov2" in backbone and weights == "timm",
+        backbone_licence=_backbone_licence(backbone)
+        if isinstance(backbone, str) and weights == "timm"
+        else "",
     )
 
 
@@ -245,9 +249,13 @@ def _licence(facts: Facts) -> str:
     text = f"## Licence of the weights\n\n{stated}."
     if facts.taught:
         text += " The licence of the teacher that they were distilled from is not known here."
-    if facts.dinov2:
-        text += " They hold a frozen DINOv2 backbone, which Meta published under Apache-2.0."
-    return text
+    return f"{text} {facts.backbone_licence}".strip()
+
+
+def _backbone_licence(name: str) -> str:
+    licences = {"dinov2": ("DINOv2", "Apache-2.0"), "dinov3": ("DINOv3", "its DINOv3 licence")}
+    kind, licence = next((value for key, value in licences.items() if key in name), ("", ""))
+    return kind and f"They hold a frozen {kind} backbone, which Meta published under {licence}."
 
 
 def _limits(facts: Facts) -> str:

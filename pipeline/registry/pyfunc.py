@@ -37,7 +37,8 @@ class SlotMatchModel(PythonModel):
         about, (frames, height, width, _) = self.about, model_input.shape
         labels = np.empty((frames, height, width), np.uint8)
         rows, columns = bicubic(height, about["size"]), bicubic(width, about["size"])
-        back = bilinear(about["grid"], height), bilinear(about["grid"], width)
+        grid = about["grid"] if isinstance(about["grid"], list) else [about["grid"]] * 2
+        back = bilinear(grid[0], height), bilinear(grid[1], width)
         state = np.zeros((1, about["num_slots"], about["slot_size"]), np.float32)
         if about["noise"]:
             state[:] = np.reshape(about["noise"], state.shape)

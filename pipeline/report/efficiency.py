@@ -36,7 +36,7 @@ PAPER_STUDENT = SlotModelConfig(BackboneConfig("vit_small_patch14_dinov2", 518),
 PAPER_FRAMES = 60
 
 _LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
-_ACTIVATIONS = (torch.ops.aten.gelu, torch.ops.aten.relu)
+_ACTIVATIONS = (torch.ops.aten.gelu, torch.ops.aten.relu, torch.ops.aten.relu_)
 
 
 @dataclass(frozen=True)

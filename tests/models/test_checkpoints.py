@@ -46,7 +46,7 @@ def test_kinds_are_told_apart_by_their_keys(kind, tmp_path):
         loaded = load_slot_model(tmp_path / path, num_heads=2, num_slots=3)
         backbone = loaded.config.backbone
         assert replace(loaded.config, backbone=model.config.backbone) == model.config
-        assert (backbone.image_size, loaded.grid) == (32, 4)
+        assert (backbone.image_size, loaded.grid) == (32, (4, 4))
         assert_same_function(model, loaded)
 
 

@@ -2,26 +2,33 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from kinds import build
 from places import GOLDEN, ROOT
 
 from pipeline.clips.sources.synthetic import SyntheticSettings, render_video
+from pipeline.models import BackboneConfig, load_slot_model
 from pipeline.models import export as exporting
-from pipeline.models import load_slot_model
 from pipeline.models.export import ExportError, check, describe, difference, trace, write_onnx, write_pt2
 from pipeline.models.exported import load_exported
 from pipeline.models.precisions import write_half, write_int8
+from pipeline.registry import pyfunc
 
 MODELS = {
     "student": lambda: load_slot_model(ROOT / "demo" / "teacher"),  # of a student's design, and trained
     "videosaur": lambda: build("videosaur"),
     "dinosaur": lambda: build("dinosaur"),
+    # Its grid is not square, and not the backbone's own.
+    "convolutional": lambda: build(
+        "slotcontrast", backbone=BackboneConfig("test_convnext", 64, None, 8, (3, 5))
+    ),
     "image model of learned slots": lambda: build("slotcontrast", predictor=False),
 }
 GOLDENS = {
@@ -104,6 +111,23 @@ def test_numpy_and_onnxruntime_alone_run_it_by_what_it_says(exported):
     *_, (_, own_slots, own_masks) = model.stream([frames])
     np.testing.assert_allclose(slots[0], own_slots[-1], atol=1e-4)
     np.testing.assert_allclose(masks[0].reshape(shape[1], -1), own_masks[-1], atol=1e-4)
+
+
+def test_its_labels_are_the_models(exported, chunks):
+    """Also by the code that a registered model carries."""
+    model, path = exported
+    frames = chunks[1][:6]
+    (_, _, masks), *_ = model.stream([frames])
+    expected = model.label_maps(masks, frames.shape[1:3])
+    assert (load_exported(path).label_maps(masks, frames.shape[1:3]) == expected).all()
+    registered = pyfunc.SlotMatchModel()
+    registered.load_context(SimpleNamespace(artifacts={pyfunc.ARTIFACT: str(path.parent)}))
+    # Of random models all slots are nearly alike, and rounding may choose.
+    margin = (
+        F.interpolate(masks.unflatten(-1, model.grid), frames.shape[1:3], mode="bilinear").topk(2, 1).values
+    )
+    clear = (margin[:, 0] - margin[:, 1] > 1e-4).numpy()
+    assert (registered.predict(None, frames) == expected.numpy())[clear].all()
 
 
 def test_the_files_name_no_place_of_the_machine_that_wrote_them(exported):
