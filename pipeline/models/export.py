@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import logging
 import warnings
@@ -57,6 +58,7 @@ def describe(model: SlotModel, source: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "precision": "fp32",
         "source": source,
+        "weights": hash_weights(model),
         "inputs": {
             "frames": "float32 (B, size, size, 3), RGB from 0 to 255; normalised inside",
             "state": f"float32 (B, num_slots, slot_size): of a first frame {initial}, else the last next_state",
@@ -85,6 +87,15 @@ def describe(model: SlotModel, source: str) -> dict[str, Any]:
         "noise": None if noise is None else [round(float(value), 7) for value in noise.flatten()],
         "config": config.to_dict(),
     }
+
+
+def hash_weights(model: SlotModel) -> str:
+    """What tells the exported forms of one model from those of another of its architecture; SHA-256 of all numbers."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return found.hexdigest()
 
 
 def trace(model: SlotModel) -> torch.export.ExportedProgram:

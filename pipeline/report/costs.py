@@ -117,16 +117,15 @@ _COLUMNS = (
 
 def _row(name: str, found: Cost, printed: dict[str, float] | None) -> Row:
     model = found.config
-    name += f" ({_backbone(model)}, {model.backbone.image_size}², N = {model.num_slots})"
     texts = [
-        name,
-        _short(found.parameters / 1e6),
+        f"{name} ({architecture(model)})",
+        short_number(found.parameters / 1e6),
         f"{printed['parameters']:.1f}" if printed else DASH,
-        _short(found.macs_paper / 1e9),
+        short_number(found.macs_paper / 1e9),
         f"{printed['gflops'] / PAPER_FRAMES:.1f}" if printed else DASH,
-        _short(found.macs_products / 1e9),
-        _short(found.macs_run / 1e9),
-        DASH if found.seconds is None else _short(1000 * found.seconds),
+        short_number(found.macs_products / 1e9),
+        short_number(found.macs_run / 1e9),
+        DASH if found.seconds is None else short_number(1000 * found.seconds),
         *(f"{printed[gpu]:.1f}" if printed else DASH for gpu in GPUS),
     ]
     return Row(tuple(map(Cell, texts)))
@@ -170,21 +169,29 @@ def _time_note(device: torch.device, runs: int) -> str:
         f"{plural(frames_per_run(device), 'frame')} at once, after one to warm up, the models in turn; from "
         "prepared pixels to slots and masks."
     )
+    return note + busy_note()
+
+
+def busy_note() -> str:
+    """What to say of times that are measured after this; empty where nothing else runs."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    busy = (
+    if load <= cores / 2:
+        return ""
+    return (
         f" The machine was busy before that (load {load:.1f} on {plural(cores, 'core')}): take them as rough."
     )
-    return note + busy if load > cores / 2 else note
 
 
-def _short(number: float) -> str:
+def short_number(number: float) -> str:
     """Enough digits for large and for small models."""
     return f"{number:.1f}" if number >= 100 else f"{number:.2f}" if number >= 1 else f"{number:#.3g}"
 
 
-def _backbone(model: SlotModelConfig) -> str:
+def architecture(model: SlotModelConfig) -> str:
+    """What tells models of a table apart."""
     known = {"vit_base_patch14_dinov2": "ViT-B/14", "vit_small_patch14_dinov2": "ViT-S/14"}
-    return known.get(model.backbone.name or "", model.backbone.label)
+    backbone = known.get(model.backbone.name or "", model.backbone.label)
+    return f"{backbone}, {model.backbone.image_size}², N = {model.num_slots}"
 
 
 def _key(model: SlotModelConfig) -> str:

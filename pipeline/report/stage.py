@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pipeline.evaluate.records import Record, find_records
 from pipeline.evaluate.table import Table, plural
 from pipeline.log import log
 from pipeline.report.costs import cost_table, measure_costs
+from pipeline.report.deployed import deployed_table
+from pipeline.report.exports import find_deployed
 from pipeline.report.pictures import draw_pictures, model_speeds
 from pipeline.report.render import Page, html, markdown
 from pipeline.report.tables import left_out, paper_numbers, score_tables
@@ -23,7 +26,8 @@ def report(config: Config, folder: str | Path | None = None, *, latency_runs: in
 
     Args:
         folder: where to; `<storage.root>/report`, or `./report` where the root is remote.
-        latency_runs: measured passes of each model of Table 2; 0 measures nothing.
+        latency_runs: measured passes of each model of Table 2, and frames that each deployed form streams at least;
+            0 measures nothing.
 
     Returns `uri` (the HTML file), `markdown`, and the numbers of `tables`, `pictures` and `records`.
     """
@@ -31,9 +35,15 @@ def report(config: Config, folder: str | Path | None = None, *, latency_runs: in
     target.mkdir(parents=True, exist_ok=True)
     records = find_records(config)
     pairs, notes = measure_costs(config, latency_runs)
-    tables = score_tables(config, records)
+    deployed = find_deployed(records, config.distill.beta)
+    # An exported form is its model once more: beside it in that table, and nowhere else.
+    models = [record for record in records if record.run_id not in deployed.form_ids]
+    tables = score_tables(config, models)
     tables.insert(_place_of_table_2(tables), cost_table(paper_numbers(), pairs, notes))
-    pictures = draw_pictures(config, records, model_speeds(records, latency_runs))
+    if deployed.models:
+        table = deployed_table(deployed.models, latency_runs, notes=deployed.notes)
+        tables.append(replace(table, run_ids=deployed.run_ids))
+    pictures = draw_pictures(config, models, model_speeds(models, latency_runs))
     page = Page(TITLE, _intro(config, records), tables, pictures, left_out(records, tables))
     files = {"report.md": markdown(page).encode(), "report.html": html(page).encode()}
     files |= {picture.link: picture.content for picture in pictures}
