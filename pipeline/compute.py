@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -367,28 +366,6 @@ def _telling(failures: Iterable[BaseException]) -> BaseException:
     """The failure that ended the others: those that only miss their peers come last."""
     causes = [root_cause(failure) for failure in failures]
     return next((cause for cause in causes if not _LOST_PEER.search(str(cause))), causes[0])
-
-
-# glibc's <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE = 1 << 30  # bytes
-
-
-def keep_freed_memory() -> None:
-    """Makes this process reuse large blocks instead of giving them back to the kernel.
-
-    Training on a CPU frees and asks for the same few megabytes in every layer. By default glibc unmaps
-    blocks of 32 MB and more, and trims the heap's end, so the kernel clears fresh pages each time: on the
-    demo's small models that was a third of the step. Does nothing where there is no glibc.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(_M_MMAP_THRESHOLD, _LARGE)
-    mallopt(_M_TRIM_THRESHOLD, _LARGE)
 
 
 def best_device() -> torch.device:

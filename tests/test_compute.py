@@ -13,7 +13,7 @@ from pipeline.config import resolve_config
 COUNT = """
 import resource, sys
 import numpy as np
-from pipeline.compute import keep_freed_memory
+from pipeline.models.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

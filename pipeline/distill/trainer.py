@@ -22,7 +22,6 @@ from pipeline import storage
 from pipeline.artifacts.manifests import MODEL_FOLDER
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
-from pipeline.compute import keep_freed_memory
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
 from pipeline.distill.frame_map import open_frame_map
@@ -40,6 +39,7 @@ from pipeline.distill.step import (
 from pipeline.distill.validation import Validation
 from pipeline.log import Progress, log
 from pipeline.models import save_public_checkpoint, save_slot_model
+from pipeline.models.memory import keep_freed_memory
 from pipeline.targets.maker import teacher_outputs
 from pipeline.targets.table import TargetSet
 from pipeline.tracking import HISTORY_FILE

@@ -19,9 +19,10 @@ from pipeline import storage
 from pipeline.clips.schema import Clip
 from pipeline.clips.table import SHARD_FOLDER, ClipSet
 from pipeline.clips.views import View, apply_view, make_view, stable_hash
-from pipeline.compute import best_device, keep_freed_memory
+from pipeline.compute import best_device
 from pipeline.config import Config
 from pipeline.models.build import build_student, load_teacher
+from pipeline.models.memory import keep_freed_memory
 from pipeline.models.slot_model import SlotModel
 from pipeline.models.tf32 import without_tf32
 from pipeline.targets.table import FEATURES, TargetMismatch, TargetSet, _schema
