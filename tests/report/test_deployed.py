@@ -1,12 +1,73 @@
 """The table "Deployed": forms that are really run, each in its own process, and which models it shows."""
 
-from tiny_models import tiny_model
+import os
+from dataclasses import replace
 
-from benchmarks.deployed import paper_models
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_design, tiny_model
+
+from benchmarks.deployed import measured_table, paper_models, random_forms
 from pipeline.models import save_slot_model
+from pipeline.report import streamed
 from pipeline.report.costs import architecture
-from pipeline.report.deployed import OWN
+from pipeline.report.deployed import OWN, deployed_table
 from pipeline.report.exports import find_deployed
+
+DRAWN = tiny_design(3, 8, image_size=16, initializer="random")
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    return random_forms("Student", DRAWN, tmp_path_factory.mktemp("forms"))
+
+
+def texts(row):
+    return [cell.text for cell in row.cells]
+
+
+def test_what_each_form_takes(forms, tmp_path):
+    uris = {**forms.uris, "model_fp16.onnx": str(tmp_path / "deleted.onnx")}
+    del uris["model_int8.onnx"]  # never exported
+    table = deployed_table([replace(forms, uris=uris, scores={OWN: {"image_mbo": 0.25}})], runs=2)
+    own, pt2, onnx, half, int8 = map(texts, table.rows)
+    numbers = sum(p.numel() for p in tiny_model(image_size=16, initializer="random").parameters())
+    assert own[0].startswith("Student (")
+    assert float(own[1]) == pytest.approx(numbers / 1e6, rel=0.01)
+    assert [own[2], int8[2]] == ["PyTorch, safetensors", "ONNX int8"]
+    for row, file in (
+        (own, f"{uris[OWN]}/model.safetensors"),
+        (pt2, uris["model.pt2"]),
+        (onnx, uris["model.onnx"]),
+    ):
+        assert float(row[3]) == pytest.approx(os.path.getsize(file) / 1e6, rel=0.01)
+        assert all(float(cell) > 0 for cell in row[4:7])
+    assert float(onnx[6]) < float(own[6])  # without PyTorch in it
+    assert half[3:] == int8[3:] == ["–"] * 8
+    assert own[7:] == ["–", "25.0", "–", "–"]
+    assert any("PyTorch" in note and "onnxruntime" in note for note in table.notes)
+
+
+def test_all_forms_stream_the_same_step(forms):
+    """So their times compare."""
+    random = np.random.default_rng(0)
+    frame = random.integers(0, 256, (1, 16, 16, 3)).astype(np.float32)
+    state = random.standard_normal((1, 3, 8), np.float32)
+    after = []
+    for key in (OWN, "model.pt2", "model.onnx"):
+        on_threads, _ = streamed._opened(streamed.Form(forms.uris[key], 16, 3, 8))
+        step = on_threads(torch.get_num_threads())
+        after.append(step(frame, step(frame, state, np.array([True])), np.array([False])))
+    assert after[0].shape == (1, 3, 8)
+    assert all(np.allclose(after[0], other, atol=1e-5) for other in after[1:])
+
+
+def test_a_form_that_cannot_be_run_is_named(forms, tmp_path):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"broken\.onnx can't be run: .*INVALID_PROTOBUF"):
+        streamed.measure(streamed.Form(str(broken), 16, 3, 8), 1, 1)
 
 
 def test_models_are_the_teacher_and_a_student_of_each_size(record, tmp_path):
@@ -39,3 +100,10 @@ def test_the_benchmark_is_of_the_papers_sizes():
         "MOVi-E": ["ViT-B/14, 336², N = 15", "ViT-S/14, 336², N = 15"],
         "YTVIS-2021": ["ViT-B/14, 518², N = 7", "ViT-S/14, 518², N = 7"],
     }
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_every_form():
+    table = measured_table([tiny_design(image_size=16), DRAWN], frames=1)
+    assert len(table.rows) == 10
+    assert all(float(cell) > 0 for row in table.rows for cell in texts(row)[3:7])
