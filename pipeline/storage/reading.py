@@ -23,7 +23,9 @@ def on_s3(uri: str) -> bool:
     if not is_remote(uri):
         return False
     if not uri.startswith("s3://"):
-        raise ValueError(f"storage {uri!r}: only local paths and s3:// are supported")
+        raise ValueError(
+            f"storage {uri!r}: only local paths and s3:// are supported (and hf:// to read models)"
+        )
     return True
 
 
