@@ -114,6 +114,7 @@ _PATTERNS = (
     re.compile(r"(\w[\w+.-]*://[^\s/:@'\"]*:)(?!\d+[/,;)])[^\s'\"]+(?=@)"),
     re.compile(r"((?:X-Amz-(?:Signature|Credential|Security-Token))=)[^\s&'\"]+", re.IGNORECASE),
     re.compile(r"([?&](?:password|passwd|token|secret|access_token|api_key)=)[^\s&'\"]+", re.IGNORECASE),
+    re.compile(r"(\bhf_)[A-Za-z0-9]{30,}"),  # a token of the Hugging Face Hub, from wherever it was read
     re.compile(r"(\bAuthorization['\"]?\s*[:=]\s*['\"]?)[^'\"\n]+", re.IGNORECASE),
 )
 

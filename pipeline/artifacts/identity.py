@@ -29,7 +29,7 @@ from pipeline.config import Config, ConfigError, Model, ViT
 from pipeline.config.protocols import choose_protocol
 from pipeline.models import CheckpointHints, SlotModelConfig
 from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
-from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.models.checkpoints import MODEL_FILES
 
 # Of each kind's files; bump one where their meaning changes, and they are made again.
 CLIPS_FORMAT = TARGETS_FORMAT = SWEEP_FORMAT = 1
@@ -132,7 +132,7 @@ class Artifacts:
     def teacher(self) -> Artifact:
         """The teacher's model: `teacher.checkpoint`, or what `teacher_run` makes; it need not be there."""
         if self.config.teacher.checkpoint:
-            uri = storage.absolute(self.config.teacher.checkpoint)
+            uri = storage.pinned(storage.absolute(self.config.teacher.checkpoint))
             return Artifact(uri, {"checkpoint": uri, "hints": checkpoint_hints(self.config).to_dict()})
         return Artifact(storage.join(self.teacher_run.uri, MODEL_FOLDER), self.teacher_run.content)
 
@@ -146,7 +146,9 @@ class Artifacts:
         if storage.exists(self.teacher.uri):
             return self.teacher.uri
         if checkpoint:
-            raise ConfigError(f"teacher.checkpoint: there is no file or folder {checkpoint!r}")
+            raise ConfigError(
+                f"teacher.checkpoint: there is no file or folder {checkpoint!r}{storage.nearest(checkpoint)}"
+            )
         raise ConfigError(
             "there is no teacher of these clips and settings: train one (python -m jobs.teacher CONFIG), or name one "
             "that you have (teacher.checkpoint=PATH)"
@@ -319,7 +321,7 @@ def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
         ConfigError: nothing there.
     """
     folder = storage.is_folder(uri)
-    files = [storage.join(uri, name) for name in (CONFIG_FILE, WEIGHTS_FILE)] if folder else [uri]
+    files = [storage.join(uri, name) for name in MODEL_FILES] if folder else [uri]
     # Folders have a config, and hints are ignored there.
     return {
         "files": [_hash(file, f"teacher.checkpoint: there is no model at {uri!r}") for file in files],
@@ -329,7 +331,7 @@ def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
 
 def model_files(uri: str) -> list[str]:
     """The files of its model that a finished run can't do without, by their paths in its folder."""
-    return [f"{MODEL_FOLDER}/{CONFIG_FILE}", f"{MODEL_FOLDER}/{WEIGHTS_FILE}"]
+    return [f"{MODEL_FOLDER}/{name}" for name in MODEL_FILES]
 
 
 def model_subject(uri: str, hints: CheckpointHints) -> dict[str, Any]:
@@ -365,7 +367,7 @@ def _hash(uri: str, otherwise: str) -> str:
     except storage.MissingBucketError:
         raise
     except FileNotFoundError:
-        raise ConfigError(otherwise) from None
+        raise ConfigError(otherwise + storage.nearest(uri)) from None
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.artifacts.manifests import ClipManifest
 from pipeline.clips.schema import CODEC_KEY, Clip, decode_frame, decode_masks
+from pipeline.storage.threads import ahead, made_ahead
 
 INDEX_FILE = "index.parquet"
 SOURCES_FILE = "sources.parquet"  # the videos that it was made of, those set aside included
@@ -132,7 +133,7 @@ class ShardReader:
         """
         with _closed_after(self.file(shard)) as file:
             groups = range(file.metadata.num_row_groups)
-            for table in storage.ahead(self._read_group(file, shard, group, columns) for group in groups):
+            for table in ahead(self._read_group(file, shard, group, columns) for group in groups):
                 for row in range(len(table)):
                     yield table.slice(row, 1)
 
@@ -189,7 +190,7 @@ class ClipSet:
             for video in videos
             for row in range(video.first_row, video.first_row + video.clips)
         )
-        return storage.made_ahead(partial(to_clip, masks=masks), storage.ahead(rows), _DECODERS)
+        return made_ahead(partial(to_clip, masks=masks), ahead(rows), _DECODERS)
 
 
 def _entries(index: pa.Table) -> list[VideoEntry]:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import storage
 from pipeline.artifacts.manifests import Rules
 from pipeline.clips.schema import Clip, stack_masks
 from pipeline.clips.table import ClipSet, VideoEntry
@@ -26,6 +25,7 @@ from pipeline.evaluate.table import Cell, Column, Row, Table, cells, one_decimal
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
 from pipeline.models.exported import Segmenter
 from pipeline.models.tf32 import without_tf32
+from pipeline.storage.threads import behind
 
 SCORES = ("image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo")
 TITLES = {
@@ -116,7 +116,7 @@ def score_videos(
     """
     decoded = clips.iter_videos(videos, masks=True)
     scores = []
-    with contextlib.closing(decoded), without_tf32(), storage.behind() as later:
+    with contextlib.closing(decoded), without_tf32(), behind() as later:
         for video in videos:
             own = islice(decoded, video.clips)
             predict = predictor(video)

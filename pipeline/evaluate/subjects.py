@@ -111,14 +111,15 @@ def named_model(config: Config) -> dict[str, Subject]:
         uri, tags = fetch_model(model, storage.join(root, "pulled"), config.tracking_uri)
         return {model.removeprefix("models:/"): Subject(model_uri=uri, tags=_recorded(tags))}
     if not storage.exists(model):
-        raise ConfigError(f"evaluate.model: there is no file or folder {model!r}")
+        raise ConfigError(f"evaluate.model: there is no file or folder {model!r}{storage.nearest(model)}")
     if (file := exported_file(model)) is not None:
-        return {storage.name(file): Subject(model_uri=file)}
+        return {storage.name(file): Subject(model_uri=storage.pinned(file))}
     folder = model.rstrip("/")
-    for place in (folder, folder.removesuffix(f"/{MODEL_FOLDER}")):  # pulled, or a run's own
+    places = () if storage.on_hub(model) else (folder, folder.removesuffix(f"/{MODEL_FOLDER}"))
+    for place in places:  # pulled, or a run's own
         if storage.is_complete(place):
             tags = _recorded(storage.read_manifest(place).get("tags", {}))
             own = storage.join(place, MODEL_FOLDER)
             uri = own if storage.exists(own) else place
             return {storage.name(place): Subject(model_uri=uri, tags=tags)}
-    return {storage.name(model): Subject(model_uri=model, hints=checkpoint_hints(config))}
+    return {storage.name(model): Subject(model_uri=storage.pinned(model), hints=checkpoint_hints(config))}

@@ -21,7 +21,7 @@ from pipeline.models import (
     load_slot_model,
     start_as_soft_kmeans,
 )
-from pipeline.models.checkpoints import CONFIG_FILE
+from pipeline.models.checkpoints import CONFIG_FILE, MODEL_FILES
 from pipeline.models.exported import ONNX_FILE, Segmenter, is_exported, load_exported
 from pipeline.models.initialisation import WithoutDraws
 
@@ -186,12 +186,12 @@ def checkpoint_hints(config: Config) -> CheckpointHints:
 
 
 def load_model(uri: str, hints: CheckpointHints) -> SlotModel:
-    """`load_slot_model` for a local path or an `s3://` one.
+    """`load_slot_model` for a local path, an `s3://` or an `hf://` one.
 
     Raises:
         ConfigError: a hint is missing or can't be; they are the config's `teacher` section's.
     """
-    with storage.local_copy(uri) as path:
+    with storage.local_copy(uri, MODEL_FILES) as path:
         try:
             return load_slot_model(path, **hints.to_dict())
         except HintError as error:
@@ -208,7 +208,7 @@ def exported_file(uri: str) -> str | None:
 
 
 def open_model(uri: str, hints: CheckpointHints, device: torch.device) -> Segmenter:
-    """A model in any form, local or `s3://`: an exported one, which runs on the CPU, or as `load_model`."""
+    """A model in any form, local, `s3://` or `hf://`: an exported one, which runs on the CPU, or as `load_model`."""
     if (file := exported_file(uri)) is None:
         return load_model(uri, hints).to(device)
     with storage.local_copy(file) as path:

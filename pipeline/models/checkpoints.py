@@ -28,6 +28,7 @@ from pipeline.models.slot_model import IMAGENET_MEAN, IMAGENET_STD, SlotModel, S
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _BACKBONE = "encoder.backbone.model."
 _TRAINING_HEADS = ("projector.", "projector2.")
 _EMBEDDED_CONFIG = "slotmatch_config"  # an extra entry of the `.ckpt` files that we write
@@ -94,7 +95,7 @@ def load_slot_model(
     """
     path = Path(path)
     if path.is_dir():
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in MODEL_FILES:
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path} is not a model folder: it has no {name}")
         config = _parse_config((path / CONFIG_FILE).read_text(), source=str(path / CONFIG_FILE))

@@ -1,4 +1,4 @@
-"""The one place that touches a file system: a local path or `s3://bucket/prefix`.
+"""The one place that touches a file system: a local path, `s3://bucket/prefix` or, to read models, `hf://user/repo`.
 
 Everything is written whole or not at all: a local file appears by renaming, an object by completing
 its upload. A folder is complete once its manifest is there, which is written last; readers refuse a
@@ -15,37 +15,40 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from pipeline.storage import disk, s3
+from pipeline.storage import disk, hub, s3
+from pipeline.storage.disk import FileInfo
 from pipeline.storage.errors import (
     AccessError,
+    HubError,
     IncompleteError,
     MissingBucketError,
     StorageError,
     UnavailableError,
 )
-from pipeline.storage.reading import RangeFile, ahead, behind, is_remote, made_ahead, on_s3, read_range
+from pipeline.storage.hub import on_hub
+from pipeline.storage.reading import RangeFile, is_remote, on_s3, read_range
 from pipeline.storage.s3_filesystem import S3Filesystem
+from pipeline.storage.threads import ahead
 
 __all__ = [
     "MANIFEST",
     "AccessError",
     "FileInfo",
+    "HubError",
     "IncompleteError",
     "MissingBucketError",
     "RangeFile",
     "StorageError",
     "UnavailableError",
-    "ahead",
-    "behind",
     "is_remote",
-    "made_ahead",
+    "on_hub",
     "read_range",
 ]
 
@@ -83,13 +86,27 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fsspec.filesystem("file"), absolute(uri)
 
 
+def pinned(uri: str) -> str:
+    """The same, but of what is on the Hub at its commit, so that it stays the same in all processes."""
+    return hub.pinned(uri) if on_hub(uri) else uri
+
+
+def nearest(uri: str) -> str:
+    """What an error about a missing file adds: names that are there, where they are known."""
+    return hub.nearest(uri) if on_hub(uri) else ""
+
+
 def exists(uri: str) -> bool:
+    if on_hub(uri):
+        return hub.is_file(uri) or hub.is_folder(uri)
     if on_s3(uri):
         return s3.is_object(uri) or s3.is_folder(uri)
     return os.path.exists(absolute(uri))
 
 
 def is_folder(uri: str) -> bool:
+    if on_hub(uri):
+        return hub.is_folder(uri)
     return s3.is_folder(uri) if on_s3(uri) else os.path.isdir(absolute(uri))
 
 
@@ -98,11 +115,13 @@ def size(uri: str) -> int:
 
 
 def version(uri: str) -> str:
-    """What changes when a file does: an object's ETag, a local file's size and time of change.
+    """What changes when a file does: an object's ETag, a commit of the Hub, a local file's size and time of change.
 
     Raises:
         FileNotFoundError: no such file.
     """
+    if on_hub(uri):
+        return hub.version(uri)
     if on_s3(uri):
         return s3.version(uri)
     status = os.stat(absolute(uri))
@@ -135,15 +154,6 @@ def list_names(uri: str) -> list[str]:
     return sorted(entry for entry in names if not entry.startswith(".tmp-"))
 
 
-class FileInfo(NamedTuple):
-    """A file in a listing: its path below the folder, its bytes, what changes when they do, and when they did."""
-
-    name: str
-    size: int
-    version: str
-    changed: float = 0.0  # seconds since 1970, on the clock of what stores it
-
-
 def list_files(uri: str) -> list[FileInfo]:
     """All files below a folder at whatever depth, sorted by name; empty where there is none.
 
@@ -151,18 +161,7 @@ def list_files(uri: str) -> list[FileInfo]:
     """
     if on_s3(uri):
         return sorted(FileInfo(*found) for found in s3.objects(uri, deep=True))
-    return sorted(_list_local(absolute(uri)))
-
-
-def _list_local(folder: str) -> Iterator[FileInfo]:
-    for directory, _, names in os.walk(folder, followlinks=True):
-        for entry in names:
-            path = os.path.join(directory, entry)
-            # A link that leads nowhere is not there; whoever needs it says that it is missing.
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(path)
-                relative = os.path.relpath(path, folder).replace(os.sep, "/")
-                yield FileInfo(relative, status.st_size, str(status.st_mtime_ns), status.st_mtime)
+    return disk.list_files(absolute(uri))
 
 
 def open_read(uri: str, *, size: int | None = None) -> IO[bytes]:
@@ -171,9 +170,9 @@ def open_read(uri: str, *, size: int | None = None) -> IO[bytes]:
     Args:
         size: its bytes, where they are known, which saves a request.
     """
-    if on_s3(uri):
+    if not on_hub(uri) and on_s3(uri):
         return RangeFile(uri, 0, s3.size(uri) if size is None else size, ahead=0)  # type: ignore[return-value]
-    return open(absolute(uri), "rb")
+    return open(hub.path(uri) if on_hub(uri) else absolute(uri), "rb")
 
 
 def read_blocks(uri: str) -> Iterator[bytes]:
@@ -183,6 +182,8 @@ def read_blocks(uri: str) -> Iterator[bytes]:
 
 
 def read_bytes(uri: str) -> bytes:
+    if on_hub(uri):
+        return Path(hub.path(uri)).read_bytes()
     return s3.get(uri).data if on_s3(uri) else Path(absolute(uri)).read_bytes()
 
 
@@ -312,15 +313,18 @@ def upload_tree(local: str | Path, uri: str) -> None:
 
 
 @contextlib.contextmanager
-def local_copy(uri: str) -> Iterator[str]:
-    """A local path with the content of a file or a flat folder; a local `uri` is itself."""
+def local_copy(uri: str, names: Collection[str] | None = None) -> Iterator[str]:
+    """A local path with a file, or with all files or those named of a flat folder; a local `uri` is itself."""
+    if on_hub(uri):
+        yield hub.folder(uri, names) if hub.is_folder(uri) else hub.path(uri)
+        return
     if not is_remote(uri):
         yield absolute(uri)
         return
     with tempfile.TemporaryDirectory() as folder:
-        names = list_names(uri)
-        if names:
-            for entry in names:
+        entries = list_names(uri)
+        if entries:
+            for entry in entries if names is None else set(entries) & set(names):
                 _download(join(uri, entry), Path(folder) / _local_name(entry))
             yield folder
         else:

@@ -9,7 +9,32 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
+
+
+class FileInfo(NamedTuple):
+    """A file in a listing: its path below the folder, its bytes, what changes when they do, and when they did."""
+
+    name: str
+    size: int
+    version: str
+    changed: float = 0.0  # seconds since 1970, on the clock of what stores it
+
+
+def list_files(folder: str) -> list[FileInfo]:
+    """All files below a folder at whatever depth, sorted by name; empty where there is none."""
+    return sorted(_list_files(folder))
+
+
+def _list_files(folder: str) -> Iterator[FileInfo]:
+    for directory, _, names in os.walk(folder, followlinks=True):
+        for entry in names:
+            path = os.path.join(directory, entry)
+            # A link that leads nowhere is not there; whoever needs it says that it is missing.
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(path)
+                relative = os.path.relpath(path, folder).replace(os.sep, "/")
+                yield FileInfo(relative, status.st_size, str(status.st_mtime_ns), status.st_mtime)
 
 
 @contextlib.contextmanager

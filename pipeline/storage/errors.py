@@ -8,7 +8,7 @@ class IncompleteError(RuntimeError):
 
 
 class StorageError(OSError):
-    """Object storage refused or failed; the message names the object, the operation and the server.
+    """Object storage or the Hugging Face Hub refused or failed; the message names the object and the server.
 
     It says nothing of what is stored: never take it for a damaged file.
     """
@@ -20,6 +20,10 @@ class AccessError(StorageError, PermissionError):
 
 class MissingBucketError(StorageError, FileNotFoundError):
     """There is no such bucket."""
+
+
+class HubError(StorageError):
+    """The Hugging Face Hub has no such repository or revision, or did not answer as it should."""
 
 
 class UnavailableError(StorageError):

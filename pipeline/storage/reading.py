@@ -1,20 +1,12 @@
-"""Reading parts of files, local or remote; reading ahead, and leaving work behind."""
+"""Reading parts of files, local or remote."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
 
 from pipeline.storage import s3
 from pipeline.storage.errors import StorageError
-
-_T = TypeVar("_T")
-_Made = TypeVar("_Made")
 
 
 def is_remote(uri: str) -> bool:
@@ -26,7 +18,9 @@ def on_s3(uri: str) -> bool:
     if not is_remote(uri):
         return False
     if not uri.startswith("s3://"):
-        raise ValueError(f"storage {uri!r}: only local paths and s3:// are supported")
+        raise ValueError(
+            f"storage {uri!r}: only local paths and s3:// are supported (and hf:// to read models)"
+        )
     return True
 
 
@@ -97,48 +91,3 @@ class RangeFile(io.RawIOBase):
             self.failure = error
             raise
         self._window, self._window_start, self._version = content.data, start, content.version
-
-
-def ahead(items: Iterator[_T]) -> Generator[_T, None, None]:
-    """The same items, each made in a thread while the one before it is being used."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        following = pool.submit(next, items, end)
-        while (item := following.result()) is not end:
-            following = pool.submit(next, items, end)
-            yield item  # type: ignore[misc]
-
-
-def made_ahead(
-    make: Callable[[_T], _Made], items: Iterator[_T], threads: int
-) -> Generator[_Made, None, None]:
-    """What `make` gives of each item, in order; made in threads, so many at once, while those before are used."""
-    following: deque[Future[_Made]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
-        for item in items:
-            following.append(pool.submit(make, item))
-            if len(following) > threads:
-                yield following.popleft().result()
-        while following:
-            yield following.popleft().result()
-
-
-@contextlib.contextmanager
-def behind() -> Iterator[Callable[..., Future[Any]]]:
-    """A block that hands calls, `later(function, *arguments)`, to a thread, which makes them one after the other.
-
-    At most two of them wait or run: who hands over a third waits too. What one of them raises is raised in the
-    block by a later call, or at its end.
-    """
-    pending: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="behind") as pool:
-
-        def later(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-            if len(pending) == 2:
-                pending.popleft().result()
-            pending.append(pool.submit(function, *arguments))
-            return pending[-1]
-
-        yield later
-        while pending:
-            pending.popleft().result()

@@ -25,6 +25,7 @@ from pipeline.models.build import build_student, load_teacher
 from pipeline.models.memory import keep_freed_memory
 from pipeline.models.slot_model import SlotModel
 from pipeline.models.tf32 import without_tf32
+from pipeline.storage.threads import ahead, behind
 from pipeline.targets.table import FEATURES, TargetMismatch, TargetSet, _schema
 
 ROW_GROUP_BYTES = 1 << 20
@@ -130,8 +131,8 @@ class TargetMaker:
             writer = pq.ParquetWriter(
                 path, schema, compression="none", use_dictionary=["video_id"], write_page_checksum=True
             )
-            with storage.behind() as later:
-                for batch in storage.ahead(self._batches(shard)):
+            with behind() as later:
+                for batch in ahead(self._batches(shard)):
                     later(self._write, writer, batch, self.compute(batch), schema)
             writer.close()
             storage.upload_file(path, storage.join(folder, shard))
@@ -187,7 +188,7 @@ class TargetMaker:
         targets = TargetSet(targets_uri)
         nonce = os.urandom(8).hex()  # other rows in every run
         checked, worst, where, first = 0, 0.0, "", 0
-        for batch in storage.ahead(self._batches(shard)):
+        for batch in ahead(self._batches(shard)):
             rows = [row for row, (clip, _, _) in enumerate(batch.items, first) if clip.full]
             first += len(batch.items)
             drawn = [i for i, item in enumerate(batch.full) if _is_drawn(item, nonce, fraction)]

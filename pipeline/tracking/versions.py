@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.artifacts.once import is_whole
 from pipeline.models import CheckpointHints, load_slot_model
 from pipeline.models.build import exported_file
-from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.models.checkpoints import CONFIG_FILE, MODEL_FILES, WEIGHTS_FILE
 from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
 from pipeline.tracking.client import client_of, patiently, slow_transfers
 from pipeline.tracking.moved import check_source
@@ -77,7 +77,7 @@ def load_named(model: str, hints: CheckpointHints, tracking_uri: str) -> Segment
         if model.startswith("models:/"):
             return load_slot_model(stack.enter_context(downloaded(model, tracking_uri)))
         file = exported_file(model)
-        path = stack.enter_context(storage.local_copy(file or model))
+        path = stack.enter_context(storage.local_copy(file or model, MODEL_FILES))
         return load_exported(path) if file else load_slot_model(path, **hints.to_dict())
 
 
@@ -96,7 +96,7 @@ def fetch_model(model_uri: str, folder: str, tracking_uri: str) -> tuple[str, di
     """
     found = find_version(model_uri, tracking_uri)
     uri = storage.join(folder, f"{found.name}-{found.version}-{storage.fingerprint(found.source)}")
-    if not is_whole(uri, lambda uri: (WEIGHTS_FILE, CONFIG_FILE)):
+    if not is_whole(uri, lambda uri: MODEL_FILES):
         fetch_version(found, uri, tracking_uri)
     return uri, dict(found.tags)
 
