@@ -208,7 +208,12 @@ def _plain_decoder(student: SlotModel) -> None:
     student.decoder.fast = False
 
 
+def _without_kernels(student: SlotModel) -> None:
+    student.decoder.tiled = False
+
+
 def _compiled_decoder(student: SlotModel) -> None:
+    _without_kernels(student)
     student.decoder.compile()
 
 
@@ -217,6 +222,7 @@ CHANGES: dict[str, tuple[bool, Callable[[SlotModel], None] | None]] = {
     "the frozen ViT's weights in bf16": (False, _backbone_in_bf16),
     "features cached in fp16": (True, None),
     "cached features, plain decoder": (True, _plain_decoder),
+    "cached features, decoder without Triton's kernels": (True, _without_kernels),
     "cached features, compiled decoder": (True, _compiled_decoder),
 }
 

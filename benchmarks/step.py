@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.report import Comparison, Row, interleaved
 from pipeline.distill.precision import choose_precision, has_bf16, speedup_of_bf16
-from pipeline.distill.step import Batch, Objective, Terms, read_values, training_step
+from pipeline.distill.step import Batch, Objective, Terms, adam, read_values, training_step
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss, slot_kd_loss
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
 from pipeline.models.decoders import untiled
@@ -238,7 +238,7 @@ def _step(
     objective: nn.Module = Objective(student, Terms(alpha=ALPHA, slot_kd=BETA, temperature=TEMPERATURE))
     if teacher is not None:
         objective = Algorithm1(teacher, student)
-    optimizer = torch.optim.Adam(student.trainable_parameters(), lr=LEARNING_RATE)
+    optimizer = adam(student.trainable_parameters(), LEARNING_RATE, student.device)
 
     def step() -> dict[str, float]:
         losses = training_step(

@@ -94,10 +94,9 @@ class World:
         return self.train(Run.teacher(config, f"{self.root}/run{self.runs}", self.clips.uri))
 
     def evaluate(self, *overrides):
-        """Models and baselines, as the actors of `evaluate` score them."""
+        """Models of every kind, as the actors of `evaluate` score them."""
         self.runs += 1
         subjects = [Subject(model_uri=str(self.root / kind)) for kind in KINDS]
-        subjects.append(Subject(baseline="colour k-means", num_slots=4))
         work = [(subject, f"{self.root}/scores{self.runs}-{i}") for i, subject in enumerate(subjects)]
         task = ScoreTask(self.clips.uri, work, choose_protocol(self.config(*overrides).evaluate))
         for index, (_, uri) in enumerate(work):
