@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.models.backbone import Backbone, BackboneConfig, Grid
 from pipeline.models.decoders import Decoder, MLPDecoder, SlotMixerDecoder
+from pipeline.models.hub import OnHub
 from pipeline.models.layers import MLP, LearnedSlots, RandomSlots, SlotAttention, Transformer, slot_noise
 from pipeline.models.pixels import label_maps, send, square_pixels
 
@@ -125,7 +126,7 @@ class Processor(nn.Module):
         self.predictor = Transformer(config.slot_size, num_blocks=1) if config.predictor else None
 
 
-class SlotModel(nn.Module):
+class SlotModel(OnHub, nn.Module):
     """An object-centric video model; module names are those of the public checkpoints.
 
     The backbone is frozen, everything else trains.
@@ -186,62 +187,6 @@ class SlotModel(nn.Module):
     def num_parameters(self) -> int:
         """All parameters, the frozen backbone's included (the paper's Table 2)."""
         return sum(p.numel() for p in self.parameters())
-
-    # --- on the Hugging Face Hub ------------------------------------------------------------
-
-    @staticmethod
-    def from_pretrained(name: str, *, revision: str | None = None) -> SlotModel:
-        """A model from the Hugging Face Hub, or from a local folder of that name; in eval mode, on the CPU.
-
-        Downloaded once into the Hub's cache, which also serves without a network (`HF_HUB_OFFLINE=1`). Public
-        checkpoint files on the Hub are `load_model`'s (`pipeline.models.build`), as `hf://user/name/file.ckpt`.
-
-        Args:
-            name: `user/name` of a repository that holds `config.json` and `model.safetensors`.
-            revision: a branch, a tag or a commit; None: the default branch.
-
-        Raises:
-            ValueError: not such a name; else as `load_slot_model` of the folder.
-            FileNotFoundError: the repository lacks one of the files.
-            storage.HubError: no such repository or revision.
-            storage.AccessError: it is gated, or the token (`HF_TOKEN`) may not read it.
-            storage.UnavailableError: no network, and not in the cache.
-        """
-        from pipeline.models.hub import from_hub
-
-        return from_hub(name, revision)
-
-    def push_to_hub(
-        self,
-        name: str,
-        *,
-        card: str | None = None,
-        private: bool | None = None,
-        branch: str | None = None,
-        message: str = "Slot model",
-    ) -> str:
-        """Uploads `config.json` and `model.safetensors` in one commit, which `from_pretrained` opens.
-
-        The token is that of `HF_TOKEN` or of `hf auth login`, and must be one that may write.
-
-        Args:
-            name: `user/name` of a repository, which is made if there is none.
-            card: the text of its `README.md`, with Markdown and the Hub's metadata; None leaves that as it is.
-            private: of a new repository; None: as the account says.
-            branch: made if there is none; None: the default branch.
-            message: of the commit.
-
-        Returns:
-            `hf://user/name@commit`.
-
-        Raises:
-            ValueError: not such a name, or weights that are not finite; then nothing is uploaded.
-            storage.AccessError: no token that may write there.
-            storage.UnavailableError: no network.
-        """
-        from pipeline.models.hub import push
-
-        return push(self, name, card, private, branch, message)
 
     # --- from pixels to slots ---------------------------------------------------------------
 
