@@ -74,10 +74,11 @@ class OneRay:
 
     Attributes:
         ours: whether it has begun, and this process was not connected before.
+        ended: whether `end` was called.
     """
 
     def __init__(self) -> None:
-        self.ours = self._ended = False
+        self.ours = self.ended = False
         self._lock, self._open = threading.Lock(), contextlib.ExitStack()
 
     def start(self, config: Config) -> None:
@@ -85,7 +86,7 @@ class OneRay:
         import ray
 
         with self._lock:
-            if self._ended:
+            if self.ended:
                 raise KeyboardInterrupt
             if not ray.is_initialized():
                 self._open.enter_context(_connected(config))
@@ -94,11 +95,16 @@ class OneRay:
     def end(self) -> None:
         """Ends it. Other threads that begin something on Ray, or wait for training there, get KeyboardInterrupt."""
         with self._lock:
-            self._ended = True
+            self.ended = True
             self._open.close()
 
 
 _kept: OneRay | None = None
+
+
+def one_ray_has_ended() -> bool:
+    """Whether the session of `one_ray` was ended within its block."""
+    return _kept is not None and _kept.ended
 
 
 @contextlib.contextmanager

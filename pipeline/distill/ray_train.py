@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import storage
-from pipeline.compute import arrow_filesystem, gpus_to_use, ray_session
+from pipeline.compute import arrow_filesystem, gpus_to_use, one_ray_has_ended, ray_session
 from pipeline.config import ConfigError, Training
 from pipeline.config.training import equal_shares
 from pipeline.distill.run import OnValidation, Run
@@ -198,7 +198,7 @@ def _interruptible() -> Iterator[None]:
     """Makes Ctrl-C in the block a KeyboardInterrupt, as everywhere else.
 
     Ray Train's own handler, which ends the workers, leaves with SystemExit, and stays when the training is over.
-    Other threads than the main one get no signals; where that ends Ray, SystemExit is raised in them too.
+    Other threads than the main one get no signals; where that ends Ray, they get errors, or SystemExit too.
     """
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
@@ -206,6 +206,10 @@ def _interruptible() -> Iterator[None]:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
+    except Exception:
+        if one_ray_has_ended():  # under this training, with whatever that looks like
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)
