@@ -131,7 +131,9 @@ def _worker(options: dict[str, Any]) -> Outcome:
     if rank == 0:
         logger.tag("workers", str(world_size))
         if isinstance(run.workers, tuple):
-            log(f"{run.label}: {world_size} workers (workers={list(run.workers)})")
+            log(
+                f"{run.label}: trains on {world_size} worker{'s' * (world_size > 1)} (workers={list(run.workers)})"
+            )
     # `report` is a barrier: every worker reports as often.
     hooks = Hooks(
         after_checkpoint=lambda step: ray.train.report({"step": step}),

@@ -159,7 +159,7 @@ def test_an_elastic_distillation_goes_on_without_a_node(shared_tiny, cluster, un
     node, _ = worker_of(cluster, "RayTrainWorker")
     cluster.kill(node)
     summary = job.finish()
-    said = [int(n) for n in re.findall(r"(\d) workers \(workers=\[1, 2\]\)", job.output())]
+    said = [int(n) for n in re.findall(r"on (\d) workers? \(workers=\[1, 2\]\)", job.output())]
     assert (said[0], said[-1]) == (2, 1)
     assert max(resumed_from(job.output())) >= 30
     assert RunManifest.read(summary["uri"]).tags["workers"] == "1"
