@@ -141,7 +141,13 @@ def test_a_sweep(start, clips, workers, group):
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_students_that_train_together(start, clips, group):
     # Targets of their own: those of below are to be made there.
-    together = [*ENDLESS, *GOLDEN_TEACHER, "targets.views=3", "distill.workers=1", f"distill.seed={6 + group}"]
+    together = [
+        *ENDLESS,
+        *GOLDEN_TEACHER,
+        "targets.views=3",
+        "distill.workers=1",
+        f"distill.seed={6 + group}",
+    ]
     job = start("pipeline", *together)
     wait_for(
         lambda: all(re.search(rf"\({name}\): \d+/\d+ steps", job.errors()) for name in (NO_KD, SLOTMATCH)),
