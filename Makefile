@@ -32,14 +32,16 @@ evidence: .venv/.installed
 	$(BIN)/python -m jobs.evidence $(DEMO) configs/sweeps/evidence.yaml
 
 # By files, two at a time: most of them wait for other processes half of their time.
+IN_PARALLEL := -n 2 --dist loadfile
+
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL)
 
 test-fast: .venv/.installed
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/integration
 
 test-integration: .venv/.installed
-	$(BIN)/python -m pytest -m "fault or slow"
+	$(BIN)/python -m pytest -m "fault or slow" $(IN_PARALLEL)
 
 cluster-up: .venv/.installed
 	$(BIN)/python -m cluster.local up
