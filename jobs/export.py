@@ -1,4 +1,4 @@
-"""Write a model as ONNX and a PyTorch program, or as a web page that runs it.
+"""Write a model as ONNX and as a PyTorch program, or as a web page.
 
 Each form is compared with the model over 30 frames; with a config whose evaluation split has masks, all are scored.
 """
