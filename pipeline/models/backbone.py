@@ -187,9 +187,7 @@ def _use_tokens(model: Any, config: BackboneConfig) -> Grid:
 
     model.norm = nn.Identity()
     is_eva = isinstance(model, Eva)
-    if (
-        is_eva
-    ):  # of a plain ViT what else it has stays: the names of its tensors are those of public checkpoints
+    if is_eva:  # of a plain ViT what else there is stays, as public checkpoints name it
         model.fc_norm, model.attn_pool = nn.Identity(), None
     patch = model.patch_embed.patch_size[0]
     if config.stride not in (None, patch):
