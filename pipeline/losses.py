@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.pixels import send
+from pipeline.models.pixels import resized_grid, send
 
 Matching = Literal["clip", "frame"]
 
@@ -166,9 +166,7 @@ def feature_kd_loss(
     if (math.prod(grid), math.prod(teacher_grid)) != (Q, P):
         raise ValueError(f"{shapes} need the grids of their patches, which are not {grid} and {teacher_grid}")
     if grid != teacher_grid:
-        resized = student_BTQF.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
-        resized = F.interpolate(resized, teacher_grid, mode="bilinear")
-        student_BTQF = resized.flatten(2).transpose(1, 2).unflatten(0, (B, T))
+        student_BTQF = resized_grid(student_BTQF.flatten(0, 1), grid, teacher_grid).unflatten(0, (B, T))
     return F.mse_loss(student_BTQF, teacher_BTPF.detach())
 
 

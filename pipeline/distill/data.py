@@ -20,6 +20,7 @@ from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.config import Targets
 from pipeline.distill.frame_map import FrameMap
+from pipeline.models.pixels import send
 from pipeline.targets.table import Target, TargetMismatch, TargetSet
 
 
@@ -90,8 +91,7 @@ class RawBatch:
         """
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
-            source = tensor.pin_memory() if device.type == "cuda" else tensor
-            there = source.to(device, non_blocking=True)
+            there = send(tensor, device)
             return there.float() if there.is_floating_point() else there
 
         return self._map(moved)

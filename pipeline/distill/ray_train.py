@@ -64,7 +64,8 @@ def choose_workers(
     Raises:
         ConfigError: they don't fit, and would wait without a word; names the number that fits.
     """
-    places = _places(settings, nodes, on_gpus=gpus > 0)
+    # One at least: where there is none, an autoscaler has not begun.
+    places = max(1, worker_places(nodes, settings.cpus_per_worker, on_gpus=gpus > 0))
     fewest, batch = settings.fewest_workers, settings.batch_size
     if fewest > places:
         there = f"{gpus} GPUs" if gpus else f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs"
@@ -89,14 +90,20 @@ def choose_workers(
     return chosen
 
 
-def _places(settings: Training, nodes: Sequence[Mapping[str, float]], *, on_gpus: bool) -> int:
-    """How many workers the nodes have room for; one, where an autoscaler has not begun."""
+def worker_places(
+    nodes: Sequence[Mapping[str, float]], cpus: float, *, on_gpus: bool, taken: float = 0.0
+) -> int:
+    """How many workers of so many CPUs, and a GPU each where there are any, the nodes have room for.
+
+    Args:
+        taken: CPUs of every node that something else has.
+    """
     count = 0
     for node in nodes:
-        # 1e-6: 2.4 / 0.8 is a little less than 3.
-        cpus = int(node.get("CPU", 0) / settings.cpus_per_worker + 1e-6)
-        count += min(cpus, int(node.get("GPU", 0))) if on_gpus else cpus
-    return max(1, count)
+        # 1e-6: 2.4 / 0.8 is a little less than 3, and 1.9 - 0.1 a little less than 1.8.
+        room = int(max(0.0, node.get("CPU", 0) - taken + 1e-6) // cpus)
+        count += min(room, int(node.get("GPU", 0))) if on_gpus else room
+    return count
 
 
 def fit(run: Run, on_validation: OnValidation | None = None, train_callbacks: Sequence[Any] = ()) -> Outcome:

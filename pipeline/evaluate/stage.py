@@ -128,7 +128,8 @@ def score_baseline(
 ) -> dict[str, Any]:
     """A task (see `map_tasks`): scores a shard's videos with one trivial baseline, which needs one CPU."""
     subject, uri = work[row["subject"]]
-    predict = BASELINES[subject.baseline or ""](subject.num_slots)
+    assert subject.baseline is not None
+    predict = BASELINES[subject.baseline](subject.num_slots)
     clips, by_shard = _opened(clips_uri)
     videos = by_shard[row["shard"]]
     _score_shard(clips, videos, lambda _: predict, protocol, _rows_uri(uri, row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,11 @@ def plain_text(table: Table) -> str:
 
 def one_decimal(value: float) -> str:
     return f"{round(value, 1) + 0.0:.1f}"  # + 0.0: no "-0.0"
+
+
+def percent(score: float) -> str:
+    """A score, a fraction of 1, in percent; a dash for NaN."""
+    return DASH if math.isnan(score) else one_decimal(100 * score)
 
 
 def mean_and_std(numbers: Sequence[float]) -> str:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models._timm import import_timm
+from pipeline.models.pixels import resized_grid
 
 Grid = tuple[int, int]  # rows and columns of patches
 STRIDES = (8, 32)  # pixels between neighbours of a map: the least and the most
@@ -126,8 +126,7 @@ class Backbone(nn.Module):
         """Features of the own grid at the grid that was asked for, bilinearly."""
         if self.grid == self._own_grid:
             return features_MPF
-        map_MFHW = features_MPF.transpose(1, 2).unflatten(2, self._own_grid)
-        return F.interpolate(map_MFHW, self.grid, mode="bilinear").flatten(2).transpose(1, 2)
+        return resized_grid(features_MPF, self._own_grid, self.grid)
 
     def _read_map(self, images_MCHW: Tensor) -> Tensor:
         maps = self.model.forward_intermediates(

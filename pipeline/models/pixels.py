@@ -25,6 +25,12 @@ def square_pixels(frames: np.ndarray | Tensor, side: int, device: torch.device |
     return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
 
 
+def resized_grid(features_MPF: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
+    """Features of a grid's patches at the patches of another grid, bilinearly."""
+    map_MFHW = features_MPF.transpose(1, 2).unflatten(2, grid)
+    return F.interpolate(map_MFHW, other, mode="bilinear").flatten(2).transpose(1, 2)
+
+
 def label_maps(masks_TNP: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Slot index of every pixel, `(T, *size)` uint8: bilinear resize of the grid, then argmax over slots."""
     # One frame at a time: N full-size masks of a whole chunk would be the peak of all memory.

@@ -6,6 +6,7 @@ and left alone.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pipeline.artifacts.manifests import (
 from pipeline.config import Config
 from pipeline.evaluate.records import METHODS, Evaluation, find_records
 from pipeline.evaluate.scoring import SCORES, TITLES
-from pipeline.evaluate.table import one_decimal, plural
+from pipeline.evaluate.table import percent, plural
 from pipeline.tracking.client import optional
 
 EXPORTED_TAG = "exported"  # of a version that needs nothing of ours: its exported form's file
@@ -199,7 +200,10 @@ def _score_table(facts: Facts) -> str:
     rules = facts.evaluation.protocol
     head = ["", *(TITLES[score] for score in SCORES)]
     rows = [
-        [name if name.startswith("**") else _inline(name), *(_percent(scores.get(score)) for score in SCORES)]
+        [
+            name if name.startswith("**") else _inline(name),
+            *(percent(scores.get(score, math.nan)) for score in SCORES),
+        ]
         for name, scores in facts.scores
     ]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["---:"] * len(SCORES), *rows)]
@@ -211,10 +215,6 @@ def _score_table(facts: Facts) -> str:
     if len(rows) == 1:
         note += " No trivial baseline was scored beside it."
     return "\n".join(["## Scores", "", *lines, "", note])
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else one_decimal(100 * value)
 
 
 def _loading(uri: str, exported: bool) -> str:

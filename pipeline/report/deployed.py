@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from pipeline import storage
 from pipeline.evaluate.scoring import SCORES
-from pipeline.evaluate.table import DASH, Column, Row, Table, cells, listing, one_decimal, plural
+from pipeline.evaluate.table import DASH, Column, Row, Table, cells, listing, percent, plural
 from pipeline.log import Progress, log
 from pipeline.models import CheckpointHints, SlotModelConfig
 from pipeline.models.checkpoints import WEIGHTS_FILE
@@ -105,8 +104,7 @@ def _measured(models: Sequence[Deployed], runs: int, threads: int) -> list[Deplo
 
 def _speed(model: Deployed, key: str, runs: int, threads: int) -> Speed:
     config = model.config
-    with ExitStack() as stack:
-        path = stack.enter_context(storage.local_copy(model.uris[key]))
+    with storage.local_copy(model.uris[key]) as path:
         hints = model.hints.to_dict()
         form = Form(path, config.backbone.image_size, config.num_slots, config.slot_size, hints)
         return measure(form, runs, threads)
@@ -145,13 +143,9 @@ def _row(model: Deployed, key: str) -> Row:
             short_number(1000 * speed.one_thread) if speed else DASH,
             short_number(1000 * speed.all_threads) if speed else DASH,
             f"{speed.peak:.0f}" if speed else DASH,
-            *(_percent(scores.get(score, math.nan)) for score in SCORES),
+            *(percent(scores.get(score, math.nan)) for score in SCORES),
         )
     )
-
-
-def _percent(score: float) -> str:
-    return DASH if math.isnan(score) else one_decimal(100 * score)
 
 
 _FRAME = (

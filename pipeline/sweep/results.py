@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.evaluate.scoring import SCORES, TITLES
-from pipeline.evaluate.table import DASH, Cell, Column, Row, Table, mean_and_std, one_decimal, plural
+from pipeline.evaluate.table import DASH, Cell, Column, Row, Table, mean_and_std, one_decimal, percent, plural
 from pipeline.report.scores import SAMPLE_STD, score_columns
 from pipeline.sweep.settings import Setting
 
@@ -108,7 +108,7 @@ def sweep_table(
         rows.append(Row(tuple(line)))
     for kind, scores_of in (("method", others), ("baseline", baselines)):
         for name, scores in scores_of.items():
-            texts = [DASH if math.isnan(scores[k]) else one_decimal(100 * scores[k]) for k in SCORES]
+            texts = [percent(scores[k]) for k in SCORES]
             rows.append(Row((Cell(name), Cell(DASH), *map(Cell, texts)), kind))
     lines = [SAMPLE_STD] if any(len(r.scores) > 1 for r in results) else []
     for result in results:

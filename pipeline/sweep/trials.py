@@ -14,6 +14,7 @@ from pipeline import storage
 from pipeline.clips.library import artifacts_of
 from pipeline.compute import arrow_filesystem, root_cause
 from pipeline.config import Config, ConfigError
+from pipeline.distill.ray_train import worker_places
 from pipeline.distill.stage import distill
 from pipeline.evaluate.scoring import TITLES
 from pipeline.log import log
@@ -107,12 +108,7 @@ def concurrent_trials(nodes: Sequence[Mapping[str, float]], trials: Sequence[Con
     def fits(count: int) -> bool:
         if not workers:
             return sum(int(node.get("CPU", 0) // own) for node in nodes) >= count
-        places = 0
-        for node in nodes:
-            # 1e-6: 1.9 - 0.1 is a little less than 1.8.
-            free = int(max(0.0, node.get("CPU", 0) - own * count + 1e-6) // per_worker)
-            places += min(free, int(node.get("GPU", 0))) if gpus else free
-        return places >= count * workers
+        return worker_places(nodes, per_worker, on_gpus=gpus, taken=own * count) >= count * workers
 
     count = 0
     while count < len(trials) and fits(count + 1):

@@ -6,6 +6,7 @@ names, or `~/.cache/onnxruntime-web/package`: `npm pack onnxruntime-web && tar x
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from places import ROOT
 from tiny_models import tiny_model
 from video_files import write_video
@@ -25,6 +27,7 @@ from jobs._main import run
 from pipeline.clips.sources.synthetic import SyntheticSettings, render_video
 from pipeline.models import save_slot_model
 from pipeline.models.exported import load_exported
+from pipeline.models.pixels import label_maps
 from pipeline.registry import export as stage
 from pipeline.registry import web
 from pipeline.segment.figures import slot_colours
@@ -185,6 +188,22 @@ def labels_in_python(model, path, number):
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     *_, (pixels, _, masks) = model.stream([frames[: number + 1]])
     return model.label_maps(masks, pixels.shape[1:3]).numpy()[number]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [(3, 5), (4, 4)])
+def test_masks_of_any_grid_become_labels(page, grid):
+    masks_TNP = torch.rand(1, 3, math.prod(grid), generator=torch.Generator().manual_seed(0))
+    named = grid[0] if grid[0] == grid[1] else list(grid)  # as export.json names it
+    found = page.evaluate(
+        """async ([masks, grid]) => {
+            const { labelMap } = await import("./pixels.js");
+            return Array.from(labelMap(Float32Array.from(masks), 3, grid, 40, 24));
+        }""",
+        [masks_TNP.flatten().tolist(), named],
+    )
+    expected = label_maps(masks_TNP, grid, (24, 40))[0].numpy()
+    assert (np.reshape(found, (24, 40)) == expected).mean() >= 0.99
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import { magnification, Picture, slotColours } from "./draw.js";
 import { isolate } from "./isolate.js";
+import { rowsAndColumns } from "./pixels.js";
 import { Source } from "./source.js";
 import { backends, Student } from "./student.js";
 
@@ -65,7 +66,7 @@ async function begin() {
   say("note", note);
   colours = slotColours(about.num_slots);
   const name = about.source.split("/").at(-1); // not all of a path of the machine that exported it
-  const patches = `${about.grid} × ${about.grid} patches`;
+  const patches = `${rowsAndColumns(about.grid).join(" × ")} patches`;
   $("about").textContent = `${name}: ${about.num_slots} slots on ${patches}. The video stays on this machine.`;
   const forms = Object.entries(about.forms).filter(([file]) => file.endsWith(".onnx"));
   for (const [file, { precision, bytes }] of forms) {

@@ -49,6 +49,11 @@ export function square(rgba, width, height, side) {
   return pixels;
 }
 
+/** Of a grid as export.json has it: one number where it is square. */
+export function rowsAndColumns(grid) {
+  return Array.isArray(grid) ? grid : [grid, grid];
+}
+
 /** Runs of pixels that lie between the same two cells of a grid, each with the pixels' weights of the second. */
 function spans(grid, length) {
   const found = [];
@@ -62,19 +67,20 @@ function spans(grid, length) {
 }
 
 /**
- * The slot of each pixel (height, width): masks (slots, grid, grid) resized bilinearly, the largest of them.
+ * The slot of each pixel (height, width): masks (slots, ...grid) resized bilinearly, the largest of them.
  *
  * Between four cells no slot exceeds its largest corner, so those that stay below another's smallest need no look:
  * mostly one is left.
  */
 export function labelMap(masks, slots, grid, width, height) {
   const labels = new Uint8Array(width * height);
-  const columns = spans(grid, width);
-  for (const y of spans(grid, height)) {
+  const [down, across] = rowsAndColumns(grid);
+  const columns = spans(across, width);
+  for (const y of spans(down, height)) {
     for (const x of columns) {
       const corners = [];
       for (let n = 0; n < slots; n++) {
-        const [top, bottom] = [(n * grid + y.low) * grid, (n * grid + y.high) * grid];
+        const [top, bottom] = [(n * down + y.low) * across, (n * down + y.high) * across];
         corners.push([masks[top + x.low], masks[top + x.high], masks[bottom + x.low], masks[bottom + x.high]]);
       }
       const least = Math.max(...corners.map((values) => Math.min(...values)));
