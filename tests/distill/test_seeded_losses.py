@@ -14,6 +14,8 @@ from pipeline.distill.trainer import Trainer
 
 RECORDED = json.loads((GOLDEN / "losses.json").read_text())
 SAME_STEPS = 8
+# As recorded: `auto` would choose bf16 on a CPU that is fast in it.
+EXACT = ("teacher.train.precision=fp32", "distill.precision=fp32")
 METHODS = ("slotmatch", "no_kd", "slotmatch_hungarian", "slotmatch_reconstruction_kd", "feature_kd")
 
 
@@ -31,14 +33,18 @@ def curves(tmp_path_factory):
     """Of each run the total loss and the gradient's norm at every step."""
     root = tmp_path_factory.mktemp("runs")
     clips, runs = make_clips(root / "clips"), str(root)
-    histories = {"teacher": Trainer(Run.teacher(make_config(root), f"{runs}/teacher", clips)).train().history}
+    histories = {
+        "teacher": Trainer(Run.teacher(make_config(root, *EXACT), f"{runs}/teacher", clips)).train().history
+    }
     teacher = f"{runs}/teacher/model"
-    targets = make_targets(make_config(root), clips, teacher, f"{runs}/targets")
+    targets = make_targets(make_config(root, *EXACT), clips, teacher, f"{runs}/targets")
     for method in METHODS:
         taught = {} if method == "no_kd" else {"teacher_uri": teacher, "targets_uri": targets}
-        run = student_run(make_config(root, f"distill.method={method}"), f"{runs}/{method}", clips, **taught)
+        run = student_run(
+            make_config(root, *EXACT, f"distill.method={method}"), f"{runs}/{method}", clips, **taught
+        )
         histories[method] = Trainer(run).train().history
-    config = make_config(root, "distill.live_teacher=true", "distill.fresh_views=true")
+    config = make_config(root, *EXACT, "distill.live_teacher=true", "distill.fresh_views=true")
     histories["live"] = (
         Trainer(student_run(config, f"{runs}/live", clips, teacher_uri=teacher)).train().history
     )
