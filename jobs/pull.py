@@ -20,7 +20,10 @@ JOB = Job(
     "pull",
     __doc__,
     pull,
-    words=(REGISTERED, Word("folder", "DIR", "the folder to write to")),
+    words=(
+        REGISTERED,
+        Word("folder", "DIR", "the folder to write to, or hf://USER/REPO of the Hugging Face Hub"),
+    ),
     keys=REGISTRY_KEYS,
 )
 

@@ -136,6 +136,25 @@ def model_card(model: str, version: str, description: str) -> str:
     return signed(f"{first}\n\n{_SIGNATURE.sub('', description)}")
 
 
+def hub_card(repository: str, description: str) -> str:
+    """The `README.md` of a repository on the Hugging Face Hub: how to load it, and a version's description."""
+    return f"""---
+pipeline_tag: image-segmentation
+tags: [object-centric-learning, slot-attention, video-segmentation]
+---
+
+# {repository.rpartition("/")[2]}
+
+```python
+from pipeline.models import SlotModel
+
+model = SlotModel.from_pretrained("{repository}")
+```
+
+{_SIGNATURE.sub("", description).strip()}
+"""
+
+
 def signed(text: str) -> str:
     """A card with its last line; what MLflow's database can't hold is cut off."""
     room = _MAX_LETTERS - 100

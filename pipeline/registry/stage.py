@@ -27,11 +27,13 @@ from pipeline.log import log
 from pipeline.models.backbone import check_finite, read_state_dict
 from pipeline.models.checkpoints import WEIGHTS_FILE
 from pipeline.models.exported import ONNX_FILE
-from pipeline.registry.card import EXPORTED_TAG, describe_model
+from pipeline.models.hub import CARD_FILE
+from pipeline.registry.card import EXPORTED_TAG, describe_model, hub_card
 from pipeline.registry.example import input_example
 from pipeline.registry.lock import registry_lock
 from pipeline.registry.pack import model_arguments
 from pipeline.registry.recorded import Recorded, describe, record
+from pipeline.storage import hub
 from pipeline.tracking.client import ServerUnavailable, error_code, optional, slow_transfers
 from pipeline.tracking.logged import store_files
 from pipeline.tracking.versions import fetch_version, find_version
@@ -274,8 +276,28 @@ def _contend(client: Any, name: str, version: str, tags: dict[str, str], score: 
 def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any]:
     """Writes a registered model's safetensors, config and origin into a local or remote folder.
 
-    An earlier version there is replaced. Errors as in `downloaded`.
+    An earlier version there is replaced. `hf://USER/REPO` gets them in one commit, with the version's model card as
+    its `README.md`; a repository that is new is private. Errors as in `downloaded`;
+    of the Hub as in `OnHub.push_to_hub`.
     """
+    version = find_version(model_uri, tracking_uri)
+    if str(folder).startswith(hub.SCHEME):
+        return {
+            "uri": _onto_hub(version, str(folder).removeprefix(hub.SCHEME), tracking_uri),
+            "model": model_uri,
+        }
     target = storage.absolute(str(folder))
-    fetch_version(find_version(model_uri, tracking_uri), target, tracking_uri, replace=True)
+    fetch_version(version, target, tracking_uri, replace=True)
     return {"uri": target, "model": model_uri}
+
+
+def _onto_hub(version: Any, repository: str, tracking_uri: str) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        fetch_version(version, scratch, tracking_uri)
+        storage.delete(
+            storage.join(scratch, storage.MANIFEST)
+        )  # of a folder that is whole or not; a commit always is
+        text = hub_card(repository, version.description or "")
+        (Path(scratch) / CARD_FILE).write_text(text, encoding="utf-8")
+        name = f"models:/{version.name}/{version.version}"
+        return hub.push(scratch, repository, private=True, branch=None, message=f"{name} of the registry")

@@ -39,13 +39,13 @@ class ClusterJob:
     def running(self):
         return self.popen.poll() is None
 
-    def end(self, timeout=280):
+    def end(self, timeout=600):
         """Exit code, and the summary (None where there is none)."""
         out, _ = self.popen.communicate(timeout=timeout)
         lines = [line for line in out.splitlines() if line.startswith('{"job": ')]
         return self.popen.returncode, json.loads(lines[-1]) if lines else None
 
-    def finish(self, timeout=280):
+    def finish(self, timeout=600):
         code, summary = self.end(timeout)
         assert code == 0, f"{summary}\n{self.output()[-4000:]}"
         return summary

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from hub_server import SECRET, HubServer, hub_at
 from safetensors.torch import load_file, save_file
 from students import evaluation, make_finished_run
 
 from pipeline import storage, tracking
 from pipeline.config import resolve_config
-from pipeline.models import load_slot_model
+from pipeline.models import SlotModel, load_slot_model
 from pipeline.registry.stage import pull, register_run, set_champion
 
 pytestmark = pytest.mark.usefixtures("not_exported")
@@ -117,6 +118,28 @@ def test_pull_to_object_storage_over_an_earlier_version(config, finished_run, s3
         pull("models:/slotmatch/1", target, config.tracking_uri)
     with pytest.raises(storage.IncompleteError):
         storage.read_manifest(target)
+
+
+def test_pull_onto_the_hub_brings_the_model_card(config, finished_run, tmp_path, monkeypatch):
+    uri = finished_run("only")
+    register_run(config, uri, evaluation(0.5))
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    with HubServer() as server, hub_at(server.url, tmp_path / "cache", monkeypatch):
+        done = pull("models:/slotmatch@champion", "hf://me/student", config.tracking_uri)
+        repository = server.repositories["me/student"]
+        assert done["uri"] == f"hf://me/student@{repository.at('main')}"
+        assert repository.private
+        pulled, original = SlotModel.from_pretrained("me/student"), load_slot_model(f"{uri}/model")
+    for a, b in zip(pulled.parameters(), original.parameters(), strict=True):
+        assert torch.equal(a, b)
+    files = repository.commits[repository.at("main")]
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+    text = files["README.md"].decode()
+    assert text.startswith("---\n")
+    assert 'SlotModel.from_pretrained("me/student")' in text
+    assert "## Scores" in text
+    assert "50.0" in text
+    assert "until somebody edits it" not in text
 
 
 def test_a_run_whose_parameters_were_lost_gets_them(config):
