@@ -123,8 +123,8 @@ def test_pull_to_object_storage_over_an_earlier_version(config, finished_run, s3
 def test_pull_onto_the_hub_brings_the_model_card(config, finished_run, tmp_path, monkeypatch):
     uri = finished_run("only")
     register_run(config, uri, evaluation(0.5))
-    monkeypatch.setenv("HF_TOKEN", SECRET)
     with HubServer() as server, hub_at(server.url, tmp_path / "cache", monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", SECRET)
         done = pull("models:/slotmatch@champion", "hf://me/student", config.tracking_uri)
         repository = server.repositories["me/student"]
         assert done["uri"] == f"hf://me/student@{repository.at('main')}"
@@ -133,7 +133,8 @@ def test_pull_onto_the_hub_brings_the_model_card(config, finished_run, tmp_path,
     for a, b in zip(pulled.parameters(), original.parameters(), strict=True):
         assert torch.equal(a, b)
     files = repository.commits[repository.at("main")]
-    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+    assert {"README.md", "config.json", "model.safetensors"} <= set(files)
+    assert storage.MANIFEST not in files
     text = files["README.md"].decode()
     assert text.startswith("---\n")
     assert 'SlotModel.from_pretrained("me/student")' in text
