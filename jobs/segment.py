@@ -17,7 +17,7 @@ from pipeline.config.fields import PositiveInt
 
 class Output(Section):
     model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, a model folder, a checkpoint file or an exported one"""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, a model folder, a checkpoint or exported file; s3://, hf:// too"""
     out: str
     """the folder to write to, here or s3://bucket/prefix"""
     max_side: PositiveInt = 1280

@@ -34,7 +34,7 @@ class Model(Section):
     backbone: str | ViT = "vit_small_patch14_dinov2"
     """a timm name of a ViT or a convolutional network, or a ViT's dimensions"""
     backbone_weights: str = "timm"
-    """timm (the hub), random, or a local file"""
+    """timm (the hub), random, or a file: local, s3:// or hf://USER/REPO/FILE"""
     image_size: PositiveInt = 336
     """pixels; of a ViT a multiple of the patch size"""
     stride: PositiveInt | None = None

@@ -2,7 +2,7 @@
 // them, so a service worker (service-worker.js) adds them to what the server sends, from the second load on.
 
 const TRIED = "isolation tried"; // so that the page is not loaded again and again
-const WAIT = 5000; // ms
+const WAIT = 15_000; // ms
 
 /** Loads the page again where that isolates it, and then never returns; else returns why it is not isolated. */
 export async function isolate() {
