@@ -35,6 +35,8 @@ class Model(Section):
     """a timm name of a ViT or a convolutional network, or a ViT's dimensions"""
     backbone_weights: str = "timm"
     """timm (the hub), random, or a local file"""
+    backbone_blocks: PositiveInt | None = None
+    """how many of a ViT's transformer blocks, from the first on; null: all"""
     image_size: PositiveInt = 336
     """pixels; of a ViT a multiple of the patch size"""
     stride: PositiveInt | None = None

@@ -41,6 +41,7 @@ def backbone_config(section: Model) -> BackboneConfig:
         arguments=section.backbone.model_dump() if isinstance(section.backbone, ViT) else None,
         stride=section.stride,
         grid=section.grid,
+        blocks=section.backbone_blocks,
     )
 
 

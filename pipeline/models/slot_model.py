@@ -58,7 +58,7 @@ class SlotModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name; later fields of a backbone only where they are set, so that files stay the same."""
         values = asdict(self)
-        for key in ("stride", "grid"):
+        for key in ("stride", "grid", "blocks"):
             if values["backbone"][key] is None:
                 del values["backbone"][key]
         return values
