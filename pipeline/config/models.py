@@ -37,6 +37,8 @@ class Model(Section):
     """timm (the hub), random, or a local file"""
     backbone_blocks: PositiveInt | None = None
     """how many of a ViT's transformer blocks, from the first on; null: all"""
+    feature_scale: PositiveFloat | Literal["auto"] = 1.0
+    """what backbone features are multiplied by; auto: what gives a sample of the clips' unit variance"""
     image_size: PositiveInt = 336
     """pixels; of a ViT a multiple of the patch size"""
     stride: PositiveInt | None = None

@@ -198,4 +198,4 @@ def architecture(model: SlotModelConfig) -> str:
 def _key(model: SlotModelConfig) -> str:
     """What decides the costs of a model."""
     values = model.to_dict()
-    return repr({key: value for key, value in values.items() if key not in ("mean", "std")})
+    return repr({key: value for key, value in values.items() if key not in ("mean", "std", "feature_scale")})
