@@ -43,6 +43,7 @@ def make_targets(config, clips_uri, teacher_uri, uri):
         teacher_uri=teacher_uri,
         teacher_config=maker.teacher.config.to_dict(),
         views=config.targets.model_dump(include={"views", "crop", "min_scale", "flip"}),
+        student_features={"name": None} if config.targets.student_features else None,
         teacher_features=config.targets.feature_dtype if config.targets.teacher_features else None,
         shards=tuple(clips.shards),
         rows=sum(v.clips for v in clips.videos) * config.targets.views,

@@ -53,13 +53,16 @@ def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def later(section: Section) -> dict[str, Any]:
+def later(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
     """Of a section whose first settings are counted one by one: the later ones that are not at their defaults.
 
     Their keys have the section before them, as they stand among another section's.
     """
     kind = type(section).__name__
-    return {f"{kind.lower()}.{key}": value for key, value in counted(section, but=FIRST_KEYS[kind]).items()}
+    return {
+        f"{kind.lower()}.{key}": value
+        for key, value in counted(section, but=FIRST_KEYS[kind] | set(but)).items()
+    }
 
 
 def counted_fields(values: Any) -> dict[str, Any]:

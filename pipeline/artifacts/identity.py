@@ -345,7 +345,7 @@ def baseline_subject(name: str, num_slots: int) -> dict[str, Any]:
 
 
 def backbone_identity(section: Model) -> dict[str, Any]:
-    """What decides the features of a backbone."""
+    """What decides the features of a backbone, which are cached before they are scaled."""
     weights = section.backbone_weights
     if weights not in ("timm", "random"):
         weights = _hash(weights, f"backbone_weights: there is no file {weights!r}")
@@ -356,7 +356,7 @@ def backbone_identity(section: Model) -> dict[str, Any]:
         "weights": weights,
         "mean": section.mean,
         "std": section.std,
-        **later(section),
+        **later(section, but={"feature_scale"}),
     }
 
 

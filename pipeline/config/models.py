@@ -35,6 +35,10 @@ class Model(Section):
     """a timm name of a ViT or a convolutional network, or a ViT's dimensions"""
     backbone_weights: str = "timm"
     """timm (the hub), random, or a file: local, s3:// or hf://USER/REPO/FILE"""
+    backbone_blocks: PositiveInt | None = None
+    """how many of a ViT's transformer blocks, from the first on; null: all"""
+    feature_scale: PositiveFloat | Literal["auto"] = 1.0
+    """what backbone features are multiplied by; auto: what gives a sample of the clips' unit variance"""
     image_size: PositiveInt = 336
     """pixels; of a ViT a multiple of the patch size"""
     stride: PositiveInt | None = None

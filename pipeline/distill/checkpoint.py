@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from pipeline import storage
 from pipeline.distill.precision import Precision
 from pipeline.distill.step import Objective
-from pipeline.models import save_slot_model
-from pipeline.models.checkpoints import WEIGHTS_FILE
+from pipeline.models import SlotModelConfig, save_slot_model
+from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 
 CHECKPOINT_FOLDER = "checkpoints"
 HEADS_FILE = "heads.safetensors"
@@ -73,6 +73,9 @@ def load_checkpoint(uri: str, objective: Objective, optimizer: torch.optim.Optim
         try:
             objective.model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
             objective.heads.load_state_dict(load_file(Path(folder) / HEADS_FILE))
+            saved_config = SlotModelConfig.from_dict(json.loads((Path(folder) / CONFIG_FILE).read_text()))
+            # Measured when the run began, where the config leaves it open.
+            objective.model.config = replace(objective.model.config, feature_scale=saved_config.feature_scale)
             # A run that began on a GPU may go on without one; the optimizer moves its state to the parameters.
             state = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True)
             for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):

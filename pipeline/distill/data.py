@@ -178,11 +178,19 @@ class Loader:
             waiting = time.monotonic()
             batch, copied = pending.pop(0).result()
             waited = time.monotonic() - waiting
-            if copied is not None:
-                stream = torch.cuda.current_stream(self.device)
-                stream.wait_event(copied)
-                batch.used_on(stream)
-            yield batch, waited
+            yield self._there(batch, copied), waited
+
+    def read(self, samples: list[Sample]) -> RawBatch:
+        """Samples of one's own choice, on the device."""
+        return self._there(*self._pool.submit(self._send, samples).result())
+
+    def _there(self, batch: RawBatch, copied: torch.cuda.Event | None) -> RawBatch:
+        """A batch that has been sent, once the device may use it."""
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            batch.used_on(stream)
+        return batch
 
     def _send(self, samples: list[Sample]) -> _Sent:
         batch = self._read(samples)

@@ -31,7 +31,8 @@ class Batch:
     """What a step learns from: a video or its cached features, and what the teacher gives, if anything.
 
     video: normalised `(B, T, 3, S, S)`. backbone_features: `(B, T, P, F)`.
-    target_slots: `(B, T, N, d)`. teacher_features: `(B, T, P', F')`, with the teacher's own patches.
+    target_slots: `(B, T, N, d)`. teacher_features: `(B, T, P', F')`, with the teacher's own patches. Features are as
+    backbones give them; what scales them is the models' own.
     initial_slots: `(B, N, d)` where they are drawn, not learned.
     """
 
@@ -112,7 +113,7 @@ class Objective(nn.Module):
       makes of the student's is drawn to what it makes of the teacher's. One decoder for both gives
       reconstructions of one size, whatever the two backbones' feature sizes are.
     - feature KD: the student's projected features (the only ones that train, as its backbone is frozen)
-      go through a two-layer MLP and are drawn to the teacher's backbone features.
+      go through a two-layer MLP and are drawn to the teacher's backbone features, on the teacher's scale.
 
     Modules that only training uses are in `heads`; a published student does without them.
 
@@ -158,6 +159,7 @@ class Objective(nn.Module):
         elif self.terms.reconstruction_kd:
             raise ValueError("the teacher's decoder reconstructs no features, so that none can be distilled")
         self._teacher_feature_size = teacher.encoder.backbone.feature_size
+        self._teacher_feature_scale = teacher.config.feature_scale
         self._teacher_grid = teacher.grid
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -263,12 +265,13 @@ class Objective(nn.Module):
             decoded = self.teacher_decoder(slots.flatten(0, 1))[0]
         return decoded[..., : self._teacher_feature_size].float()
 
-    def _feature_kd(self, backbone_features: Tensor, batch: Batch) -> Tensor:
+    def _feature_kd(self, scaled_features: Tensor, batch: Batch) -> Tensor:
         if batch.teacher_features is None:
             raise ValueError("feature KD needs the teacher's features")
-        projected = self.model.encoder.output_transform(backbone_features.float())
+        projected = self.model.encoder.output_transform(scaled_features.float())
         mapped = self.heads["features"](projected)
-        return feature_kd_loss(mapped, batch.teacher_features, grids=(self.model.grid, self._teacher_grid))
+        targets = batch.teacher_features * self._teacher_feature_scale
+        return feature_kd_loss(mapped, targets, grids=(self.model.grid, self._teacher_grid))
 
     @torch.no_grad()
     def measure_bound(self, batch: Batch) -> dict[str, float]:

@@ -24,6 +24,7 @@ from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
+from pipeline.distill.feature_scale import settle_feature_scale
 from pipeline.distill.frame_map import open_frame_map
 from pipeline.distill.pace import Pace, mean_over_workers
 from pipeline.distill.precision import Precision, autocast_type, choose_precision, earlier_precision
@@ -169,6 +170,8 @@ class Trainer:
         shared = self._share_objective()
         note = ""
         with self.loader() as loader, self._progress() as progress:
+            if self.step == 0:  # later it is the checkpoint's
+                settle_feature_scale(run, self.model, loader)
             self._pace = Pace(self.step)
             for raw, waited in loader:
                 self._pace.waited += waited

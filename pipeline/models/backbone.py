@@ -2,7 +2,7 @@
 
 - Of a vision transformer (timm's `VisionTransformer`, or `Eva` as DINOv3 is one) the features are the patch tokens of
   the last block's output *before* the final norm (as in DINOSAUR, VideoSAUR and SlotContrast), so the final norm is
-  removed: public checkpoints don't have its weights.
+  removed: public checkpoints don't have its weights. Cut short, its last block is the last of those that are left.
 - Of any other model, convolutional or hybrid, they are one of the maps that timm's `features_only` gives; the layers
   behind it are removed.
 
@@ -37,7 +37,7 @@ class BackboneConfig:
     `name` is a timm model name (`"vit_small_patch14_dinov2"`), or None for a plain
     `VisionTransformer(**arguments)`. `image_size` is the side of the square input in pixels. `stride`, pixels, chooses
     one of the maps of a model that is no ViT; None is the deepest. `grid` is what the features are resampled to; None
-    is the backbone's own.
+    is the backbone's own. `blocks` is how many of a ViT's blocks there are, from the first on; None is all.
     """
 
     name: str | None
@@ -45,21 +45,28 @@ class BackboneConfig:
     arguments: dict[str, Any] | None = None
     stride: int | None = None
     grid: Grid | None = None
+    blocks: int | None = None
 
     @property
     def label(self) -> str:
         arguments = self.arguments or {}
-        return self.name or "ViT(width {}, depth {}, patch {})".format(
+        whole = self.name or "ViT(width {}, depth {}, patch {})".format(
             *(arguments.get(k, "?") for k in ("embed_dim", "depth", "patch_size"))
         )
+        return whole + self.cut
+
+    @property
+    def cut(self) -> str:
+        """What stands behind its name where it is cut short."""
+        return "" if self.blocks is None else f" up to block {self.blocks}"
 
 
 class Backbone(nn.Module):
     """Images `(M, 3, S, S)` -> features of a grid `(M, P, F)`; always frozen, always in eval mode.
 
     Raises:
-        ValueError: an unknown timm name, a model that gives no grid of features, a stride that it doesn't have, or an
-            image size that it can't take.
+        ValueError: an unknown timm name, a model that gives no grid of features, a stride or blocks that it doesn't
+            have, or an image size that it can't take.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -69,6 +76,7 @@ class Backbone(nn.Module):
         self._map: int | None = None  # which of a model's maps is read; None: its patch tokens
         self.eval()
         if _is_transformer(self.model):
+            self.whole_depth = len(self.model.blocks)  # before it is cut short
             own, size = _use_tokens(self.model, config), self.model.embed_dim
         else:
             self._map = _use_map(self.model, config)
@@ -184,6 +192,12 @@ def _use_tokens(model: Any, config: BackboneConfig) -> Grid:
     """Removes what comes after a transformer's blocks; its grid."""
     from timm.models.eva import Eva
 
+    depth = len(model.blocks)
+    if config.blocks is not None and not 1 <= config.blocks <= depth:
+        raise ValueError(
+            f"backbone_blocks {config.blocks}: {config.name or 'the ViT'} has {depth}; valid: 1 to {depth}"
+        )
+    model.blocks = model.blocks[: config.blocks]
     model.norm = nn.Identity()
     is_eva = isinstance(model, Eva)
     if is_eva:  # of a plain ViT what else there is stays, as public checkpoints name it
@@ -207,6 +221,10 @@ def _use_tokens(model: Any, config: BackboneConfig) -> Grid:
 
 def _use_map(model: Any, config: BackboneConfig) -> int:
     """Removes what comes after the map that is read; which of the model's maps that is."""
+    if config.blocks is not None:
+        raise ValueError(
+            f"backbone_blocks {config.blocks}: {config.name!r} is no ViT, and is cut short by its stride; leave it out"
+        )
     least, most = STRIDES
     strides = [info["reduction"] for info in model.feature_info]
     valid = sorted({stride for stride in strides if least <= stride <= most})
@@ -288,7 +306,7 @@ def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
     """Fills `backbone` from timm's hub (`source="timm"`) or from a local file of timm's key names.
 
     Position embeddings of another size are resampled by timm; layers that the backbone does without (a final norm, a
-    head, stages behind its map) are ignored.
+    head, blocks that were cut off, stages behind its map) are ignored.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, unreadable, its keys or shapes differ, or a tensor is
@@ -333,7 +351,8 @@ def _as_sized(state: dict[str, Tensor], model: nn.Module) -> Mapping[str, Tensor
 def _unused_names(backbone: Backbone) -> tuple[str, ...]:
     """Of a file's tensors what the backbone does without: names, or what they begin with."""
     if isinstance(backbone.model, _vision_transformer()):
-        return "norm.", "fc_norm.", "head."
+        cut_off = range(backbone.config.blocks or backbone.whole_depth, backbone.whole_depth)
+        return "norm.", "fc_norm.", "head.", *(f"blocks.{index}." for index in cut_off)
     config = backbone.config
     with torch.device("meta"):
         whole = import_timm().create_model(config.name, pretrained=False, **(config.arguments or {}))

@@ -41,6 +41,7 @@ def backbone_config(section: Model) -> BackboneConfig:
         arguments=section.backbone.model_dump() if isinstance(section.backbone, ViT) else None,
         stride=section.stride,
         grid=section.grid,
+        blocks=section.backbone_blocks,
     )
 
 
@@ -88,7 +89,7 @@ def _check_colours(section: Model, backbone: Backbone) -> None:
 
 
 def model_config(section: Model, *, num_slots: int, slot_size: int) -> SlotModelConfig:
-    """The architecture of a config's section."""
+    """The architecture of a config's section; a scale of features that is `auto` is 1 until a run measures it."""
     return SlotModelConfig(
         backbone=backbone_config(section),
         num_slots=num_slots,
@@ -102,6 +103,7 @@ def model_config(section: Model, *, num_slots: int, slot_size: int) -> SlotModel
         decoder_outputs=section.decoder_outputs,
         mean=section.mean,
         std=section.std,
+        feature_scale=1.0 if section.feature_scale == "auto" else section.feature_scale,
     )
 
 

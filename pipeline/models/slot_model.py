@@ -40,6 +40,7 @@ class SlotModelConfig:
     decoder_blocks: transformer blocks of the slot mixer's allocator.
     decoder_outputs: what a position's numbers are, "features" and "similarity" (temporal, VideoSAUR)
     in this order; the MLP decoder gives features alone.
+    feature_scale: what backbone features are multiplied by before they are projected and reconstructed.
     """
 
     backbone: BackboneConfig
@@ -54,11 +55,14 @@ class SlotModelConfig:
     decoder_outputs: tuple[str, ...] = ("features",)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    feature_scale: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by name; later fields of a backbone only where they are set, so that files stay the same."""
+        """Plain values by name; later fields only where they are set, so that files stay the same."""
         values = asdict(self)
-        for key in ("stride", "grid"):
+        if self.feature_scale == 1:
+            del values["feature_scale"]
+        for key in ("stride", "grid", "blocks"):
             if values["backbone"][key] is None:
                 del values["backbone"][key]
         return values
@@ -92,8 +96,8 @@ class SlotModelOutput:
 
     slots: `(B, T, N, d)`, before the predictor. attention: `(B, T, N, P)`, softmax over N.
     masks: `(B, T, N, P)`, the decoder's, softmax over N. reconstruction and backbone_features:
-    `(B, T, P, F)`. similarity: `(B, T, P, P)`, logits of which positions of the next frame are like
-    this one. What a decoder does not give is None.
+    `(B, T, P, F)`, on the model's scale (`SlotModel.scaled`). similarity: `(B, T, P, P)`, logits of which
+    positions of the next frame are like this one. What a decoder does not give is None.
     """
 
     slots: Tensor
@@ -201,8 +205,17 @@ class SlotModel(OnHub, nn.Module):
         return torch.stack(videos)
 
     def backbone_features(self, video_BTCHW: Tensor) -> Tensor:
-        """Frozen features `(B, T, P, F)` of a normalised video."""
+        """Frozen features `(B, T, P, F)` of a normalised video, as the backbone gives them."""
         return self.encoder.backbone(video_BTCHW.flatten(0, 1)).unflatten(0, video_BTCHW.shape[:2])
+
+    def scaled(self, backbone_features: Tensor) -> Tensor:
+        """Features times the model's `feature_scale`: what is projected, and what the decoder reconstructs."""
+        scale = self.config.feature_scale
+        return backbone_features if scale == 1 else backbone_features * scale
+
+    def project(self, backbone_features: Tensor) -> Tensor:
+        """Slot attention's inputs `(…, P, d)` of features `(…, P, F)` as the backbone gives them."""
+        return self.encoder.output_transform(self.scaled(backbone_features))
 
     def features_and_keys(self, video_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Frozen features, and the last block's attention keys, both `(B, T, P, F)`, of a normalised video."""
@@ -229,7 +242,7 @@ class SlotModel(OnHub, nn.Module):
         """
         if rollout not in ("forward", "cyclic"):
             raise ValueError(f"rollout must be 'forward' or 'cyclic', not {rollout!r}")
-        features_BTPD = self.encoder.output_transform(backbone_features)
+        features_BTPD = self.project(backbone_features)
         state = self.initial_slots(len(features_BTPD)) if initial_slots is None else initial_slots
         # Slots go round and round, so that roundings of autocast would add up; and they are few, so that its casts
         # would take longer than it saves.
@@ -280,7 +293,7 @@ class SlotModel(OnHub, nn.Module):
         rollout: str = "forward",
         backbone_features: Tensor | None = None,
     ) -> SlotModelOutput:
-        """Runs a normalised float video `(B, T, 3, S, S)`, or features computed before.
+        """Runs a normalised float video `(B, T, 3, S, S)`, or features computed before, as the backbone gives them.
 
         Raises:
             ValueError: neither or both of video and features, or a video of another size.
@@ -300,7 +313,7 @@ class SlotModel(OnHub, nn.Module):
             attention,
             masks,
             reconstruction=outputs[..., : backbone_features.shape[-1]] if self.reconstructs else None,
-            backbone_features=backbone_features,
+            backbone_features=self.scaled(backbone_features),
             similarity=outputs[..., -masks.shape[-1] :] if self.predicts_similarity else None,
         )
 
@@ -333,7 +346,7 @@ class SlotModel(OnHub, nn.Module):
 
     def _project(self, frames: np.ndarray) -> Tensor:
         """Frames `(t, h, w, 3)` uint8 to slot attention's inputs `(1, t, P, d)`."""
-        return self.encoder.output_transform(self.backbone_features(self.prepare([frames])))
+        return self.project(self.backbone_features(self.prepare([frames])))
 
     def _stream_forward(
         self, chunks: Iterable[np.ndarray], noise_seed: int

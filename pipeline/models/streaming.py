@@ -47,7 +47,7 @@ class StreamingStep(nn.Module):
     def forward(self, frames: Tensor, state: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         model = self.model
         pixels = ((frames / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
-        features = model.encoder.output_transform(model.encoder.backbone(pixels))
+        features = model.project(model.encoder.backbone(pixels))
         slots, attention, next_state = self._advance(features, state, first[:, None, None])
         _, masks = model.decoder(slots)
         grid = model.grid

@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.evaluate.records import METHODS, Evaluation, find_records
 from pipeline.evaluate.scoring import SCORES, TITLES
 from pipeline.evaluate.table import percent, plural
+from pipeline.models.build import backbone_config
 from pipeline.tracking.client import optional
 
 EXPORTED_TAG = "exported"  # of a version that needs nothing of ours: its exported form's file
@@ -71,6 +72,7 @@ def gather(
             scores=evaluation.scores, protocol=evaluation.protocol, videos=evaluation.videos
         )
     backbone, weights = config.student.backbone, config.student.backbone_weights
+    cut = backbone_config(config.student).cut
     return Facts(
         name=METHODS.get(manifest.tags.get("method", ""), "Student"),
         tags=manifest.tags,
@@ -80,7 +82,7 @@ def gather(
             "batch size": config.distill.batch_size,
             "learning rate": config.distill.learning_rate,
             "views": config.targets.views,
-            "backbone": backbone if isinstance(backbone, str) else "a ViT of its own",
+            "backbone": (backbone if isinstance(backbone, str) else "a ViT of its own") + cut,
             "input": f"{config.student.image_size} pixels",
         },
         clips=_read(ClipManifest, manifest.clips_uri),

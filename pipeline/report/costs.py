@@ -190,11 +190,12 @@ def short_number(number: float) -> str:
 def architecture(model: SlotModelConfig) -> str:
     """What tells models of a table apart."""
     known = {"vit_base_patch14_dinov2": "ViT-B/14", "vit_small_patch14_dinov2": "ViT-S/14"}
-    backbone = known.get(model.backbone.name or "", model.backbone.label)
+    name = known.get(model.backbone.name or "")
+    backbone = name + model.backbone.cut if name else model.backbone.label
     return f"{backbone}, {model.backbone.image_size}², N = {model.num_slots}"
 
 
 def _key(model: SlotModelConfig) -> str:
     """What decides the costs of a model."""
     values = model.to_dict()
-    return repr({key: value for key, value in values.items() if key not in ("mean", "std")})
+    return repr({key: value for key, value in values.items() if key not in ("mean", "std", "feature_scale")})

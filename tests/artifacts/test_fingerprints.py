@@ -166,6 +166,12 @@ DECIDES = [
     ("student.image_size=224", STUDENT),
     ("student.grid=[12,16]", STUDENT),
     ("student.stride=16", STUDENT),
+    ("student.backbone_blocks=8", STUDENT),
+    ("teacher.backbone_blocks=8", {"teacher"}),
+    ("student.feature_scale=auto", STUDENT),
+    ("student.feature_scale=2", STUDENT),
+    ("student.feature_scale=1", set()),
+    ("teacher.feature_scale=auto", {"teacher"}),
     ("student.decoder_hidden_sizes=[8]", STUDENT),
     ("student.mean=[0,0,0]", STUDENT),
     ("distill.beta=0.3", {"student", "student: settings"}),  # which a sweep varies itself
@@ -229,6 +235,14 @@ def unchanged(tmp_path_factory):
 def test_what_a_setting_changes(override, expected, unchanged):
     root, before = unchanged
     assert changed(before, fingerprints(world("movi_e", root, override))) == expected
+
+
+def test_one_store_of_features_serves_students_of_any_scale(tmp_path):
+    stored = ("movi_e", tmp_path, "targets.student_features=true")
+    before = fingerprints(world(*stored))
+    assert changed(before, fingerprints(world(*stored, "student.feature_scale=auto"))) == STUDENT
+    cut = changed(before, fingerprints(world(*stored, "student.backbone_blocks=8")))
+    assert cut == FROM_TARGETS, "other features"
 
 
 @pytest.mark.parametrize("override", RUN_DETAILS)

@@ -16,7 +16,10 @@ from pipeline.distill.trainer import Trainer
 def main(rank, world_size, rendezvous, folder, contrast):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world_size)
-    config = make_config(folder, f"distill.contrast={contrast}", "distill.alpha=1")
+    # The scale that the first worker measures is all workers', or their losses would differ.
+    config = make_config(
+        folder, f"distill.contrast={contrast}", "distill.alpha=1", "student.feature_scale=auto"
+    )
     taught = {"teacher_uri": f"{folder}/teacher/model", "targets_uri": f"{folder}/targets"}
     run = student_run(config, f"{folder}/{contrast}{world_size}", f"{folder}/clips", **taught)
     outcome = Trainer(run, rank=rank, world_size=world_size).train()
