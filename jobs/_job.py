@@ -12,7 +12,7 @@ from pipeline.config.models import Colour, PositiveColour, SlotCount
 
 if TYPE_CHECKING:
     from pipeline.models import CheckpointHints
-    from pipeline.models.exported import Segmenter
+    from pipeline.models.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
