@@ -126,6 +126,22 @@ class Backbone(nn.Module):
             )
         return features, self._resampled(seen[0][:, self.model.num_prefix_tokens :])
 
+    @torch.no_grad()
+    def features_of_tokens(self, images_MCHW: Tensor, tokens_MK: Tensor) -> Tensor:
+        """Features `(M, K, F)` of some of a ViT's patches, where the others are dropped before the first block."""
+        prefix = self.model.num_prefix_tokens
+
+        def drop(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            patches = inputs[0][:, prefix:]
+            kept = patches.gather(1, tokens_MK.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+            return torch.cat([inputs[0][:, :prefix], kept], 1)
+
+        hook = self.model.blocks[0].register_forward_pre_hook(drop)
+        try:
+            return self.model.forward_features(images_MCHW)[:, prefix:]
+        finally:
+            hook.remove()
+
     def _resampled(self, features_MPF: Tensor) -> Tensor:
         """Features of the own grid at the grid that was asked for, bilinearly."""
         if self.grid == self._own_grid:

@@ -4,7 +4,8 @@ A model folder holds `model.safetensors` and `config.json`. Tensor names are tho
 layout in both formats, where a video model has `.module` in some of them and an image model has not.
 
 Public files are told apart by their keys: SlotContrast, SRL and SlotCurri (`initializer.slots`, MLP
-decoder), VideoSAUR (`initializer.mean`, no MLP in slot attention, slot mixer), DINOSAUR (no predictor).
+decoder), VideoSAUR (`initializer.mean`, no MLP in slot attention, slot mixer), DINOSAUR (no predictor);
+SOLV (`s_bind.slots` under `model`), whose layout is another one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,15 @@ from pipeline.models.files import check_finite, check_state_dict, read_checkpoin
 from pipeline.models.hints import BACKBONE, CheckpointHints, HintError, Shapes, infer_vit
 from pipeline.models.initialisation import WithoutDraws
 from pipeline.models.pixels import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.models.rivals import solv_files
+from pipeline.models.rivals.solv import SOLV, SOLVConfig
 from pipeline.models.segmenter import VideoSegmenter
 from pipeline.models.slot_model import SlotModel, SlotModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+Config = SlotModelConfig | SOLVConfig
 _TRAINING_HEADS = ("projector.", "projector2.")
 _EMBEDDED_CONFIG = "slotmatch_config"  # an extra entry of the `.ckpt` files that we write
 
@@ -42,6 +47,7 @@ def load_slot_model(
     num_slots: int | None = None,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
+    backbone_weights: str | Path | None = None,
 ) -> VideoSegmenter:
     """Builds a model from a checkpoint and loads its weights; in eval mode, on the CPU.
 
@@ -50,11 +56,11 @@ def load_slot_model(
 
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
-            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share.
+            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in SOLV's.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        HintError: a public file needs another `num_heads`, or a `num_slots`.
+        HintError: a public file needs another `num_heads`, a `num_slots` or `backbone_weights`.
         ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
             missing, unexpected or of another shape, all of which the message lists; or tensors that are not
             finite.
@@ -67,23 +73,54 @@ def load_slot_model(
         config = _parse_config((path / CONFIG_FILE).read_text(), source=str(path / CONFIG_FILE))
         state = _without_training_heads(read_checkpoint_file(path / WEIGHTS_FILE), str(path))
     else:
-        content = read_checkpoint_file(path)
-        state = content.get("state_dict", content)
-        if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise ValueError(f"{path}: has no `state_dict` of tensors")
-        state = _without_training_heads(state, str(path))
-        if _EMBEDDED_CONFIG in content:
-            config = _parse_config(content[_EMBEDDED_CONFIG], source=str(path))
-        else:
-            config = infer_config(state, CheckpointHints(num_heads, num_slots, mean, std), source=str(path))
-            state = _with_resampled_positions(state, config, str(path))
+        content = _read_file(path)
+        vit = None if backbone_weights is None else str(backbone_weights)
+        hints = CheckpointHints(num_heads, num_slots, mean, std, vit)
+        config, state = (_read_solv if solv_files.is_solv(content) else _read_slot_model)(
+            content, hints, str(path)
+        )
     state = {k: v.float() for k, v in _plain_names(state).items()}
     with WithoutDraws():
-        model: VideoSegmenter = SlotModel(config)
+        model: VideoSegmenter = SOLV(config) if isinstance(config, SOLVConfig) else SlotModel(config)
     check_state_dict(model, state, str(path))
     check_finite(state, str(path))
     model.load_state_dict(state)
     return model.eval()
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Content of a public file; SOLV's may hold a plain `argparse.Namespace` beside its tensors."""
+    try:
+        return read_checkpoint_file(path)
+    except ValueError:
+        try:
+            content = read_checkpoint_file(path, allowed=[Namespace])
+        except ValueError:
+            content = {}
+        if not solv_files.is_solv(content):
+            raise
+        return content
+
+
+def _read_slot_model(
+    content: dict[str, Any], hints: CheckpointHints, source: str
+) -> tuple[Config, dict[str, Tensor]]:
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{source}: has no `state_dict` of tensors")
+    state = _without_training_heads(state, source)
+    if _EMBEDDED_CONFIG in content:
+        return _parse_config(content[_EMBEDDED_CONFIG], source=source), state
+    config = infer_config(state, hints, source=source)
+    return config, _with_resampled_positions(state, config, source)
+
+
+def _read_solv(
+    content: dict[str, Any], hints: CheckpointHints, source: str
+) -> tuple[Config, dict[str, Tensor]]:
+    if _EMBEDDED_CONFIG in content:
+        return _parse_config(content[_EMBEDDED_CONFIG], source=source), solv_files.tensors(content)
+    return solv_files.read(content, hints, source)
 
 
 def _without_training_heads(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -95,9 +132,11 @@ def _without_training_heads(state: Mapping[str, Tensor], source: str) -> dict[st
     return {k: v for k, v in state.items() if not k.startswith(_TRAINING_HEADS)}
 
 
-def _parse_config(text: str, *, source: str) -> SlotModelConfig:
+def _parse_config(text: str, *, source: str) -> Config:
     try:
-        return SlotModelConfig.from_dict(json.loads(text))
+        values = json.loads(text)
+        kind = SOLVConfig if values.pop("system", None) == "solv" else SlotModelConfig
+        return kind.from_dict(values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{source}: not the config of a slot model ({type(error).__name__}: {error})"
@@ -121,7 +160,7 @@ def save_slot_model(model: VideoSegmenter, folder: str | Path, *, dtype: torch.d
 
 
 def save_public_checkpoint(model: VideoSegmenter, path: str | Path, *, step: int = 0) -> None:
-    """Writes one `.ckpt` file in the public layout, which `load_slot_model` reads as well.
+    """Writes one `.ckpt` file in its system's public layout, which `load_slot_model` reads as well.
 
     Our config travels along as a JSON string; other readers ignore it.
 
@@ -129,10 +168,14 @@ def save_public_checkpoint(model: VideoSegmenter, path: str | Path, *, step: int
         ValueError: weights that are not finite; then nothing is written.
     """
     check_finite(model.state_dict(), "the model to be saved")
-    image_model = not model.config.predictor
-    state = {k if image_model else _video_name(k): v.detach().cpu() for k, v in model.state_dict().items()}
-    content = {"state_dict": state, "epoch": 0, "global_step": step}
-    torch.save({**content, _EMBEDDED_CONFIG: json.dumps(model.config.to_dict())}, path)
+    if isinstance(model, SOLV):
+        content = solv_files.written(model)
+    else:
+        image_model = not model.config.predictor
+        named = {k if image_model else _video_name(k): v for k, v in model.state_dict().items()}
+        content = {"state_dict": {k: v.detach().cpu() for k, v in named.items()}}
+    counters = {"epoch": 0, "global_step": step}
+    torch.save({**content, **counters, _EMBEDDED_CONFIG: json.dumps(model.config.to_dict())}, path)
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

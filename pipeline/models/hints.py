@@ -29,12 +29,14 @@ class CheckpointHints:
     slots are counted in the file.
     mean, std: the normalisation of RGB values in [0, 1] that the model was trained with, by default
     ImageNet's.
+    backbone_weights: a file of the frozen ViT in timm's names, of models whose files lack it (SOLV).
     """
 
     num_heads: int | None = None
     num_slots: int | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    backbone_weights: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name: the keyword arguments of `load_slot_model`."""
