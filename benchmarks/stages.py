@@ -235,7 +235,9 @@ def _saved_teacher(load: Load, scratch: Path) -> SlotModel:
     save_slot_model(
         SlotModel(SlotModelConfig(load.teacher, num_slots=15, slot_size=128)), scratch / "teacher"
     )
-    return load_slot_model(scratch / "teacher")
+    teacher = load_slot_model(scratch / "teacher")
+    assert isinstance(teacher, SlotModel)
+    return teacher
 
 
 def _config(load: Load, scratch: Path, *, root: str, videos: int = 1, frames: int = 1) -> Config:

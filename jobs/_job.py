@@ -12,7 +12,7 @@ from pipeline.config.models import Colour, PositiveColour, SlotCount
 
 if TYPE_CHECKING:
     from pipeline.models import CheckpointHints
-    from pipeline.models.exported import Segmenter
+    from pipeline.models.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,13 @@ class PublicFile(Section):
     std: PositiveColour = (0.229, 0.224, 0.225)
     """that a public file normalises with, where it is not ImageNet's"""
 
+    backbone_weights: str | None = None
+    """the local file of the ViT, in timm's names, that a public file lacks (SOLV)"""
+
     def hints(self) -> CheckpointHints:
         from pipeline.models import CheckpointHints
 
-        return CheckpointHints(self.num_heads, self.num_slots, self.mean, self.std)
+        return CheckpointHints(self.num_heads, self.num_slots, self.mean, self.std, self.backbone_weights)
 
     def load(self, model: str, tracking_uri: str) -> Segmenter:
         """The model that a word names.

@@ -39,11 +39,11 @@ def distinct_names(config: Config, videos: list[str], settings: Settings) -> Non
 
 def segment(config: Config, videos: list[str], settings: Settings) -> dict[str, Any]:
     from pipeline.compute import best_device
-    from pipeline.models import SlotModel
+    from pipeline.models import VideoSegmenter
     from pipeline.segment import stage
 
     model = settings.load(settings.model, config.tracking_uri)
-    if isinstance(model, SlotModel):
+    if isinstance(model, VideoSegmenter):
         model.to(best_device())
     done = [stage.segment(model, video, settings.out, max_side=settings.max_side) for video in videos]
     return {"uri": settings.out, "videos": done, "frames": sum(d["frames"] for d in done)}

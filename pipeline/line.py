@@ -26,8 +26,9 @@ from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
-from pipeline.models import SlotModel, load_slot_model
+from pipeline.models import load_slot_model
 from pipeline.models.build import checkpoint_hints, load_model, load_teacher
+from pipeline.models.segmenter import Segmenter
 from pipeline.registry.stage import CHAMPION, pull, register_run
 from pipeline.report.gallery import GROUND_TRUTH, video_panel
 from pipeline.segment.figures import comparison, to_png
@@ -220,7 +221,7 @@ def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], pat
     clips = ClipSet(clips_uri)
     video = clips.videos[0]
     hints = checkpoint_hints(config)  # of the teacher; students are folders, which need none
-    rows: dict[str, SlotModel | None] = {
+    rows: dict[str, Segmenter | None] = {
         name: load_model(uri, hints).to(best_device()) for name, uri in models.items()
     }
     if video.annotated:

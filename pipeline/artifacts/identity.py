@@ -133,7 +133,7 @@ class Artifacts:
         """The teacher's model: `teacher.checkpoint`, or what `teacher_run` makes; it need not be there."""
         if self.config.teacher.checkpoint:
             uri = storage.pinned(storage.absolute(self.config.teacher.checkpoint))
-            return Artifact(uri, {"checkpoint": uri, "hints": checkpoint_hints(self.config).to_dict()})
+            return Artifact(uri, {"checkpoint": uri, "hints": counted_fields(checkpoint_hints(self.config))})
         return Artifact(storage.join(self.teacher_run.uri, MODEL_FOLDER), self.teacher_run.content)
 
     def require_teacher(self) -> str:

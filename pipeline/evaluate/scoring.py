@@ -23,7 +23,7 @@ from pipeline.config.protocols import Protocol
 from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.table import Cell, Column, Row, Table, cells, one_decimal
 from pipeline.metrics import OverlapCounts, ari_per_sample, best_overlap_per_sample, count_overlaps
-from pipeline.models.exported import Segmenter
+from pipeline.models.segmenter import Segmenter
 from pipeline.models.tf32 import without_tf32
 from pipeline.storage.threads import behind
 

@@ -31,7 +31,7 @@ from pipeline.evaluate.subjects import Subject, baseline_subjects, named_model, 
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
 from pipeline.models.build import open_model
-from pipeline.models.exported import Segmenter
+from pipeline.models.segmenter import Segmenter
 
 ROWS_FOLDER = "rows"  # what each shard's videos scored, until the whole is published
 

@@ -1,14 +1,10 @@
 """Object-centric video models in pure PyTorch + timm (no Ray import)."""
 
 from pipeline.models.backbone import Backbone, BackboneConfig, load_backbone_weights
-from pipeline.models.checkpoints import (
-    CheckpointHints,
-    HintError,
-    load_slot_model,
-    save_public_checkpoint,
-    save_slot_model,
-)
+from pipeline.models.checkpoints import load_slot_model, save_public_checkpoint, save_slot_model
+from pipeline.models.hints import CheckpointHints, HintError
 from pipeline.models.initialisation import start_as_soft_kmeans
+from pipeline.models.segmenter import VideoSegmenter
 from pipeline.models.slot_model import SlotModel, SlotModelConfig, SlotModelOutput
 
 __all__ = [
@@ -19,6 +15,7 @@ __all__ = [
     "SlotModel",
     "SlotModelConfig",
     "SlotModelOutput",
+    "VideoSegmenter",
     "load_backbone_weights",
     "load_slot_model",
     "save_public_checkpoint",

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models._timm import import_timm
-from pipeline.models.pixels import resized_grid
+from pipeline.models.files import check_finite, check_state_dict, read_state_dict
+from pipeline.models.pixels import Grid, resized_grid
 
-Grid = tuple[int, int]  # rows and columns of patches
 STRIDES = (8, 32)  # pixels between neighbours of a map: the least and the most
 
 
@@ -35,9 +33,10 @@ class BackboneConfig:
     """A model of timm's: by its name, or a `VisionTransformer` by its own keyword arguments.
 
     `name` is a timm model name (`"vit_small_patch14_dinov2"`), or None for a plain
-    `VisionTransformer(**arguments)`. `image_size` is the side of the square input in pixels. `stride`, pixels, chooses
-    one of the maps of a model that is no ViT; None is the deepest. `grid` is what the features are resampled to; None
-    is the backbone's own. `blocks` is how many of a ViT's blocks there are, from the first on; None is all.
+    `VisionTransformer(**arguments)`. `image_size` is the side of the square input in pixels, or its height where
+    `image_width` says another width. `stride`, pixels, chooses one of the maps of a model that is no ViT; None is the
+    deepest. `grid` is what the features are resampled to; None is the backbone's own. `blocks` is how many of a
+    ViT's blocks there are, from the first on; None is all.
     """
 
     name: str | None
@@ -46,6 +45,12 @@ class BackboneConfig:
     stride: int | None = None
     grid: Grid | None = None
     blocks: int | None = None
+    image_width: int | None = None
+
+    @property
+    def input_size(self) -> Grid:
+        """Height and width of the input, pixels."""
+        return self.image_size, self.image_width or self.image_size
 
     @property
     def label(self) -> str:
@@ -62,7 +67,7 @@ class BackboneConfig:
 
 
 class Backbone(nn.Module):
-    """Images `(M, 3, S, S)` -> features of a grid `(M, P, F)`; always frozen, always in eval mode.
+    """Images `(M, 3, H, W)` -> features of a grid `(M, P, F)`; always frozen, always in eval mode.
 
     Raises:
         ValueError: an unknown timm name, a model that gives no grid of features, a stride or blocks that it doesn't
@@ -130,6 +135,22 @@ class Backbone(nn.Module):
             )
         return features, self._resampled(seen[0][:, self.model.num_prefix_tokens :])
 
+    @torch.no_grad()
+    def features_of_tokens(self, images_MCHW: Tensor, tokens_MK: Tensor) -> Tensor:
+        """Features `(M, K, F)` of some of a ViT's patches, where the others are dropped before the first block."""
+        prefix = self.model.num_prefix_tokens
+
+        def drop(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            patches = inputs[0][:, prefix:]
+            kept = patches.gather(1, tokens_MK.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+            return torch.cat([inputs[0][:, :prefix], kept], 1)
+
+        hook = self.model.blocks[0].register_forward_pre_hook(drop)
+        try:
+            return self.model.forward_features(images_MCHW)[:, prefix:]
+        finally:
+            hook.remove()
+
     def _resampled(self, features_MPF: Tensor) -> Tensor:
         """Features of the own grid at the grid that was asked for, bilinearly."""
         if self.grid == self._own_grid:
@@ -150,17 +171,18 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _try_map(self) -> tuple[Grid, int]:
         """The grid and the channels of the map: models round sizes that their stride does not divide up or down."""
-        name, size = self.config.name, self.config.image_size
+        name, (height, width) = self.config.name, self.config.input_size
         try:
-            found = self._read_map(torch.zeros(1, 3, size, size))
+            found = self._read_map(torch.zeros(1, 3, height, width))
         except Exception as error:  # of whatever layer the size doesn't suit
+            size = f"{height}" if height == width else f"{height} x {width}"
             raise ValueError(f"backbone {name!r} can't take images of {size} pixels ({error})") from error
         return (found.shape[2], found.shape[3]), found.shape[1]
 
 
 def _create(config: BackboneConfig, *, pretrained: bool = False) -> Any:
     timm = import_timm()
-    size = {"img_size": config.image_size}
+    size = {"img_size": config.input_size}
     arguments = {**(config.arguments or {}), "num_classes": 0}
     if config.name is None:
         return _vision_transformer()(**{"global_pool": "", **arguments, **size})
@@ -207,16 +229,17 @@ def _use_tokens(model: Any, config: BackboneConfig) -> Grid:
         raise ValueError(
             f"stride {config.stride}: {config.label} is a ViT, whose stride is its patch size {patch}"
         )
-    if config.image_size % patch:
-        lower = config.image_size // patch * patch
-        raise ValueError(
-            f"image size {config.image_size} is not a multiple of the patch size {patch} of "
-            f"{config.label}; nearest: {lower} or {lower + patch}"
-        )
-    grid = config.image_size // patch
+    for side in config.input_size:
+        if side % patch:
+            lower = side // patch * patch
+            raise ValueError(
+                f"image size {side} is not a multiple of the patch size {patch} of {config.label}; "
+                f"nearest: {lower} or {lower + patch}"
+            )
+    rows, columns = (side // patch for side in config.input_size)
     # Interpolated position embeddings have been off by one at some sizes (timm#2111).
-    assert model.patch_embed.num_patches == grid**2, (model.patch_embed.num_patches, grid)
-    return grid, grid
+    assert model.patch_embed.num_patches == rows * columns, (model.patch_embed.num_patches, rows, columns)
+    return rows, columns
 
 
 def _use_map(model: Any, config: BackboneConfig) -> int:
@@ -242,64 +265,6 @@ def _use_map(model: Any, config: BackboneConfig) -> int:
     index = len(strides) - 1 - strides[::-1].index(stride)
     model.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
     return index
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` or a PyTorch file, without running any pickled code.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: neither format, or a pickle that holds more than tensors and plain values.
-    """
-    content = read_checkpoint_file(path)
-    state = content.get("state_dict", content.get("model", content))
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path}: no tensors found in the file")
-    return tensors
-
-
-def read_checkpoint_file(path: str | Path) -> dict[str, Any]:
-    """The whole content of a checkpoint file; errors as in `read_state_dict`.
-
-    PyTorch's own messages advise to turn its protection off, so they are not passed on.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        held = _pickled_objects(path, error)
-        if held:
-            raise ValueError(
-                f"{path}: refused, it is a pickle that holds more than tensors ({held}), and reading such a file "
-                "can run any code that its author put there. Ask for a file of the tensors alone; where you trust "
-                "the author: torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW_FILE)"
-            ) from error
-        kind = "safetensors" if path.suffix == ".safetensors" else "a PyTorch file"
-        raise ValueError(
-            f"{path}: can't be read as {kind}: cut off, damaged or something else ({type(error).__name__})"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
-
-
-def _pickled_objects(path: Path, error: Exception) -> str:
-    """What the unpickler refused, in words; empty where the file is no pickle at all."""
-    if not isinstance(error, pickle.UnpicklingError):
-        return ""
-    named = re.search(r"(?:GLOBAL|global:?|class|function)\s+`?([A-Za-z_][\w]*(?:\.\w+)+)", str(error))
-    if named:
-        return named[1]
-    with path.open("rb") as file:
-        # PyTorch's own files are zip archives, or pickles of an old protocol that it knows to read.
-        return "a plain pickle" if file.read(1) == b"\x80" else ""
 
 
 def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
@@ -357,29 +322,3 @@ def _unused_names(backbone: Backbone) -> tuple[str, ...]:
     with torch.device("meta"):
         whole = import_timm().create_model(config.name, pretrained=False, **(config.arguments or {}))
     return tuple(set(whole.state_dict()) - set(backbone.model.state_dict()))
-
-
-def check_state_dict(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Raises one ValueError that lists every missing, unexpected and wrongly shaped key."""
-    own = module.state_dict()
-    problems = [f"missing {k}" for k in own if k not in state]
-    problems += [f"unexpected {k}" for k in state if k not in own]
-    problems += [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{source}: the weights don't fit the model: {shown}")
-
-
-def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raises ValueError where tensors hold NaN or infinity, as a run leaves them that diverged; it names them."""
-    wrong = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if wrong:
-        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise ValueError(
-            f"{source}: {len(wrong)} of {len(state)} tensors are not finite ({shown}): the training that made them "
-            "diverged; take an earlier checkpoint, or train again with a lower learning rate"
-        )

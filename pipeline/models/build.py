@@ -22,8 +22,9 @@ from pipeline.models import (
     start_as_soft_kmeans,
 )
 from pipeline.models.checkpoints import CONFIG_FILE, MODEL_FILES
-from pipeline.models.exported import ONNX_FILE, Segmenter, is_exported, load_exported
+from pipeline.models.exported import ONNX_FILE, is_exported, load_exported
 from pipeline.models.initialisation import WithoutDraws
+from pipeline.models.segmenter import Segmenter, VideoSegmenter
 
 
 @contextlib.contextmanager
@@ -187,7 +188,7 @@ def checkpoint_hints(config: Config) -> CheckpointHints:
     return CheckpointHints(section.num_heads, section.num_slots, section.mean, section.std)
 
 
-def load_model(uri: str, hints: CheckpointHints) -> SlotModel:
+def load_model(uri: str, hints: CheckpointHints) -> VideoSegmenter:
     """`load_slot_model` for a local path, an `s3://` or an `hf://` one.
 
     Raises:
@@ -221,9 +222,15 @@ def load_teacher(config: Config, uri: str) -> SlotModel:
     """The config's teacher, which is at `uri`.
 
     Raises:
-        ConfigError: as in `load_model`, or the config says another number of slots than the checkpoint has.
+        ConfigError: as in `load_model`, a system that does not teach, or the config says another number of slots
+            than the checkpoint has.
     """
     model = load_model(uri, checkpoint_hints(config))
+    if not isinstance(model, SlotModel):
+        raise ConfigError(
+            f"teacher.checkpoint: {uri} is a {type(model).__name__}, whose slots are not distilled; nearest valid: "
+            "a SlotContrast, VideoSAUR or DINOSAUR file"
+        )
     said, found = config.teacher.num_slots, model.config.num_slots
     if config.teacher.checkpoint and said not in (None, found):
         raise ConfigError(

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from pipeline.models.decoders import untiled
-from pipeline.models.exported import ABOUT, PT2_ABOUT, Segmenter, load_exported
+from pipeline.models.exported import ABOUT, PT2_ABOUT, load_exported
 from pipeline.models.layers import slot_noise
+from pipeline.models.segmenter import Segmenter, VideoSegmenter
 from pipeline.models.slot_model import FIRST_FRAME_ITERATIONS, NEXT_FRAME_ITERATIONS, SlotModel
 from pipeline.models.streaming import INPUTS, OUTPUTS, StreamingStep
 
@@ -41,6 +42,19 @@ class Difference:
     slots: float
     masks: float
     labels_agree: float
+
+
+def exportable(model: Segmenter, name: str) -> SlotModel:
+    """The model itself, where it has a streaming step.
+
+    Raises:
+        ExportError: another system, or an exported model.
+    """
+    if isinstance(model, SlotModel):
+        return model
+    if isinstance(model, VideoSegmenter):
+        raise ExportError(f"{name} is a {type(model).__name__}, of which there is no exported form")
+    raise ExportError(f"{name} is an exported model already: give the one that it was made of")
 
 
 def describe(model: SlotModel, source: str) -> dict[str, Any]:
@@ -89,7 +103,7 @@ def describe(model: SlotModel, source: str) -> dict[str, Any]:
     }
 
 
-def hash_weights(model: SlotModel) -> str:
+def hash_weights(model: VideoSegmenter) -> str:
     """What tells the exported forms of one model from those of another of its architecture; SHA-256 of all numbers."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -108,7 +122,7 @@ def trace(model: SlotModel) -> torch.export.ExportedProgram:
     """
     step = StreamingStep(model).eval().cpu()
     state = torch.zeros(2, model.config.num_slots, model.config.slot_size)
-    example = (torch.zeros(2, model.image_size, model.image_size, 3), state, torch.tensor([True, False]))
+    example = (torch.zeros(2, *model.input_size, 3), state, torch.tensor([True, False]))
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     try:
         with torch.no_grad(), untiled(model), _quiet():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.models.layers import slot_noise
-from pipeline.models.pixels import label_maps, square_pixels
+from pipeline.models.pixels import input_pixels, label_maps
 from pipeline.models.slot_model import SlotModelConfig
 from pipeline.models.streaming import INPUTS
 
@@ -22,23 +22,6 @@ PT2_ABOUT = "slotmatch.json"  # and the extra file of a `.pt2` archive
 SUFFIXES = (".onnx", ".pt2")
 
 Step = Callable[[np.ndarray, Tensor, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
-
-
-class Segmenter(Protocol):
-    """What is scored and segments: a `SlotModel`, or an exported form of one."""
-
-    config: SlotModelConfig
-
-    def stream(
-        self,
-        chunks: Iterable[np.ndarray],
-        *,
-        noise_seed: int = 0,
-        rollout: str = "forward",
-        masks: str = "decoder",
-    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]: ...
-
-    def label_maps(self, masks_TNP: Tensor, size: tuple[int, int]) -> Tensor: ...
 
 
 class ExportedModel:
@@ -90,7 +73,7 @@ class ExportedModel:
 
     def _pixels(self, frames: np.ndarray) -> np.ndarray:
         """Frames `(t, h, w, 3)` uint8 as the step takes them, `(t, 1, S, S, 3)`."""
-        pixels = square_pixels(frames, self.config.backbone.image_size).mul_(255)
+        pixels = input_pixels(frames, self.config.backbone.input_size).mul_(255)
         return pixels.permute(0, 2, 3, 1).contiguous().unsqueeze(1).numpy()
 
     def label_maps(self, masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,16 +11,16 @@ from pipeline import storage
 from pipeline.storage.hub import push as upload
 
 if TYPE_CHECKING:
-    from pipeline.models.slot_model import SlotModel
+    from pipeline.models.segmenter import VideoSegmenter
 
 CARD_FILE = "README.md"
 
 
 class OnHub:
-    """What a `SlotModel` can do with the Hub."""
+    """What a `VideoSegmenter` can do with the Hub."""
 
     @staticmethod
-    def from_pretrained(name: str, *, revision: str | None = None) -> SlotModel:
+    def from_pretrained(name: str, *, revision: str | None = None) -> VideoSegmenter:
         """A model from the Hugging Face Hub, or from a local folder of that name; in eval mode, on the CPU.
 
         Downloaded once into the Hub's cache, which also serves without a network (`HF_HUB_OFFLINE=1`). Public
@@ -78,9 +78,9 @@ class OnHub:
             storage.UnavailableError: no network.
         """
         from pipeline.models.checkpoints import save_slot_model
-        from pipeline.models.slot_model import SlotModel
+        from pipeline.models.segmenter import VideoSegmenter
 
-        assert isinstance(self, SlotModel)
+        assert isinstance(self, VideoSegmenter)
         with tempfile.TemporaryDirectory() as scratch:
             save_slot_model(self, scratch)
             if card is not None:

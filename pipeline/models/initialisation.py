@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.models.backbone import Grid
 from pipeline.models.layers import TransformerBlock
+from pipeline.models.pixels import Grid
 from pipeline.models.slot_model import SlotModel
 
 

@@ -4,13 +4,12 @@ One architecture in three forms: SlotContrast (Manasyan et al. 2025), whose desi
 SlotMatch's students share; VideoSAUR (Zadaianchuk et al. 2023) with drawn initial slots and a slot
 mixer; and the image model DINOSAUR (Seitzer et al. 2023), without a predictor.
 
-Shapes: B clips, T frames, N slots, P patches, F backbone feature size, d slot size, S image side.
+Shapes: B clips, T frames, N slots, P patches, F backbone feature size, d slot size, H x W the input.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,14 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.backbone import Backbone, BackboneConfig, Grid
+from pipeline.models.backbone import Backbone, BackboneConfig
 from pipeline.models.decoders import Decoder, MLPDecoder, SlotMixerDecoder
-from pipeline.models.hub import OnHub
 from pipeline.models.layers import MLP, LearnedSlots, RandomSlots, SlotAttention, Transformer, slot_noise
-from pipeline.models.pixels import label_maps, send, square_pixels
+from pipeline.models.pixels import IMAGENET_MEAN, IMAGENET_STD, Grid, send
+from pipeline.models.segmenter import VideoSegmenter
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 FIRST_FRAME_ITERATIONS = 3
 NEXT_FRAME_ITERATIONS = 2
 
@@ -62,7 +59,7 @@ class SlotModelConfig:
         values = asdict(self)
         if self.feature_scale == 1:
             del values["feature_scale"]
-        for key in ("stride", "grid", "blocks"):
+        for key in ("stride", "grid", "blocks", "image_width"):
             if values["backbone"][key] is None:
                 del values["backbone"][key]
         return values
@@ -70,18 +67,12 @@ class SlotModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SlotModelConfig:
         """The inverse of `to_dict`, also after a round trip through JSON; what is absent is the default."""
-        backbone = BackboneConfig(**_with_tuples(values["backbone"]))
-        return cls(**{**_with_tuples(values), "backbone": backbone})
+        backbone = BackboneConfig(**with_tuples(values["backbone"]))
+        return cls(**{**with_tuples(values), "backbone": backbone})
 
 
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
-@functools.cache
-def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A number for each channel of pictures; made once a device, as making it waits for the device."""
-    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
@@ -130,7 +121,7 @@ class Processor(nn.Module):
         self.predictor = Transformer(config.slot_size, num_blocks=1) if config.predictor else None
 
 
-class SlotModel(OnHub, nn.Module):
+class SlotModel(VideoSegmenter):
     """An object-centric video model; module names are those of the public checkpoints.
 
     The backbone is frozen, everything else trains.
@@ -168,13 +159,13 @@ class SlotModel(OnHub, nn.Module):
         return self.config.backbone.image_size
 
     @property
+    def input_size(self) -> Grid:
+        return self.config.backbone.input_size
+
+    @property
     def grid(self) -> Grid:
         """Rows and columns of patches; P is their product."""
         return self.encoder.backbone.grid
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.pos_emb.device
 
     @property
     def reconstructs(self) -> bool:
@@ -185,24 +176,7 @@ class SlotModel(OnHub, nn.Module):
     def predicts_similarity(self) -> bool:
         return "similarity" in self.config.decoder_outputs
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def num_parameters(self) -> int:
-        """All parameters, the frozen backbone's included (the paper's Table 2)."""
-        return sum(p.numel() for p in self.parameters())
-
     # --- from pixels to slots ---------------------------------------------------------------
-
-    def prepare(self, clips: Sequence[np.ndarray | Tensor]) -> Tensor:
-        """B clips of uint8 frames `(T, h, w, 3)`, sizes may differ -> normalised `(B, T, 3, S, S)`.
-
-        Every clip is resized to the model's own square input (bicubic, anti-aliased, clamped to
-        [0, 1]) and normalised with the model's own mean and standard deviation.
-        """
-        mean, std = (_channels(values, self.device) for values in (self.config.mean, self.config.std))
-        videos = [(square_pixels(frames, self.image_size, self.device) - mean) / std for frames in clips]
-        return torch.stack(videos)
 
     def backbone_features(self, video_BTCHW: Tensor) -> Tensor:
         """Frozen features `(B, T, P, F)` of a normalised video, as the backbone gives them."""
@@ -293,7 +267,7 @@ class SlotModel(OnHub, nn.Module):
         rollout: str = "forward",
         backbone_features: Tensor | None = None,
     ) -> SlotModelOutput:
-        """Runs a normalised float video `(B, T, 3, S, S)`, or features computed before, as the backbone gives them.
+        """Runs a normalised float video `(B, T, 3, H, W)`, or features computed before, as the backbone gives them.
 
         Raises:
             ValueError: neither or both of video and features, or a video of another size.
@@ -302,7 +276,7 @@ class SlotModel(OnHub, nn.Module):
             raise ValueError("pass a video or its backbone_features, and not both")
         if backbone_features is None:
             assert video is not None
-            expected = (3, self.image_size, self.image_size)
+            expected = (3, *self.input_size)
             if video.ndim != 5 or tuple(video.shape[2:]) != expected:
                 raise ValueError(f"video has shape {tuple(video.shape)}, expected (B, T, {expected})")
             backbone_features = self.backbone_features(video)
@@ -375,7 +349,3 @@ class SlotModel(OnHub, nn.Module):
         yield from zip(
             frames, torch.cat(slots).split(lengths), torch.cat(attention).split(lengths), strict=True
         )
-
-    def label_maps(self, masks_TNP: Tensor, size: tuple[int, int]) -> Tensor:
-        """Slot index of every pixel, `(T, *size)` uint8: bilinear resize, then argmax over slots."""
-        return label_maps(masks_TNP, self.grid, size)

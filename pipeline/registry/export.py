@@ -19,9 +19,18 @@ from pipeline.evaluate.subjects import Subject, named_model
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import CheckpointHints, SlotModel
-from pipeline.models.export import ExportError, check, describe, difference, trace, write_onnx, write_pt2
-from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
+from pipeline.models.export import (
+    check,
+    describe,
+    difference,
+    exportable,
+    trace,
+    write_onnx,
+    write_pt2,
+)
+from pipeline.models.exported import ONNX_FILE, load_exported
 from pipeline.models.precisions import write_half, write_int8
+from pipeline.models.segmenter import Segmenter
 from pipeline.registry.pack import frames_of
 from pipeline.registry.web import write_page
 from pipeline.segment.stage import video_reference
@@ -59,8 +68,7 @@ def export(
         FileNotFoundError, BadVideo: the video is not there, or can't be decoded.
         ValueError: the runtime is not there.
     """
-    if not isinstance(model, SlotModel):
-        raise ExportError(f"{name} is an exported model already: give the one that it was made of")
+    model = exportable(model, name)
     target = storage.absolute(folder)
     with tempfile.TemporaryDirectory() as scratch:
         chunks = list(frames_of(video_reference(video) if video else None))

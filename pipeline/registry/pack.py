@@ -21,7 +21,7 @@ from pipeline.clips.sources.synthetic import SyntheticSettings, video_file, writ
 from pipeline.log import log
 from pipeline.models import load_slot_model
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.models.export import ExportError, check, describe, trace, write_onnx
+from pipeline.models.export import ExportError, check, describe, exportable, trace, write_onnx
 from pipeline.models.exported import ONNX_FILE
 
 CHECK_FRAMES = 30  # of a video, that an exported form is held against the model on
@@ -67,7 +67,7 @@ def model_arguments(model: Path, source: str, scratch: Path) -> dict[str, Any]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(model / name, folder / name)
     try:
-        slot_model = load_slot_model(model)
+        slot_model = exportable(load_slot_model(model), source)
         write_onnx(trace(slot_model), folder / ONNX_FILE, describe(slot_model, source))
         check(slot_model, folder / ONNX_FILE, list(frames_of()))
     except ExportError as error:

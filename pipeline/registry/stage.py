@@ -24,9 +24,9 @@ from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import finished_student, student_subject
 from pipeline.log import log
-from pipeline.models.backbone import check_finite, read_state_dict
 from pipeline.models.checkpoints import WEIGHTS_FILE
 from pipeline.models.exported import ONNX_FILE
+from pipeline.models.files import check_finite, read_state_dict
 from pipeline.models.hub import CARD_FILE
 from pipeline.registry.card import EXPORTED_TAG, describe_model, hub_card
 from pipeline.registry.example import input_example

@@ -16,7 +16,7 @@ from pipeline.log import log
 from pipeline.models import CheckpointHints, SlotModelConfig
 from pipeline.models.build import load_model
 from pipeline.models.checkpoints import CONFIG_FILE
-from pipeline.models.export import hash_weights
+from pipeline.models.export import exportable, hash_weights
 from pipeline.models.exported import is_exported
 from pipeline.registry.export import ABOUT_FILE
 from pipeline.report.deployed import FORMS, OWN, Deployed
@@ -91,7 +91,7 @@ def _config(record: Record) -> SlotModelConfig | None:
     try:
         if storage.exists(own):
             return SlotModelConfig.from_dict(storage.read_json(own))
-        return load_model(record.model_uri, record.hints).config
+        return exportable(load_model(record.model_uri, record.hints), record.name).config
     except (KeyError, TypeError, ValueError, OSError) as error:
         log(f"report: {record.name} is not in the table of deployed models: {error}")
         return None

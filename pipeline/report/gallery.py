@@ -16,7 +16,7 @@ from pipeline.config.protocols import PRESETS, Protocol
 from pipeline.evaluate.records import METHODS
 from pipeline.evaluate.scoring import model_predictor, recorded_protocol, samples, view_of
 from pipeline.models.build import open_model
-from pipeline.models.exported import Segmenter
+from pipeline.models.segmenter import Segmenter
 from pipeline.report.select import NothingToShow, Selection
 from pipeline.segment.figures import Panel
 

@@ -94,6 +94,9 @@ def model_speeds(records: Sequence[Record], runs: int) -> dict[str, tuple[float,
         except (ValueError, OSError) as error:  # it was deleted or damaged; the report has more to show
             log(f"report: no speed of {record.name}: {error}")
             continue
+        if not isinstance(model, SlotModel):
+            log(f"report: no speed of {record.name}: a {type(model).__name__} is not timed")
+            continue
         kinds[record.model_uri] = repr(model.config)
         models.setdefault(repr(model.config), model.to(device))
     seconds = measure_latencies(list(models.values()), frames_per_run(device), runs)

@@ -130,11 +130,13 @@ def _opened_pytorch(form: Form) -> tuple[Callable[[int], Step], str]:
 
 def _own_step(form: Form) -> Any:
     """The step of a model as it was saved."""
-    from pipeline.models import CheckpointHints, load_slot_model
+    from pipeline.models import CheckpointHints, SlotModel, load_slot_model
     from pipeline.models.streaming import StreamingStep
 
     hints = CheckpointHints.from_dict(dict(form.hints))
-    return StreamingStep(load_slot_model(form.path, **hints.to_dict())).eval()
+    model = load_slot_model(form.path, **hints.to_dict())
+    assert isinstance(model, SlotModel)  # others are not deployed
+    return StreamingStep(model).eval()
 
 
 def _peak_mib() -> float:

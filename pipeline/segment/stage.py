@@ -20,7 +20,7 @@ from pipeline.clips.sources import BadVideo, Frame, VideoRef, read_video
 from pipeline.clips.sources.container import outline
 from pipeline.clips.sources.videos import is_folder
 from pipeline.log import Progress, log, printable
-from pipeline.models.exported import Segmenter
+from pipeline.models.segmenter import Segmenter
 from pipeline.segment.figures import overlay, slot_colours
 from pipeline.segment.video_writer import VideoWriter
 

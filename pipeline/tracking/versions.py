@@ -15,7 +15,8 @@ from pipeline.artifacts.once import is_whole
 from pipeline.models import CheckpointHints, load_slot_model
 from pipeline.models.build import exported_file
 from pipeline.models.checkpoints import CONFIG_FILE, MODEL_FILES, WEIGHTS_FILE
-from pipeline.models.exported import ONNX_FILE, Segmenter, load_exported
+from pipeline.models.exported import ONNX_FILE, load_exported
+from pipeline.models.segmenter import Segmenter
 from pipeline.tracking.client import client_of, patiently, slow_transfers
 from pipeline.tracking.moved import check_source
 
