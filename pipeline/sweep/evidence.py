@@ -26,7 +26,13 @@ from pipeline.compute import one_ray
 from pipeline.config import Config, with_overrides
 from pipeline.evaluate.scoring import SCORES, TITLES
 from pipeline.evaluate.stage import score_subjects
-from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
+from pipeline.evaluate.subjects import (
+    Subject,
+    baseline_subjects,
+    feature_subjects,
+    student_subject,
+    teacher_subject,
+)
 from pipeline.evaluate.table import (
     DASH,
     Cell,
@@ -113,10 +119,14 @@ def _score(config: Config, manifest: SweepManifest) -> tuple[list[Result], dict[
     baselines = baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
     titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
     students = {title: student_subject(run) for run, title in titles.items()}
+    teacher = {TEACHER: teacher_subject(config, teacher_uri)}
+    if config.evaluate.feature_kmeans:
+        of_settings: dict[str, Subject] = {}
+        for trial in finished:
+            of_settings.setdefault(trial.setting, students[titles[trial.run]])
+        baselines |= feature_subjects(teacher | of_settings)
     clips = open_clips(test.evaluation_clips)
-    found = score_subjects(
-        test, clips, {**baselines, TEACHER: teacher_subject(config, teacher_uri), **students}
-    )
+    found = score_subjects(test, clips, {**baselines, **teacher, **students})
     results = []
     for name, values in {trial.setting: trial.values for trial in manifest.trials}.items():
         scores = {trial.seed: found[titles[trial.run]].scores for trial in finished if trial.setting == name}
