@@ -240,7 +240,8 @@ def _closing(config: Config, evaluations: dict[str, Evaluation], shown: _Shown) 
         first = next(iter(evaluations.values()))
         which = first.protocol.fingerprint
         print(f"\nScores in percent on {first.videos} held-out videos (evaluation {which}):")
-        print(plain_text(score_table([(name, e.scores) for name, e in evaluations.items()])))
+        rows = [(name, e.scores) for name, e in evaluations.items()]
+        print(plain_text(score_table(rows, first.protocol.warnings)))
     champion = shown.champion
     print(
         f"""

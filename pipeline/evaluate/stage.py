@@ -25,6 +25,7 @@ from pipeline.compute import best_device, map_tasks, one_ray
 from pipeline.config import Config
 from pipeline.config.protocols import Protocol, choose_protocol
 from pipeline.evaluate.baselines import BASELINES, Predictor, feature_kmeans
+from pipeline.evaluate.degenerate import score_warnings
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
 from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_table, score_videos
 from pipeline.evaluate.subjects import Subject, named_model, own_models, trivial_subjects
@@ -55,8 +56,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     baselines = trivial_subjects(config, slots, models)
     clips = open_clips(artifacts.evaluation_clips)
     results = score_subjects(artifacts, clips, {**baselines, **models})
-    print(plain_text(score_table([(n, r.scores) for n, r in results.items()])))
     protocol = results[name].protocol
+    print(plain_text(score_table([(n, r.scores) for n, r in results.items()], protocol.warnings)))
     print(f"protocol {protocol.name}: {protocol.in_words}")
     return results[name].summary()
 
@@ -77,6 +78,9 @@ def score_subjects(
             f"{clips.uri} has no masks to score against (dataset.kind = {config.dataset.kind}, "
             f"dataset.masks = {config.dataset.masks!r})"
         )
+    warnings = score_warnings(clips, choose_protocol(config.evaluate))
+    for warning in warnings:
+        log(f"evaluate: WARNING, {warning}")
     uris = {name: artifacts.scores_of(s.identity(), clips.uri).uri for name, s in subjects.items()}
     inputs = [clips.uri, *(subject.model_uri for subject in subjects.values())]
     with all_once(uris.values(), "evaluate", files=lambda uri: [VIDEOS_FILE], inputs=inputs) as left:
@@ -84,14 +88,16 @@ def score_subjects(
         missing = {uri: name for name, uri in uris.items() if uri in left}
         work = _Scoring(config, clips, [(subjects[name], uri) for uri, name in missing.items()])
         work.run()
+        rules = artifacts.rules_on(clips.uri).model_copy(update={"warnings": warnings})
         for uri, name in missing.items():
-            work.publish(name, subjects[name], uri, artifacts.rules_on(clips.uri))
+            work.publish(name, subjects[name], uri, rules)
     if not left:
         log("evaluate: all scores found, reusing them")
     results = {}
     for name, uri in uris.items():
         manifest = EvaluationManifest.read(uri)
-        results[name] = Evaluation(uri, manifest.scores, manifest.protocol, manifest.videos)
+        rules = manifest.protocol.model_copy(update={"warnings": warnings})  # earlier versions did not warn
+        results[name] = Evaluation(uri, manifest.scores, rules, manifest.videos)
     record_evaluations(config, clips.uri, {n: s.record() for n, s in subjects.items()}, results)
     return results
 
