@@ -23,7 +23,7 @@ from pipeline.distill.stage import distill, run_files, train_teacher
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES, score_table
 from pipeline.evaluate.stage import score_subjects
-from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
+from pipeline.evaluate.subjects import student_subject, teacher_subject, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import load_slot_model
@@ -184,10 +184,9 @@ def _evaluate(artifacts: Artifacts, teacher_uri: str, runs: dict[str, str]) -> d
     clips = open_clips(artifacts.evaluation_clips)
     _title(5, f"score them on {clips.manifest.videos} videos that nobody trained on")
     slots = load_teacher(config, teacher_uri).config.num_slots
-    subjects = baseline_subjects(slots) if config.evaluate.baselines else {}
-    subjects |= {"teacher": teacher_subject(config, teacher_uri)}
-    subjects |= {name: student_subject(uri) for name, uri in runs.items()}
-    return score_subjects(artifacts, clips, subjects)
+    models = {"teacher": teacher_subject(config, teacher_uri)}
+    models |= {name: student_subject(uri) for name, uri in runs.items()}
+    return score_subjects(artifacts, clips, trivial_subjects(config, slots, models) | models)
 
 
 @dataclass(frozen=True)
@@ -242,7 +241,8 @@ def _closing(config: Config, evaluations: dict[str, Evaluation], shown: _Shown) 
         first = next(iter(evaluations.values()))
         which = first.protocol.fingerprint
         print(f"\nScores in percent on {first.videos} held-out videos (evaluation {which}):")
-        print(plain_text(score_table([(name, e.scores) for name, e in evaluations.items()])))
+        rows = [(name, e.scores) for name, e in evaluations.items()]
+        print(plain_text(score_table(rows, first.protocol.warnings)))
     champion = shown.champion
     print(
         f"""

@@ -344,6 +344,11 @@ def baseline_subject(name: str, num_slots: int) -> dict[str, Any]:
     return {"model": None, "baseline": name, "slots": num_slots}
 
 
+def feature_subject(name: str, num_slots: int, features: Mapping[str, Any]) -> dict[str, Any]:
+    """How an evaluation knows a trivial baseline on a backbone's features, which `features` decides."""
+    return {**baseline_subject(name, num_slots), "features": dict(features)}
+
+
 def backbone_identity(section: Model) -> dict[str, Any]:
     """What decides the features of a backbone, which are cached before they are scaled."""
     weights = section.backbone_weights

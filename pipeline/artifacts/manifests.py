@@ -169,6 +169,9 @@ class Rules(Part):
     clips: str = ""  # the clip set's fingerprint
     videos: int = 0
     video_ids: str = ""  # a fingerprint of them
+    warnings: tuple[
+        str, ...
+    ] = ()  # which of its scores say nothing on these videos, and why; decides nothing
 
 
 class EvaluationManifest(Manifest):

@@ -198,6 +198,8 @@ class Evaluate(Section):
     """score the teacher as well"""
     baselines: bool = True
     """and trivial segmentations"""
+    feature_kmeans: bool = False
+    """and k-means on the frozen features of teacher and student, the baseline that is hardest to beat"""
     validation_videos: PositiveInt = 8
     """that validate_every of a training looks at"""
 

@@ -56,8 +56,9 @@ class Evaluation:
         return {
             "uri": self.uri,
             "scores": self.scores,
-            "protocol": self.protocol.model_dump(mode="json"),
+            "protocol": self.protocol.model_dump(mode="json", exclude={"warnings"}),
             "videos": self.videos,
+            "warnings": list(self.protocol.warnings),
         }
 
 

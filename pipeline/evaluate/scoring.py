@@ -74,15 +74,15 @@ def mean_scores(scores: list[VideoScore]) -> dict[str, float]:
     return result
 
 
-def score_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
-    """Scores of `mean_scores` in percent and the slots in use, one row a model, for the terminal."""
+def score_table(rows: Sequence[tuple[str, Mapping[str, float]]], warnings: Sequence[str] = ()) -> Table:
+    """Scores of `mean_scores` in percent and the slots in use, one row a model, for the terminal; warnings below."""
     titles = [*(TITLES[score] for score in SCORES), "slots in use"]
     lines = []
     for name, scores in rows:
         numbers = [*(100 * scores[score] for score in SCORES), scores["slots_in_use"]]
         lines.append(Row((Cell(name), *cells(*map(one_decimal, numbers)))))
     columns = (Column("", numeric=False), *(Column(title, width=12) for title in titles))
-    return Table("", "Scores", "", columns, tuple(lines))
+    return Table("", "Scores", "", columns, tuple(lines), tuple(warnings))
 
 
 def model_predictor(model: Segmenter, video_id: str, protocol: Protocol) -> Predictor:

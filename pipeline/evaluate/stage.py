@@ -24,12 +24,14 @@ from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.compute import best_device, map_tasks, one_ray
 from pipeline.config import Config
 from pipeline.config.protocols import Protocol, choose_protocol
-from pipeline.evaluate.baselines import BASELINES, Predictor
+from pipeline.evaluate.baselines import BASELINES, Predictor, feature_kmeans
+from pipeline.evaluate.degenerate import score_warnings
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
 from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_table, score_videos
-from pipeline.evaluate.subjects import Subject, baseline_subjects, named_model, own_models
+from pipeline.evaluate.subjects import Subject, named_model, own_models, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
+from pipeline.models import CheckpointHints, SlotModel
 from pipeline.models.build import open_model
 from pipeline.models.segmenter import Segmenter
 
@@ -51,11 +53,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     assert subject.model_uri is not None
     # Also without baselines: a file of which the config says too little is refused before Ray starts.
     slots = open_model(subject.model_uri, subject.hints, best_device()).config.num_slots
-    baselines = baseline_subjects(slots) if config.evaluate.baselines else {}
+    baselines = trivial_subjects(config, slots, models)
     clips = open_clips(artifacts.evaluation_clips)
     results = score_subjects(artifacts, clips, {**baselines, **models})
-    print(plain_text(score_table([(n, r.scores) for n, r in results.items()])))
     protocol = results[name].protocol
+    print(plain_text(score_table([(n, r.scores) for n, r in results.items()], protocol.warnings)))
     print(f"protocol {protocol.name}: {protocol.in_words}")
     return results[name].summary()
 
@@ -76,6 +78,9 @@ def score_subjects(
             f"{clips.uri} has no masks to score against (dataset.kind = {config.dataset.kind}, "
             f"dataset.masks = {config.dataset.masks!r})"
         )
+    warnings = score_warnings(clips, choose_protocol(config.evaluate))
+    for warning in warnings:
+        log(f"evaluate: WARNING, {warning}")
     uris = {name: artifacts.scores_of(s.identity(), clips.uri).uri for name, s in subjects.items()}
     inputs = [clips.uri, *(subject.model_uri for subject in subjects.values())]
     with all_once(uris.values(), "evaluate", files=lambda uri: [VIDEOS_FILE], inputs=inputs) as left:
@@ -83,20 +88,25 @@ def score_subjects(
         missing = {uri: name for name, uri in uris.items() if uri in left}
         work = _Scoring(config, clips, [(subjects[name], uri) for uri, name in missing.items()])
         work.run()
+        rules = artifacts.rules_on(clips.uri).model_copy(update={"warnings": warnings})
         for uri, name in missing.items():
-            work.publish(name, uri, artifacts.rules_on(clips.uri))
+            work.publish(name, subjects[name], uri, rules)
     if not left:
         log("evaluate: all scores found, reusing them")
     results = {}
     for name, uri in uris.items():
         manifest = EvaluationManifest.read(uri)
-        results[name] = Evaluation(uri, manifest.scores, manifest.protocol, manifest.videos)
+        rules = manifest.protocol.model_copy(update={"warnings": warnings})  # earlier versions did not warn
+        results[name] = Evaluation(uri, manifest.scores, rules, manifest.videos)
     record_evaluations(config, clips.uri, {n: s.record() for n, s in subjects.items()}, results)
     return results
 
 
 class ScoreTask:
-    """A task for actors (see `map_tasks`): scores a shard's videos with one model, and keeps the models."""
+    """A task for actors (see `map_tasks`): scores a shard's videos with a model or k-means on its features.
+
+    It keeps the models.
+    """
 
     def __init__(self, clips_uri: str, work: Sequence[tuple[Subject, str]], protocol: Protocol) -> None:
         self.clips = ClipSet(clips_uri)
@@ -104,22 +114,26 @@ class ScoreTask:
         self.work = work
         self.protocol = protocol
         self.device = best_device()
-        self.models: dict[int, Segmenter] = {}
+        self.models: dict[tuple[str, CheckpointHints], Segmenter] = {}
 
-    def _model(self, index: int) -> Segmenter:
-        if index not in self.models:
-            subject = self.work[index][0]
-            assert subject.model_uri is not None
-            self.models[index] = open_model(subject.model_uri, subject.hints, self.device)
-        return self.models[index]
+    def _model(self, subject: Subject) -> Segmenter:
+        assert subject.model_uri is not None
+        key = (subject.model_uri, subject.hints)
+        if key not in self.models:
+            self.models[key] = open_model(*key, self.device)
+        return self.models[key]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        index, videos = row["subject"], self.by_shard[row["shard"]]
+        (subject, uri), videos = self.work[row["subject"]], self.by_shard[row["shard"]]
 
         def predictor(video: VideoEntry) -> Predictor:
-            return model_predictor(self._model(index), video.video_id, self.protocol)
+            model = self._model(subject)
+            if subject.baseline is None:
+                return model_predictor(model, video.video_id, self.protocol)
+            assert isinstance(model, SlotModel)  # see `feature_subjects`
+            return feature_kmeans(model, subject.num_slots)
 
-        _score_shard(self.clips, videos, predictor, self.protocol, _rows_uri(self.work[index][1], row))
+        _score_shard(self.clips, videos, predictor, self.protocol, _rows_uri(uri, row))
         return {"videos": len(videos)}
 
 
@@ -175,7 +189,7 @@ class _Scoring:
         rows: dict[Any, list[dict[str, Any]]] = {ScoreTask: [], score_baseline: []}
         for index, (subject, uri) in enumerate(self.work):
             written = set(storage.list_names(storage.join(uri, ROWS_FOLDER)))
-            task = ScoreTask if subject.baseline is None else score_baseline
+            task = score_baseline if subject.model_uri is None else ScoreTask
             rows[task] += [{"subject": index, "shard": shard} for shard in by_shard if shard not in written]
             done += sum(len(videos) for shard, videos in by_shard.items() if shard in written)
         total = len(self.work) * sum(map(len, by_shard.values()))
@@ -186,7 +200,7 @@ class _Scoring:
                 for row in map_tasks(self.config, task, own, arguments=arguments):
                     progress.advance(row["videos"])
 
-    def publish(self, name: str, uri: str, rules: Rules) -> None:
+    def publish(self, name: str, subject: Subject, uri: str, rules: Rules) -> None:
         rows = storage.join(uri, ROWS_FOLDER)
         shards = _annotated_videos(self.clips)
         scores = [score for shard in shards for score in _read_rows(storage.join(rows, shard))]
@@ -195,7 +209,7 @@ class _Scoring:
             means = mean_scores(scores)
         except ValueError as error:
             raise ValueError(f"{self.clips.uri} can't be scored under {rules.in_words}: {error}") from error
-        if means["slots_in_use"] < 2 and name not in BASELINES:
+        if means["slots_in_use"] < 2 and subject.baseline is None:
             used = means["slots_in_use"]
             log(f"evaluate: WARNING, {name} uses {used:.1f} slots on average: its slots have collapsed")
         _write_rows(storage.join(uri, VIDEOS_FILE), scores)

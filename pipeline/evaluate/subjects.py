@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts.identity import Artifacts, baseline_subject, model_files, model_subject
+from pipeline.artifacts.identity import (
+    Artifacts,
+    baseline_subject,
+    feature_subject,
+    model_files,
+    model_subject,
+)
 from pipeline.artifacts.manifests import MODEL_FOLDER, RunManifest
 from pipeline.artifacts.once import missing_files
 from pipeline.clips.library import require_clips
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate.baselines import BASELINES
-from pipeline.models import CheckpointHints
-from pipeline.models.build import checkpoint_hints, exported_file
+from pipeline.log import log
+from pipeline.models import CheckpointHints, SlotModel
+from pipeline.models.build import checkpoint_hints, exported_file, load_model
+from pipeline.models.export import hash_weights
 from pipeline.tracking.versions import fetch_model
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored: a model, or one of the trivial baselines with as many slots."""
+    """What is scored: a model, or one of the trivial baselines with as many slots.
+
+    A baseline that has a model too is k-means on that model's features, which `features` decides.
+    """
 
     model_uri: str | None = None
     hints: CheckpointHints = field(default_factory=CheckpointHints)  # what a public file does not tell
     baseline: str | None = None
     num_slots: int = 1  # of the baseline
     tags: dict[str, str] = field(default_factory=dict)  # how it came about, for its record
+    features: Mapping[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
+        if self.features is not None:
+            return feature_subject(self.baseline or "", self.num_slots, self.features)
         if self.model_uri is None:
             return baseline_subject(self.baseline or "", self.num_slots)
         return model_subject(self.model_uri, self.hints)
@@ -36,7 +51,9 @@ class Subject:
     def record(self) -> dict[str, str]:
         """Its tags in MLflow."""
         if self.baseline is not None:
-            name = self.baseline if self.num_slots == 1 else f"{self.baseline} (N = {self.num_slots})"
+            of = [] if self.num_slots == 1 else [f"N = {self.num_slots}"]
+            of += [f"{self.features['backbone']['image_size']} px"] if self.features else []
+            name = f"{self.baseline} ({', '.join(of)})" if of else self.baseline
             return {"method": "baseline", "name": name}
         loading = {"model_uri": str(self.model_uri), "hints": json.dumps(self.hints.to_dict())}
         return {"method": "other", **self.tags, **loading}
@@ -87,6 +104,54 @@ def baseline_subjects(num_slots: int) -> dict[str, Subject]:
     return {
         name: Subject(baseline=name, num_slots=1 if name == "one slot" else num_slots) for name in BASELINES
     }
+
+
+def trivial_subjects(config: Config, num_slots: int, models: Mapping[str, Subject]) -> dict[str, Subject]:
+    """The trivial segmentations that a config asks for, to stand beside models with so many slots."""
+    chosen = baseline_subjects(num_slots) if config.evaluate.baselines else {}
+    return chosen | (feature_subjects(models) if config.evaluate.feature_kmeans else {})
+
+
+def feature_subjects(models: Mapping[str, Subject]) -> dict[str, Subject]:
+    """k-means on the features of each model, with as many clusters as it has slots.
+
+    Of models that share features one of a kind: the seeds of a student make one row.
+    """
+    found: dict[str, Subject] = {}
+    for name, subject in models.items():
+        assert subject.model_uri is not None
+        if exported_file(subject.model_uri) is not None:
+            log(f"evaluate: no k-means on the features of {name}, as an exported file does not give them")
+            continue
+        model = load_model(subject.model_uri, subject.hints)
+        if not isinstance(model, SlotModel):
+            log(
+                f"evaluate: no k-means on the features of {name}, which is a {type(model).__name__} and no slot model over frozen features"
+            )
+            continue
+        method = subject.tags.get("method", "other")
+        whose = {"teacher": "teacher", "other": "model"}.get(method, "student")
+        title = baseline = f"k-means on the {whose}'s features"
+        new = Subject(
+            subject.model_uri,
+            subject.hints,
+            baseline,
+            model.config.num_slots,
+            features=_features_of(model),
+        )
+        if any(other.identity() == new.identity() for other in found.values()):
+            continue
+        if title in found:
+            title = f"{baseline} ({name})"
+        found[title] = new
+    return found
+
+
+def _features_of(model: SlotModel) -> dict[str, Any]:
+    """What decides a model's features: its backbone, whatever it was trained for, and what that sees."""
+    config = model.config.to_dict()
+    design = {key: config[key] for key in ("backbone", "mean", "std")}
+    return {**design, "weights": hash_weights(model.encoder.backbone)}
 
 
 def own_models(artifacts: Artifacts) -> dict[str, Subject]:

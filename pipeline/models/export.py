@@ -103,8 +103,8 @@ def describe(model: SlotModel, source: str) -> dict[str, Any]:
     }
 
 
-def hash_weights(model: VideoSegmenter) -> str:
-    """What tells the exported forms of one model from those of another of its architecture; SHA-256 of all numbers."""
+def hash_weights(model: torch.nn.Module) -> str:
+    """What tells one model from another of its architecture, or their exported forms; SHA-256 of all numbers."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(name.encode())

@@ -67,7 +67,9 @@ def gather(
     """
     uri = evaluation.uri if evaluation else known_uri
     scored = _read(EvaluationManifest, uri)
-    if scored is None and evaluation is not None:
+    if scored is not None and evaluation is not None:  # which says more than a folder of an earlier version
+        scored = scored.model_copy(update={"protocol": evaluation.protocol})
+    elif evaluation is not None:
         scored = EvaluationManifest(
             scores=evaluation.scores, protocol=evaluation.protocol, videos=evaluation.videos
         )
@@ -233,6 +235,7 @@ def _score_table(facts: Facts) -> str:
         f"In percent, on {plural(facts.evaluation.videos, 'video')} that it did not train on ({where}evaluation "
         f"`{rules.fingerprint}`). Protocol {_inline(rules.name)}{f': {rules.in_words}' if rules.in_words else ''}."
     )
+    note = " ".join([note, *rules.warnings])
     if len(rows) == 1:
         note += " No trivial baseline was scored beside it."
     return "\n".join(["## Scores", "", *lines, "", note])

@@ -123,4 +123,5 @@ def _score(
     results = score_subjects(artifacts, clips, subjects)
     for file, form in forms.items():
         form["scores"] = {score: results[file].scores[score] for score in SCORES}
-    print(plain_text(score_table([(file, result.scores) for file, result in results.items()])))
+    rows = [(file, result.scores) for file, result in results.items()]
+    print(plain_text(score_table(rows, results["PyTorch"].protocol.warnings)))

@@ -163,6 +163,7 @@ def protocol_note(record: Record, sign: str = "") -> str:
     rules = record.protocol
     text = f"protocol {rules.name}" + (f" ({rules.in_words})" if rules.in_words else "")
     text += f"; {plural(record.videos, 'video')}; clips {storage.name(record.clips_uri)}."
+    text = " ".join([text, *rules.warnings])
     if sign:
         return f"{sign} Not comparable with the rows without this mark: {text}"
     return text[0].upper() + text[1:]

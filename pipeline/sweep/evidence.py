@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,16 @@ from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.stage import shard_split
 from pipeline.compute import one_ray
 from pipeline.config import Config, with_overrides
+from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES, TITLES
 from pipeline.evaluate.stage import score_subjects
-from pipeline.evaluate.subjects import baseline_subjects, student_subject, teacher_subject
+from pipeline.evaluate.subjects import (
+    Subject,
+    baseline_subjects,
+    feature_subjects,
+    student_subject,
+    teacher_subject,
+)
 from pipeline.evaluate.table import (
     DASH,
     Cell,
@@ -100,12 +107,14 @@ def evidence(config: Config) -> dict[str, Any]:
         manifest = SweepManifest.read(uri)
         assert config.evidence.split is not None
         shard_split(config, config.evidence.split)
-        results, others, videos = _score(config, manifest)
-    return _write(config, manifest, results, others, videos)
+        results, others, evaluation = _score(config, manifest)
+    return _write(config, manifest, results, others, evaluation)
 
 
-def _score(config: Config, manifest: SweepManifest) -> tuple[list[Result], dict[str, dict[str, float]], int]:
-    """Scores of each setting's seeds on the test split, those of teacher and baselines, and its videos."""
+def _score(
+    config: Config, manifest: SweepManifest
+) -> tuple[list[Result], dict[str, dict[str, float]], Evaluation]:
+    """Scores of each setting's seeds on the test split, those of teacher and baselines, and the teacher in full."""
     artifacts = artifacts_of(config, manifest.clips_uri)
     test = artifacts.of(with_overrides(config, {"evaluate.split": config.evidence.split}))
     finished = [trial for trial in manifest.trials if trial.status == "finished"]
@@ -113,16 +122,20 @@ def _score(config: Config, manifest: SweepManifest) -> tuple[list[Result], dict[
     baselines = baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
     titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
     students = {title: student_subject(run) for run, title in titles.items()}
+    teacher = {TEACHER: teacher_subject(config, teacher_uri)}
+    if config.evaluate.feature_kmeans:
+        of_settings: dict[str, Subject] = {}
+        for trial in finished:
+            of_settings.setdefault(trial.setting, students[titles[trial.run]])
+        baselines |= feature_subjects(teacher | of_settings)
     clips = open_clips(test.evaluation_clips)
-    found = score_subjects(
-        test, clips, {**baselines, TEACHER: teacher_subject(config, teacher_uri), **students}
-    )
+    found = score_subjects(test, clips, {**baselines, **teacher, **students})
     results = []
     for name, values in {trial.setting: trial.values for trial in manifest.trials}.items():
         scores = {trial.seed: found[titles[trial.run]].scores for trial in finished if trial.setting == name}
         results.append(Result(Setting(name, values), scores))
     others = {name: found[name].scores for name in (*baselines, TEACHER)}
-    return results, others, found[TEACHER].videos
+    return results, others, found[TEACHER]
 
 
 def compare(
@@ -222,16 +235,20 @@ def _write(
     manifest: SweepManifest,
     results: list[Result],
     others: dict[str, dict[str, float]],
-    videos: int,
+    evaluation: Evaluation,
 ) -> dict[str, Any]:
     comparisons = compare(config.evidence.claims, results, others[TEACHER], config.evidence.scores)
     seeds = sorted({trial.seed for trial in manifest.trials})
     spread = [std for r in results if (std := r.std(config.evaluate.score)) is not None]
     noise = 100 * math.sqrt(statistics.fmean(std**2 for std in spread)) if spread else math.nan
     part = f"{config.dataset.title}, {config.evidence.split}"
-    tables = [setting_table(results, others, _details(manifest), part), claim_table(comparisons, part)]
+    settings = setting_table(results, others, _details(manifest), part)
+    tables = [
+        replace(settings, notes=evaluation.protocol.warnings),
+        claim_table(comparisons, part),
+    ]
     intro = [
-        f"{videos} videos of the split {config.evidence.split!r}, which nothing was chosen on; seeds "
+        f"{evaluation.videos} videos of the split {config.evidence.split!r}, which nothing was chosen on; seeds "
         f"{', '.join(map(str, seeds))}; {os.cpu_count()} cores, torch {torch.__version__}, fp32, a run a core, so "
         f"that minutes are of a machine that does something else too. {SAMPLE_STD} "
         f"The pooled standard deviation over seeds is {noise:.1f} points of {TITLES[config.evaluate.score]}."

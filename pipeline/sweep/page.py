@@ -44,7 +44,7 @@ def page_files(
         best: the chosen setting; None where no trial has a score.
     """
     score, rules = config.evaluate.score, evaluation.protocol
-    notes = [f"Protocol {rules.name}: {rules.in_words}; {evaluation.videos} videos."]
+    notes = [f"Protocol {rules.name}: {rules.in_words}; {evaluation.videos} videos.", *rules.warnings]
     notes += [f"Chosen: {best.reason}."] if best else []
     table = sweep_table(results, others, baselines, score=score, dataset=config.dataset.title, notes=notes)
     plot = chart_png(sweep_chart(results, others))

@@ -7,7 +7,7 @@ has ended: whatever happens to the driver, a sweep that is started again goes on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES
 from pipeline.evaluate.stage import score_subjects
-from pipeline.evaluate.subjects import Subject, baseline_subjects, student_subject, teacher_subject
+from pipeline.evaluate.subjects import Subject, student_subject, teacher_subject, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import CheckpointHints
@@ -203,11 +203,10 @@ def _score(config: Config, plan: Plan, ended: dict[str, Ended]) -> Outcome:
         if ended[trial.key].status == "finished"
     }
     teachers = _teachers(plan) if config.evaluate.teacher else {}
-    baselines = {}
-    if config.evaluate.baselines:
-        uri = next(iter(students.values())).model_uri
-        assert uri is not None
-        baselines = baseline_subjects(load_model(uri, CheckpointHints()).config.num_slots)
+    uri = next(iter(students.values())).model_uri
+    assert uri is not None
+    slots = load_model(uri, CheckpointHints()).config.num_slots
+    baselines = trivial_subjects(config, slots, teachers | _one_student_a_setting(plan, students))
     clips = open_clips(plan.artifacts.evaluation_clips)
     found = score_subjects(plan.artifacts, clips, {**baselines, **teachers, **students})
     results = []
@@ -231,6 +230,15 @@ def _score(config: Config, plan: Plan, ended: dict[str, Ended]) -> Outcome:
         {name: found[name].scores for name in teachers},
         {name: found[name].scores for name in baselines},
     )
+
+
+def _one_student_a_setting(plan: Plan, students: Mapping[str, Subject]) -> dict[str, Subject]:
+    """Students by the names of their settings."""
+    first: dict[str, Subject] = {}
+    for trial in plan.trials:
+        if trial.title in students:
+            first.setdefault(trial.setting.name, students[trial.title])
+    return first
 
 
 def _teachers(plan: Plan) -> dict[str, Subject]:

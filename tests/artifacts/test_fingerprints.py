@@ -188,6 +188,7 @@ DECIDES = [
     ("evaluate.mask_size=64", {*SCORED, "sweep"}),
     ("evaluate.split=test", {"evaluation clips", *SCORED, "sweep"}),
     ("evaluate.score=image_mbo", {"sweep"}),
+    ("evaluate.feature_kmeans=true", {"sweep"}),
     ("sweep.seeds=[1]", {"sweep"}),
 ]
 RUN_DETAILS = [

@@ -24,6 +24,12 @@ def test_what_evaluate_prints():
     ]
 
 
+def test_what_says_nothing_is_said_below():
+    rows = [("grid", scores(0.1, 0.1, 0.1, 0.1, slots=4.0))]
+    *_, last = plain_text(score_table(rows, ("FG-ARI says nothing here.",))).splitlines()
+    assert last == "FG-ARI says nothing here."
+
+
 def test_a_heading_above_and_notes_below():
     columns = (Column("method", numeric=False), Column("ours", "image mBO"))
     table = Table("Table 1", "Scores", "clay", columns, (Row((Cell("a"), Cell("1.0"))),), ("A note.",))
@@ -39,7 +45,7 @@ def test_the_summary_of_an_evaluation_is_plain_data():
     rules = Rules(name="paper", in_words="clips of 4 frames", fingerprint="f00", clip_frames=4, videos=60)
     found = scores(0.1, 0.2, 0.3, 0.4, slots=5.0)
     summary = Evaluation("evaluations/e", found, rules, videos=59).summary()
-    assert list(summary) == ["uri", "scores", "protocol", "videos"]
+    assert list(summary) == ["uri", "scores", "protocol", "videos", "warnings"]
     assert (summary["uri"], summary["scores"], summary["videos"]) == ("evaluations/e", found, 59)
     assert list(summary["protocol"])[:2] == ["name", "in_words"]
     assert {"fingerprint": "f00", "clip_frames": 4, "videos": 60}.items() <= summary["protocol"].items()

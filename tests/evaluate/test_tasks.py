@@ -9,12 +9,13 @@ from pipeline.clips.library import artifacts_of
 from pipeline.config import resolve_config
 from pipeline.evaluate import stage
 from pipeline.evaluate.stage import ScoreTask, score_baseline, score_subjects
-from pipeline.evaluate.subjects import Subject, baseline_subjects
+from pipeline.evaluate.subjects import Subject, baseline_subjects, feature_subjects
 from pipeline.models import save_slot_model
 
 
-def test_trivial_baselines_run_without_what_a_model_needs(tmp_path, monkeypatch):
-    """A class runs in actors that hold a GPU, or `ray.teacher_cpus`, each; a function on one CPU (see `map_tasks`)."""
+@pytest.fixture
+def asked(monkeypatch):
+    """The tasks that were run, in this process; nothing is recorded."""
     asked = []
 
     def in_this_process(config, task, rows, *, arguments):
@@ -24,6 +25,11 @@ def test_trivial_baselines_run_without_what_a_model_needs(tmp_path, monkeypatch)
 
     monkeypatch.setattr(stage, "map_tasks", in_this_process)
     monkeypatch.setattr(stage, "record_evaluations", lambda *_: None)
+    return asked
+
+
+def test_trivial_baselines_run_without_what_a_model_needs(tmp_path, asked):
+    """A class runs in actors that hold a GPU, or `ray.teacher_cpus`, each; a function on one CPU (see `map_tasks`)."""
     config = resolve_config({"storage": {"root": str(tmp_path / "root")}})
     clips = random_clips(tmp_path / "clips", {"a": 5, "b": 5, "c": 5})
     save_slot_model(tiny_model(4, 16), tmp_path / "model")
@@ -38,3 +44,50 @@ def test_trivial_baselines_run_without_what_a_model_needs(tmp_path, monkeypatch)
     assert (one_slot["slots_in_use"], grid["slots_in_use"]) == (1, 4)
     assert one_slot["video_fg_ari"] == pytest.approx(0)
     assert np.isfinite(results["mine"].scores["video_mbo"])
+
+
+def test_feature_kmeans_is_a_row_of_its_own_beside_the_models(tmp_path, asked):
+    """One for each kind of features: students that share a frozen backbone share it, the teacher has its own."""
+    config = resolve_config({"storage": {"root": str(tmp_path / "root")}})
+    clips = random_clips(tmp_path / "clips", {"a": 5, "b": 5})
+    models = {}
+    for name, method, size, seed in [
+        ("teacher", "teacher", 32, 0),
+        ("seed 1", "slotmatch", 16, 1),
+        ("seed 2", "no_kd", 16, 2),
+        ("given", "other", 32, 3),
+    ]:
+        model = tiny_model(4, 16, image_size=size, seed=seed)
+        model.encoder.backbone = tiny_model(4, 16, image_size=size).encoder.backbone
+        save_slot_model(model, tmp_path / name)
+        models[name] = Subject(str(tmp_path / name), tags={"method": method})
+    found = feature_subjects(models)
+    assert list(found) == [f"k-means on the {who}'s features" for who in ("teacher", "student", "model")]
+    assert [subject.record()["name"].partition(" (")[2] for subject in found.values()] == [
+        "N = 4, 32 px)",
+        "N = 4, 16 px)",
+        "N = 4, 32 px)",
+    ]
+    assert all(subject.record()["method"] == "baseline" for subject in found.values())
+
+    artifacts = artifacts_of(config, clips.uri)
+    alone = score_subjects(artifacts, clips, models)
+    results = score_subjects(artifacts, clips, found | models)
+    assert {task for task, *_ in asked} == {ScoreTask}
+    assert len({result.uri for result in results.values()}) == len(results)
+    assert {name: results[name].uri for name in models} == {name: alone[name].uri for name in models}
+    assert all(results[name].scores["slots_in_use"] > 1 for name in found)
+    other = feature_subjects({"seed 2": models["seed 2"]})
+    assert score_subjects(artifacts, clips, other)["k-means on the student's features"].uri == (
+        results["k-means on the student's features"].uri
+    )
+
+
+def test_another_backbone_of_another_setting_is_named_after_it(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        save_slot_model(tiny_model(4, 16, seed=seed), tmp_path / name)
+    students = {name: Subject(str(tmp_path / name), tags={"method": "slotmatch"}) for name in ("a", "b")}
+    assert list(feature_subjects(students)) == [
+        "k-means on the student's features",
+        "k-means on the student's features (b)",
+    ]

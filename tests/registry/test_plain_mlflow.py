@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -176,8 +177,12 @@ def test_descriptions_follow_scores_and_champions_until_somebody_edits_them(conf
     first, second, third = (student(config, root, name) for name in ("first", "second", "third"))
     register_run(config, first, None)
     assert "None: it was registered without" in client.get_model_version("slotmatch", "1").description
-    register_run(config, first, scored(config, root, first, 0.5))
-    assert "| 50.0 |" in client.get_model_version("slotmatch", "1").description
+    found = scored(config, root, first, 0.5)  # by a version that did not warn
+    rules = found.protocol.model_copy(update={"warnings": ("FG-ARI says nothing here.",)})
+    register_run(config, first, replace(found, protocol=rules))
+    card = client.get_model_version("slotmatch", "1").description
+    assert "| 50.0 |" in card
+    assert "whole videos. FG-ARI says nothing here." in card
     register_run(config, first, None)
     assert "| 50.0 |" in client.get_model_version("slotmatch", "1").description, "its scores are known"
     register_run(config, second, scored(config, root, second, 0.4))

@@ -1,5 +1,7 @@
 """What stands in the cells: means, dashes, marks, and what must not be averaged."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.config import resolve_config
@@ -42,6 +44,13 @@ def test_one_run_is_a_number_and_three_seeds_are_a_mean_with_the_sample_std(reco
     assert texts(table, "Student (no KD)")[:2] == ["40.0", "44.5"]
     assert any("sample standard deviation" in note for note in table.notes)
     assert any("slotcontrast (the rules of slotcontrast); 60 videos; clips c0ffee" in n for n in table.notes)
+
+
+def test_scores_that_say_nothing_are_said_to_below(record):
+    evaluated = record("slotmatch")
+    rules = evaluated.protocol.model_copy(update={"warnings": ("FG-ARI says nothing here.",)})
+    table = find(tables_of(replace(evaluated, protocol=rules)))
+    assert any(note.endswith("clips c0ffee. FG-ARI says nothing here.") for note in table.notes)
 
 
 def test_another_protocol_is_marked_and_never_averaged(record):

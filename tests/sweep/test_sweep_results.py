@@ -109,13 +109,15 @@ def test_all_numbers_for_other_programs():
 
 def test_the_files_of_a_page():
     results = [beta(0.1, [0.3, 0.5]), beta(0.2, [0.2, math.nan])]
-    rules = Rules(name="paper", in_words="clips of 4 frames", fingerprint="f00")
+    words, warning = "clips of 4 frames", "FG-ARI says nothing here."
+    rules = Rules(name="paper", in_words=words, fingerprint="f00", warnings=(warning,))
     evaluation = Evaluation("evaluations/e", results[0].scores[0], rules, videos=60)
     best = choose_best(results, "video_mbo")
     config = resolve_config({}, ["dataset.name=clay", "evaluate.score=video_mbo"])
     found, table = page_files("5a1ad", results, TEACHER, {}, evaluation, best, config)
     files = dict(found)
-    assert table.notes[-2:] == ("Protocol paper: clips of 4 frames; 60 videos.", f"Chosen: {best.reason}.")
+    protocol = "Protocol paper: clips of 4 frames; 60 videos."
+    assert table.notes[-3:] == (protocol, warning, f"Chosen: {best.reason}.")
     assert files["table.txt"].decode() == plain_text(table) + "\n"
     assert files["table.csv"].decode() == as_csv(results)
     page = files["table.md"].decode()
