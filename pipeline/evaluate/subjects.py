@@ -125,9 +125,7 @@ def feature_subjects(models: Mapping[str, Subject]) -> dict[str, Subject]:
             continue
         model = load_model(subject.model_uri, subject.hints)
         if not isinstance(model, SlotModel):
-            log(
-                f"evaluate: no k-means on the features of {name}, which is a {type(model).__name__} and no slot model over frozen features"
-            )
+            log(f"evaluate: no k-means on the features of {name}, a {type(model).__name__}")
             continue
         method = subject.tags.get("method", "other")
         whose = {"teacher": "teacher", "other": "model"}.get(method, "student")
