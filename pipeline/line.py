@@ -166,6 +166,8 @@ def made_of(config: Config) -> set[str]:
 
 def _made_of(artifacts: Artifacts) -> set[str]:
     found = {artifacts.teacher.uri}
+    models = (artifacts.config.teacher, artifacts.config.student)
+    found |= {artifacts.features(model).uri for model in models if model.cached_features}
     for find in (lambda: artifacts.targets.uri, lambda: artifacts.student.uri):
         try:
             found.add(find())

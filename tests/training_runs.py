@@ -4,12 +4,12 @@ from clip_sets import random_clips
 from tiny_models import tiny_section
 
 from pipeline import storage
-from pipeline.artifacts.manifests import TargetManifest
+from pipeline.artifacts.manifests import FeatureManifest, TargetManifest
 from pipeline.clips.table import SHARD_FOLDER, ClipSet
 from pipeline.config import resolve_config
 from pipeline.distill.run import Run
 from pipeline.models.build import load_teacher
-from pipeline.targets.maker import TargetMaker
+from pipeline.targets.maker import FeatureMaker, TargetMaker
 
 MODEL = tiny_section(32, 32, (16, 16))
 TRAINING = {"steps": 20, "warmup_steps": 2, "batch_size": 4, "log_every": 1, "workers": 0}
@@ -52,8 +52,24 @@ def make_targets(config, clips_uri, teacher_uri, uri):
     return uri
 
 
-def student_run(config, uri, clips_uri, *, teacher_uri=None, targets_uri=None):
+def make_features(config, clips_uri, section, uri):
+    """As the stage `teacher` makes them."""
+    clips, maker = ClipSet(clips_uri), FeatureMaker(config, clips_uri, section)
+    for shard in clips.shards:
+        maker.write_shard(shard, storage.join(uri, SHARD_FOLDER))
+    FeatureManifest(
+        clips=clips.fingerprint,
+        backbone={},
+        dtype=config.targets.feature_dtype,
+        views=config.targets.model_dump(include={"views", "crop", "min_scale", "flip"}),
+        rows=sum(v.clips for v in clips.videos) * config.targets.views,
+    ).publish(uri)
+    return uri
+
+
+def student_run(config, uri, clips_uri, *, teacher_uri=None, targets_uri=None, features_uri=None):
     """Of a teacher, where there is one; with its targets, or with it live."""
     teacher_config = load_teacher(config, teacher_uri).config if teacher_uri else None
     taught = {"targets_uri": targets_uri, "teacher_uri": teacher_uri, "teacher_config": teacher_config}
+    taught["features_uri"] = features_uri
     return Run.student(config, uri, clips_uri, **taught)

@@ -32,7 +32,7 @@ from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
 from pipeline.models.checkpoints import MODEL_FILES
 
 # Of each kind's files; bump one where their meaning changes, and they are made again.
-CLIPS_FORMAT = TARGETS_FORMAT = SWEEP_FORMAT = 1
+CLIPS_FORMAT = TARGETS_FORMAT = FEATURES_FORMAT = SWEEP_FORMAT = 1
 SCORES_FORMAT = 2
 
 
@@ -126,7 +126,20 @@ class Artifacts:
             "train": training_settings(section.train),
             "views": view_recipe(self.config),
         }
+        if section.cached_features:
+            content["features"] = self.config.targets.feature_dtype
         return self._place("teachers", content)
+
+    def features(self, section: Model) -> Artifact:
+        """The stored features of a section's backbone: one place for all teachers and students that have it."""
+        content = {
+            "format": FEATURES_FORMAT,
+            "clips": self.clips.fingerprint,
+            "backbone": _features_identity(section),
+            "dtype": self.config.targets.feature_dtype,
+            "views": view_recipe(self.config),
+        }
+        return self._place("features", content)
 
     @cached_property
     def teacher(self) -> Artifact:
@@ -226,12 +239,13 @@ class Artifacts:
     def student(self) -> Artifact:
         """The training run of the student; raises as `student_inputs`, or where it doesn't fit the teacher."""
         config = self.config
+        stored = config.targets.student_features or config.student.cached_features
         content: dict[str, Any] = {
             "clips": self.clips.fingerprint,
             "student": counted(config.student, but={"backbone_weights", "num_slots", "slot_size"}),
             "sizes": student_sizes(config, self.teacher_config),
             "backbone": backbone_identity(config.student),
-            "features": config.targets.feature_dtype if config.targets.student_features else None,
+            "features": config.targets.feature_dtype if stored else None,
             "distill": distill_settings(config.distill),
             "views": view_recipe(config),
         }
@@ -361,8 +375,13 @@ def backbone_identity(section: Model) -> dict[str, Any]:
         "weights": weights,
         "mean": section.mean,
         "std": section.std,
-        **later(section, but={"feature_scale"}),
+        **later(section, but={"feature_scale", "cached_features"}),
     }
+
+
+def _features_identity(section: Model) -> dict[str, Any]:
+    """`backbone_identity` without a word of whose the backbone is."""
+    return {key.rpartition(".")[2]: value for key, value in backbone_identity(section).items()}
 
 
 def _hash(uri: str, otherwise: str) -> str:

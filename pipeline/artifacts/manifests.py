@@ -136,6 +136,22 @@ class TargetManifest(Manifest):
     rows: int
 
 
+class FeatureManifest(Manifest):
+    """Of the stored features of a backbone, with what decided its fingerprint, as a target set's."""
+
+    kinds = ("features",)
+
+    kind: str = "features"
+    format: int = 1
+    clips: str  # the clip set's fingerprint
+    clips_uri: str = ""
+    backbone: dict[str, Any]
+    dtype: str
+    views: dict[str, Any]
+    shards: tuple[str, ...] = ()
+    rows: int
+
+
 class RunManifest(Manifest):
     """Of a finished training run: a student or a teacher."""
 
@@ -144,6 +160,7 @@ class RunManifest(Manifest):
     kind: Literal["student", "teacher"] = "student"
     clips_uri: str = ""
     targets_uri: str | None = None
+    features_uri: str | None = None
     teacher_uri: str | None = None
     mlflow_run: str
     steps: int = 0

@@ -116,6 +116,18 @@ def _check_distill(config: Config) -> list[str]:
         problems.append(
             "distill.fresh_views: cached targets hold targets.views views; new ones need distill.live_teacher=true"
         )
+    if config.student.cached_features and config.targets.student_features:
+        problems.append(
+            "student.cached_features: the targets would hold the same features once more; use "
+            "targets.student_features=false"
+        )
+    if config.student.cached_features and settings.live_teacher:
+        why = (
+            "stored features are of targets.views views, not of new ones (distill.fresh_views)"
+            if settings.fresh_views
+            else "a live teacher (distill.live_teacher) needs the frames, which stored features spare"
+        )
+        problems.append(f"student.cached_features: {why}; nearest valid: false")
     if settings.method == "feature_kd" and not (config.targets.teacher_features or settings.live_teacher):
         problems.append(
             "distill.method: feature_kd needs the teacher's features: cache them (targets.teacher_features=true) or "
@@ -125,6 +137,11 @@ def _check_distill(config: Config) -> list[str]:
     if not (train.reconstruction or train.similarity):
         problems.append(
             "teacher.train.reconstruction: 0 leaves nothing to train for; set it, or teacher.train.similarity"
+        )
+    if train.similarity and config.teacher.cached_features and config.teacher.checkpoint is None:
+        problems.append(
+            f"teacher.cached_features: teacher.train.similarity: {train.similarity:g} is made of the backbone's "
+            "attention keys, which are not stored; nearest valid: false"
         )
     if train.similarity and config.teacher.decoder != "slot_mixer" and config.teacher.checkpoint is None:
         problems.append(

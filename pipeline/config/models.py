@@ -67,6 +67,8 @@ class Model(Section):
     """of each colour channel, for normalisation; ImageNet's"""
     std: PositiveColour = (0.229, 0.224, 0.225)
     """of each colour channel, for normalisation; ImageNet's"""
+    cached_features: bool = False
+    """train on features stored once for all that have this backbone: no ViT in training"""
 
     @property
     def decoder_outputs(self) -> tuple[str, ...]:

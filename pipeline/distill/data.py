@@ -21,7 +21,7 @@ from pipeline.clips.views import View, apply_view, make_view, stable_hash
 from pipeline.config import Targets
 from pipeline.distill.frame_map import FrameMap
 from pipeline.models.pixels import send
-from pipeline.targets.table import Target, TargetMismatch, TargetSet
+from pipeline.targets.table import FeatureSet, Target, TargetMismatch, TargetSet, ViewSet
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ class Loader:
         recipe: Targets,
         dataset_seed: int,
         pixels: bool,
+        features_uri: str | None = None,
         teacher_features: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -148,7 +149,12 @@ class Loader:
         device: torch.device | None = None,
         frame_map: FrameMap | None = None,
     ) -> None:
-        self.clips_uri, self.targets_uri = clips_uri, targets_uri
+        """
+        Args:
+            pixels: read frames; else features, of `features_uri` or, without it, of the targets.
+            features_uri: a `FeatureSet` of the clips.
+        """
+        self.clips_uri, self.targets_uri, self.features_uri = clips_uri, targets_uri, features_uri
         self.sampler, self.recipe, self.dataset_seed = sampler, recipe, dataset_seed
         self.pixels, self.teacher_features = pixels, teacher_features
         self.rank, self.world_size = rank, world_size
@@ -199,22 +205,27 @@ class Loader:
         with torch.cuda.stream(self._stream):
             return batch.to(self.device), self._stream.record_event()
 
-    def _sets(self) -> tuple[ClipSet, TargetSet | None]:
+    def _sets(self) -> tuple[ClipSet, TargetSet | None, FeatureSet | None]:
         if not hasattr(self._local, "sets"):
             targets = TargetSet(self.targets_uri) if self.targets_uri else None
-            self._local.sets = (ClipSet(self.clips_uri), targets)
+            features = FeatureSet(self.features_uri) if self.features_uri else None
+            self._local.sets = (ClipSet(self.clips_uri), targets, features)
         return self._local.sets
 
     def _read(self, samples: list[Sample]) -> RawBatch:
-        clips, targets = self._sets()
+        clips, targets, features = self._sets()
         views: list[View] = []
         pixels: list[torch.Tensor] = []
         cached: list[Target] = []
         for sample in samples:
             video = sample.video
-            if targets is not None:
-                cached.append(self._read_target(targets, sample))
-                view = cached[-1].view
+            target = self._read_target(targets, sample) if targets is not None else None
+            if features is not None:
+                stored = self._read_row(features, sample, ["features"])
+                target = replace(target, features=stored.features) if target is not None else stored
+            if target is not None:
+                cached.append(target)
+                view = target.view
             else:
                 view = make_view(
                     self.recipe,
@@ -252,17 +263,17 @@ class Loader:
         return clip.frames
 
     def _read_target(self, targets: TargetSet, sample: Sample) -> Target:
-        video_id, clip_index, target = targets.read(
-            sample.video.shard,
-            sample.row,
-            sample.view,
-            features=not self.pixels,
-            teacher_features=self.teacher_features,
-        )
+        own = not self.pixels and self.features_uri is None
+        asked = (("slots", True), ("features", own), ("teacher_features", self.teacher_features))
+        return self._read_row(targets, sample, [name for name, wanted in asked if wanted])
+
+    def _read_row(self, table: ViewSet, sample: Sample, columns: list[str]) -> Target:
+        shard = sample.video.shard
+        video_id, clip_index, target = table.read_columns(shard, sample.row, sample.view, columns)
         if (video_id, clip_index) != (sample.video.video_id, sample.clip_index):
             raise TargetMismatch(
-                f"{targets.uri} {sample.video.shard}: expected {sample.video.video_id} clip {sample.clip_index}, "
-                f"found {video_id} clip {clip_index}; the targets are of other clips"
+                f"{table.uri} {shard}: expected {sample.video.video_id} clip {sample.clip_index}, "
+                f"found {video_id} clip {clip_index}; the {table.manifest.kind} are of other clips"
             )
         return target
 

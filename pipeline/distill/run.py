@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline import storage
-from pipeline.config import Config, ConfigError, Distill, TeacherTraining, Training
+from pipeline.config import Config, ConfigError, Distill, Model, TeacherTraining, Training
 from pipeline.distill.step import Objective, Terms
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.models.build import build_student, build_teacher, load_teacher, seeded
@@ -31,6 +31,9 @@ class Run:
     uri: str
     clips_uri: str
     targets_uri: str | None = None
+    features_uri: str | None = (
+        None  # of stored features of the backbone, which are read instead of the frames
+    )
     teacher_uri: str | None = None
     teacher_config: SlotModelConfig | None = None  # gives the sizes that the student leaves open
     views: int | None = None  # that each clip has; None: a new one in every epoch
@@ -52,6 +55,7 @@ class Run:
         targets_uri: str | None,
         teacher_uri: str | None,
         teacher_config: SlotModelConfig | None,
+        features_uri: str | None = None,
         title: str = "",
     ) -> Run:
         """Distillation into a student, from cached targets or a live teacher; or training without one."""
@@ -66,6 +70,7 @@ class Run:
             uri=uri,
             clips_uri=clips_uri,
             targets_uri=targets_uri,
+            features_uri=features_uri,
             teacher_uri=teacher_uri,
             teacher_config=teacher_config,
             views=None if settings.fresh_views else config.targets.views,
@@ -75,7 +80,7 @@ class Run:
         )
 
     @classmethod
-    def teacher(cls, config: Config, uri: str, clips_uri: str) -> Run:
+    def teacher(cls, config: Config, uri: str, clips_uri: str, *, features_uri: str | None = None) -> Run:
         """Training of a teacher on the clips alone."""
         return cls(
             kind="teacher",
@@ -86,9 +91,15 @@ class Run:
             builder=_build_teacher,
             uri=uri,
             clips_uri=clips_uri,
+            features_uri=features_uri,
             views=config.targets.views,
             public_checkpoint=True,
         )
+
+    @property
+    def section(self) -> Model:
+        """The config's section that says which model."""
+        return self.config.teacher if self.kind == "teacher" else self.config.student
 
     @property
     def label(self) -> str:

@@ -14,13 +14,13 @@ from pipeline.artifacts.identity import Artifacts, model_files
 from pipeline.artifacts.manifests import MODEL_FOLDER, RunManifest, TargetManifest
 from pipeline.artifacts.once import is_whole, once, require_files
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, Model
 from pipeline.distill.ray_train import fit, machines
 from pipeline.distill.run import OnValidation, Run, build
 from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
 from pipeline.log import log
-from pipeline.targets.stage import target_files
+from pipeline.targets.stage import cache_features, target_files
 from pipeline.tracking.client import optional
 from pipeline.tracking.datasets import log_training_data
 from pipeline.tracking.runs import git_revision
@@ -45,6 +45,8 @@ def distill(
     train_callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Distils a student from cached targets (or a live teacher; or, with `method: no_kd`, from none).
+
+    With `student.cached_features` the features that it reads are made first, where they lack.
 
     Finished runs of the same config, clips and targets are found and reused; an unfinished one goes on
     from its last checkpoint. Returns the job's summary.
@@ -76,6 +78,7 @@ def distill(
         targets_uri=inputs.targets_uri,
         teacher_uri=inputs.teacher_uri,
         teacher_config=artifacts.teacher_config,
+        features_uri=_features_uri(artifacts, config.student),
         title=title,
     )
     tags = {
@@ -93,7 +96,7 @@ def distill(
 
 
 def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[str, Any]:
-    """Trains a teacher on the clips; return value and errors as in `distill`.
+    """Trains a teacher on the clips; cached features, return value and errors as in `distill`.
 
     Raises:
         ConfigError: `teacher.checkpoint` gives one.
@@ -106,9 +109,15 @@ def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[st
             f"teacher.checkpoint: is set ({config.teacher.checkpoint!r}), so there is none to train"
         )
     clips = open_clips(artifacts.clips)
-    run = Run.teacher(config, artifacts.teacher_run.uri, clips.uri)
+    features_uri = _features_uri(artifacts, config.teacher)
+    run = Run.teacher(config, artifacts.teacher_run.uri, clips.uri, features_uri=features_uri)
     tags = {"clips": clips.fingerprint, "method": "teacher", "trained_on": config.dataset.title}
     return _train(run, artifacts, tags)
+
+
+def _features_uri(artifacts: Artifacts, section: Model) -> str | None:
+    """Where stored features of a section's backbone are or will be, if it trains on them."""
+    return artifacts.features(section).uri if section.cached_features else None
 
 
 def run_files(uri: str) -> list[str]:
@@ -126,11 +135,13 @@ def _train(
     train_callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Trains and publishes a run, or finds it finished."""
-    inputs = [run.clips_uri, run.targets_uri, run.teacher_uri]
+    inputs = [run.clips_uri, run.targets_uri, run.features_uri, run.teacher_uri]
     if run.settings.validate_every and run.config.evaluate.split is not None:
         inputs.append(artifacts.evaluation_clips.uri)
     with once(run.uri, run.label, files=run_files, inputs=inputs) as needed:
         if needed:
+            if run.features_uri is not None:
+                cache_features(artifacts, run.section)
             with _beginning:
                 run = _prepare(run, artifacts)
             with machines(run, workers) as run:
@@ -234,6 +245,7 @@ def _publish(run: Run, outcome: Outcome, tags: dict[str, str], *, seconds: float
         created=storage.timestamp(),
         clips_uri=run.clips_uri,
         targets_uri=run.targets_uri,
+        features_uri=run.features_uri,
         teacher_uri=run.teacher_uri,
         mlflow_run=run.mlflow_run,
         steps=run.settings.steps,

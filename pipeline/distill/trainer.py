@@ -246,7 +246,8 @@ class Trainer:
             self.clips.videos, seed=settings.seed, batch_size=settings.batch_size, views=run.views
         )
         # Features are worth reading only if they replace the frames altogether.
-        cached_features = self.targets is not None and self.targets.has_features and self.teacher is None
+        with_targets = self.targets is not None and self.targets.has_features and self.teacher is None
+        cached_features = with_targets or run.features_uri is not None
         return Loader(
             run.clips_uri,
             run.targets_uri,
@@ -254,6 +255,7 @@ class Trainer:
             recipe=config.targets,
             dataset_seed=config.dataset.seed,
             pixels=not cached_features,
+            features_uri=run.features_uri,
             teacher_features=run.terms.feature_kd > 0 and self.targets is not None,
             rank=self.rank,
             world_size=self.world_size,

@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.artifacts.manifests import (
     ClipManifest,
     EvaluationManifest,
+    FeatureManifest,
     GeneratedManifest,
     Manifest,
     RunManifest,
@@ -33,10 +34,11 @@ from pipeline.storage import FileInfo
 # What a folder of each kind may be made of. What depends comes before what it depends on.
 KINDS: dict[str, tuple[str, ...]] = {
     "evaluations": ("students", "teachers", "pulled", "clips"),
-    "sweeps": ("students", "targets", "teachers", "pulled", "clips"),
-    "students": ("students", "targets", "teachers", "pulled", "clips"),
+    "sweeps": ("students", "targets", "teachers", "features", "pulled", "clips"),
+    "students": ("students", "targets", "teachers", "features", "pulled", "clips"),
     "targets": ("students", "teachers", "pulled", "clips"),
-    "teachers": ("clips",),
+    "teachers": ("features", "clips"),
+    "features": ("clips",),
     "pulled": (),
     "clips": ("generated",),
     "generated": (),
@@ -47,6 +49,7 @@ _MANIFESTS: dict[str, type[Manifest]] = {
     "students": RunManifest,
     "targets": TargetManifest,
     "teachers": RunManifest,
+    "features": FeatureManifest,
     "clips": ClipManifest,
     "generated": GeneratedManifest,
 }
@@ -140,10 +143,12 @@ class Folder:
             return self._generated(manifest)
         uris: list[str | None] = []
         if isinstance(manifest, RunManifest):
-            uris = [manifest.clips_uri, manifest.targets_uri, manifest.teacher_uri]
+            uris = [manifest.clips_uri, manifest.targets_uri, manifest.features_uri, manifest.teacher_uri]
             uris += [f"clips/{manifest.tags.get('clips')}", f"targets/{manifest.tags.get('targets')}"]
         elif isinstance(manifest, TargetManifest):
             uris = [manifest.clips_uri, manifest.teacher_uri, f"clips/{manifest.clips}"]
+        elif isinstance(manifest, FeatureManifest):
+            uris = [manifest.clips_uri, f"clips/{manifest.clips}"]
         elif isinstance(manifest, EvaluationManifest):
             uris = [manifest.clips_uri, f"clips/{manifest.protocol.clips}"]
         return places_of(uris)

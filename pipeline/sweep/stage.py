@@ -34,7 +34,7 @@ from pipeline.sweep.results import Best, Result, choose_best
 from pipeline.sweep.runs import log_results, nest_runs, parent_run
 from pipeline.sweep.settings import Setting, Trial, plan_trials
 from pipeline.sweep.trials import run_trials
-from pipeline.targets.stage import cache, target_files
+from pipeline.targets.stage import cache, cache_features, feature_files, target_files
 
 
 class SweepFailed(RuntimeError):
@@ -95,7 +95,9 @@ def _find_plan(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan | None:
     try:
         open_clips(artifacts.clips)
         open_clips(artifacts.evaluation_clips)
-        if any(_lacks_targets(one) for one in _one_a_setting(artifacts, trials).values()):
+        if any(
+            _lacks_targets(one) or _lacks_features(one) for one in _one_a_setting(artifacts, trials).values()
+        ):
             return None
         return _locate(artifacts, trials)
     except ConfigError:
@@ -103,7 +105,7 @@ def _find_plan(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan | None:
 
 
 def _prepare(artifacts: Artifacts, library: ClipLibrary, trials: Sequence[Trial]) -> Plan:
-    """Clips, and the targets of every setting.
+    """Clips, and the targets and stored features of every setting.
 
     Raises:
         ConfigError: a setting that can't be trained, by its name; or as `_locate`.
@@ -114,6 +116,8 @@ def _prepare(artifacts: Artifacts, library: ClipLibrary, trials: Sequence[Trial]
             one.student  # noqa: B018  does it fit the teacher? That is said before anything is computed.
             if _lacks_targets(one):
                 cache(one.config, one)
+            if _lacks_features(one):
+                cache_features(one, one.config.student)
         except ConfigError as error:
             raise ConfigError(f"{setting}: {error}") from error
     return _locate(artifacts, trials)
@@ -132,6 +136,12 @@ def _lacks_targets(artifacts: Artifacts) -> bool:
     """Whether a student would learn from targets that have not been made, or have lost files."""
     uri = artifacts.student_inputs.targets_uri
     return uri is not None and not is_whole(uri, target_files)
+
+
+def _lacks_features(artifacts: Artifacts) -> bool:
+    """Whether a student would read stored features that have not been made, or have lost files."""
+    student = artifacts.config.student
+    return student.cached_features and not is_whole(artifacts.features(student).uri, feature_files)
 
 
 def _locate(artifacts: Artifacts, trials: Sequence[Trial]) -> Plan:

@@ -1,16 +1,17 @@
-"""Reading a published target set: one row for each (clip, view)."""
+"""Reading published targets and features: one row for each (clip, view)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.artifacts.manifests import TargetManifest
+from pipeline.artifacts.manifests import FeatureManifest, TargetManifest
 from pipeline.clips.table import SHARD_FOLDER, ShardReader
 from pipeline.clips.views import View
 from pipeline.models.slot_model import SlotModelConfig
@@ -27,26 +28,51 @@ class TargetMismatch(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """One row: the view, slots `(T, N, d)`, and what else was asked for.
+    """One row: the view, and what was asked for.
 
-    features: the student's `(T, P, F)`. teacher_features: `(T, P', F')`.
+    slots: `(T, N, d)`. features: the student's `(T, P, F)`. teacher_features: `(T, P', F')`.
     """
 
     view: View
-    slots: np.ndarray
+    slots: np.ndarray | None = None
     features: np.ndarray | None = None
     teacher_features: np.ndarray | None = None
 
 
-class TargetSet:
-    """A published folder of targets; raises storage.IncompleteError where there is none."""
+class ViewSet:
+    """A published folder with a row for each (clip, view); raises storage.IncompleteError where there is none."""
+
+    manifest_type: ClassVar[type[TargetManifest | FeatureManifest]]
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.manifest = TargetManifest.read(uri)
+        self.manifest = self.manifest_type.read(uri)
         self.fingerprint = self.manifest.fingerprint
         self.views: int = self.manifest.views["views"]
         self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
+
+    def read_columns(
+        self, shard: str, clip_row: int, view: int, names: Sequence[str]
+    ) -> tuple[str, int, Target]:
+        """Video id, clip index and the named columns of one (clip, view), found by position."""
+        columns = [f.name for f in fields(View)] + ["video_id", "clip_index"]
+        row = self.reader.row(shard, clip_row * self.views + view, [*columns, *names])
+        values = row.select(columns).to_pylist()[0]
+        video_id, clip_index = values.pop("video_id"), values.pop("clip_index")
+        return video_id, clip_index, Target(View(**values), **{name: _array(row, name) for name in names})
+
+
+class FeatureSet(ViewSet):
+    """Stored features of a frozen backbone, of whichever teachers and students have it."""
+
+    manifest_type = FeatureManifest
+
+
+class TargetSet(ViewSet):
+    """A teacher's targets."""
+
+    manifest_type = TargetManifest
+    manifest: TargetManifest
 
     @property
     def teacher_config(self) -> SlotModelConfig:
@@ -61,16 +87,7 @@ class TargetSet:
     ) -> tuple[str, int, Target]:
         """Video id, clip index and target of one (clip, view), found by position."""
         extra = [n for n, wanted in zip(FEATURES, (features, teacher_features), strict=True) if wanted]
-        columns = [f.name for f in fields(View)] + ["video_id", "clip_index", "slots", *extra]
-        row = self.reader.row(shard, clip_row * self.views + view, columns)
-        values = row.select([f.name for f in fields(View)] + ["video_id", "clip_index"]).to_pylist()[0]
-        video_id, clip_index = values.pop("video_id"), values.pop("clip_index")
-        target = Target(
-            view=View(**values),
-            slots=_array(row, "slots"),
-            **{name: _array(row, name) for name in extra},
-        )
-        return video_id, clip_index, target
+        return self.read_columns(shard, clip_row, view, ["slots", *extra])
 
 
 def _array(row: pa.Table, name: str) -> np.ndarray:
@@ -84,8 +101,9 @@ def _array(row: pa.Table, name: str) -> np.ndarray:
 
 
 def _schema(
-    slots_shape: tuple[int, ...], features_shapes: Mapping[str, tuple[int, ...]], dtype: str
+    slots_shape: tuple[int, ...] | None, features_shapes: Mapping[str, tuple[int, ...]], dtype: str
 ) -> pa.Schema:
+    """Of a set's rows, with slots where they have a shape."""
     columns = [
         pa.field("video_id", pa.string(), nullable=False),
         pa.field("clip_index", pa.int32(), nullable=False),
@@ -97,13 +115,11 @@ def _schema(
         pa.field("flip", pa.bool_(), nullable=False),
         pa.field("noise_seed", pa.int64(), nullable=False),
         pa.field("full", pa.bool_(), nullable=False),
-        # Zeros for a shorter tail, which training skips: Arrow can't read null lists of fixed size back.
-        pa.field(
-            "slots",
-            pa.list_(pa.float32(), int(np.prod(slots_shape))),
-            metadata={SHAPE_KEY: json.dumps(slots_shape)},
-        ),
     ]
+    if slots_shape is not None:
+        # Zeros for a shorter tail, which training skips: Arrow can't read null lists of fixed size back.
+        kind = pa.list_(pa.float32(), int(np.prod(slots_shape)))
+        columns.append(pa.field("slots", kind, metadata={SHAPE_KEY: json.dumps(slots_shape)}))
     for name, shape in features_shapes.items():
         # Bytes: Parquet reads lists of millions of numbers an order of magnitude slower.
         metadata = {SHAPE_KEY: json.dumps(shape), b"dtype": dtype}

@@ -157,6 +157,7 @@ DECIDES = [
     ("teacher.train.steps=5000", {"teacher"}),
     ("teacher.train.seed=1", {"teacher"}),
     ("teacher.decoder_hidden_sizes=[8]", {"teacher"}),
+    ("teacher.cached_features=true", {"teacher"}),
     ("teacher.name=other", set()),
     ("targets.views=2", FROM_TEACHER),
     ("targets.flip=0.1", FROM_TEACHER),
@@ -172,6 +173,7 @@ DECIDES = [
     ("student.feature_scale=2", STUDENT),
     ("student.feature_scale=1", set()),
     ("teacher.feature_scale=auto", {"teacher"}),
+    ("student.cached_features=true", STUDENT),
     ("student.decoder_hidden_sizes=[8]", STUDENT),
     ("student.mean=[0,0,0]", STUDENT),
     ("distill.beta=0.3", {"student", "student: settings"}),  # which a sweep varies itself
@@ -266,6 +268,30 @@ def test_any_number_of_workers_has_the_name_that_its_curve_has():
         assert two == student("distill.contrast=2", f"distill.workers={workers}")
     # Of two workers that pool their slots; made under this name before it was known to be one's.
     assert student("distill.workers=2") == {**two, "contrast": "global"}
+
+
+def test_stored_features_are_those_of_a_backbone_whoever_has_it(tmp_path):
+    """A teacher and students with one backbone read one store, whatever else they are; other backbones have others."""
+    same = ("teacher.backbone=vit_small_patch14_dinov2", "teacher.cached_features=true")
+    artifacts = world("movi_e", tmp_path, *same)
+    store = artifacts.features(artifacts.config.teacher).uri
+    assert storage.name(store) != artifacts.targets.fingerprint
+
+    def of(section, key="", value=None):
+        config = with_overrides(artifacts.config, {key: value} if key else {})
+        return artifacts.of(config).features(getattr(config, section)).uri
+
+    assert store == of("student") == of("student", "student.cached_features", True)
+    assert store == of("teacher", "teacher.train.steps", 7) == of("teacher", "teacher.num_slots", 3)
+    others = [
+        of("student", "student.image_size", 224),
+        of("student", "student.backbone_weights", "random"),
+        of("student", "student.grid", [12, 16]),
+        of("student", "targets.views", 2),
+        of("student", "targets.feature_dtype", "float16"),
+    ]
+    assert len({store, *others}) == 6
+    assert of("student", "student.grid", [12, 16]) == of("teacher", "teacher.grid", [12, 16])
 
 
 # --- defaults, files ----------------------------------------------------------------------------------

@@ -332,6 +332,22 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
             "distill.beta: 0 leaves nothing of distill.method=slotmatch; without distillation",
         ),
         (["distill.fresh_views=true"], "distill.fresh_views: cached targets hold"),
+        (
+            ["student.cached_features=true", "distill.live_teacher=true", "distill.fresh_views=true"],
+            "student.cached_features: stored features are of targets.views views",
+        ),
+        (
+            ["student.cached_features=true", "distill.live_teacher=true"],
+            "student.cached_features: a live teacher",
+        ),
+        (
+            ["student.cached_features=true", "targets.student_features=true"],
+            "student.cached_features: the targets would hold the same features once more",
+        ),
+        (
+            ["teacher.cached_features=true", "teacher.train.similarity=0.1", "teacher.decoder=slot_mixer"],
+            "teacher.cached_features: teacher.train.similarity: 0.1 is made of the backbone's attention keys",
+        ),
         (["distill.method=feature_kd"], "feature_kd needs the teacher's features: cache them"),
         (["distill.method=slotmach"], "nearest: slotmatch"),
         (["teacher.train.similarity=0.1"], "use teacher.decoder=slot_mixer"),

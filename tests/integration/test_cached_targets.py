@@ -9,9 +9,11 @@ import pytest
 from helpers import GOLDEN_TEACHER
 
 from pipeline import storage
+from pipeline.artifacts.manifests import RunManifest
 from pipeline.clips.library import artifacts_of
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
+from pipeline.config import with_overrides
 from pipeline.distill.stage import distill, train_teacher
 from pipeline.targets.stage import cache
 from pipeline.targets.table import TargetMismatch, TargetSet
@@ -56,6 +58,29 @@ def test_cached_student_features_give_the_same_curve(prepared, shared_tiny):
     plain, cached = losses(config, clips), losses(with_features, clips)
     for a, b in zip(plain, cached, strict=True):
         assert a["total"] == pytest.approx(b["total"], rel=1e-5), a["step"]
+
+
+def test_stored_features_are_made_once_for_teacher_and_student(tiny, local_ray):
+    """By whichever stage wants them first; what was lost is made again. The teacher's curve is the live ViT's."""
+    vit = "student.backbone={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
+    fp32 = ("teacher.train.precision=fp32", "distill.steps=2", "distill.warmup_steps=1")
+    config = tiny(*VIEWS, *fp32, vit, "student.image_size=48", "student.cached_features=true")
+    shard(config)
+    live = storage.read_json(train_teacher(config)["history"])
+    config = with_overrides(config, {"teacher.cached_features": True})
+    stored = storage.read_json(train_teacher(config)["history"])
+    assert [row["total"] for row in stored] == pytest.approx([row["total"] for row in live], rel=1e-5)
+
+    store = artifacts_of(config).features(config.teacher).uri
+    files = sorted(Path(store, "data").iterdir())
+    made = [file.stat().st_mtime_ns for file in files]
+    content = files[1].read_bytes()
+    files[1].unlink()
+    assert cache(config)["features"] == store
+    assert files[1].read_bytes() == content
+    kept = [file.stat().st_mtime_ns for file in files]
+    assert [a == b for a, b in zip(made, kept, strict=True)] == [i != 1 for i in range(len(files))]
+    assert RunManifest.read(distill(config)["uri"]).features_uri == store
 
 
 def test_targets_are_row_for_row_and_tails_are_skipped(prepared):
