@@ -221,7 +221,8 @@ class Loader:
             video = sample.video
             target = self._read_target(targets, sample) if targets is not None else None
             if features is not None:
-                stored = self._read_row(features, sample, ["features"])
+                found = features.read_columns(video.shard, sample.row, sample.view, ["features"])
+                stored = _of_sample(found, sample, features)
                 target = replace(target, features=stored.features) if target is not None else stored
             if target is not None:
                 cached.append(target)
@@ -264,18 +265,20 @@ class Loader:
 
     def _read_target(self, targets: TargetSet, sample: Sample) -> Target:
         own = not self.pixels and self.features_uri is None
-        asked = (("slots", True), ("features", own), ("teacher_features", self.teacher_features))
-        return self._read_row(targets, sample, [name for name, wanted in asked if wanted])
+        place = (sample.video.shard, sample.row, sample.view)
+        found = targets.read(*place, features=own, teacher_features=self.teacher_features)
+        return _of_sample(found, sample, targets)
 
-    def _read_row(self, table: ViewSet, sample: Sample, columns: list[str]) -> Target:
-        shard = sample.video.shard
-        video_id, clip_index, target = table.read_columns(shard, sample.row, sample.view, columns)
-        if (video_id, clip_index) != (sample.video.video_id, sample.clip_index):
-            raise TargetMismatch(
-                f"{table.uri} {shard}: expected {sample.video.video_id} clip {sample.clip_index}, "
-                f"found {video_id} clip {clip_index}; the {table.manifest.kind} are of other clips"
-            )
-        return target
+
+def _of_sample(found: tuple[str, int, Target], sample: Sample, table: ViewSet) -> Target:
+    """A row that was found by position, if it is the sample's."""
+    video_id, clip_index, target = found
+    if (video_id, clip_index) != (sample.video.video_id, sample.clip_index):
+        raise TargetMismatch(
+            f"{table.uri} {sample.video.shard}: expected {sample.video.video_id} clip {sample.clip_index}, "
+            f"found {video_id} clip {clip_index}; the {table.manifest.kind} are of other clips"
+        )
+    return target
 
 
 def _stack(arrays: list[np.ndarray | None]) -> torch.Tensor | None:

@@ -277,8 +277,8 @@ def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any
     """Writes a registered model's safetensors, config and origin into a local or remote folder.
 
     An earlier version there is replaced. `hf://USER/REPO` gets them in one commit, with the version's model card as
-    its `README.md`; a repository that is new is private. Errors as in `downloaded`;
-    of the Hub as in `OnHub.push_to_hub`.
+    its `README.md`; a repository that is new is private. Errors as in `downloaded`; of the Hub as in
+    `OnHub.push_to_hub`.
     """
     version = find_version(model_uri, tracking_uri)
     if str(folder).startswith(hub.SCHEME):
@@ -294,9 +294,7 @@ def pull(model_uri: str, folder: str | Path, tracking_uri: str) -> dict[str, Any
 def _onto_hub(version: Any, repository: str, tracking_uri: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         fetch_version(version, scratch, tracking_uri)
-        storage.delete(
-            storage.join(scratch, storage.MANIFEST)
-        )  # of a folder that is whole or not; a commit always is
+        (Path(scratch) / storage.MANIFEST).unlink()  # it says that a folder is whole, as a commit always is
         text = hub_card(repository, version.description or "")
         (Path(scratch) / CARD_FILE).write_text(text, encoding="utf-8")
         name = f"models:/{version.name}/{version.version}"
