@@ -29,7 +29,8 @@ from pipeline.config import Config, ConfigError, Model, ViT
 from pipeline.config.protocols import choose_protocol
 from pipeline.models import CheckpointHints, SlotModelConfig
 from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
-from pipeline.models.checkpoints import MODEL_FILES
+from pipeline.models.checkpoints import CONFIG_FILE, MODEL_FILES
+from pipeline.models.slim import without_places
 
 # Of each kind's files; bump one where their meaning changes, and they are made again.
 CLIPS_FORMAT = TARGETS_FORMAT = FEATURES_FORMAT = SWEEP_FORMAT = 1
@@ -394,4 +395,6 @@ def _hash(uri: str, otherwise: str) -> str:
 @functools.cache
 def _hash_once(uri: str, version: str) -> str:
     """Weights are hundreds of megabytes, and every trial of a sweep asks for their hash."""
+    if storage.name(uri) == CONFIG_FILE and (content := without_places(storage.read_bytes(uri))):
+        return storage.fingerprint(content.decode())
     return storage.hash_file(uri)

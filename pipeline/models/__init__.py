@@ -9,11 +9,14 @@ from pipeline.models.checkpoints import (
     save_slot_model,
 )
 from pipeline.models.initialisation import start_as_soft_kmeans
+from pipeline.models.slim import BackboneError, BackboneSource
 from pipeline.models.slot_model import SlotModel, SlotModelConfig, SlotModelOutput
 
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "BackboneError",
+    "BackboneSource",
     "CheckpointHints",
     "HintError",
     "SlotModel",

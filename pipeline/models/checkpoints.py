@@ -1,7 +1,7 @@
 """Reading and writing slot models: public checkpoint files, and our own folders.
 
-A model folder holds `model.safetensors` and `config.json`. Tensor names are those of the public
-layout in both formats, where a video model has `.module` in some of them and an image model has not.
+A model folder holds `model.safetensors` and `config.json`; of a slim one see `slim`. Tensor names are those of the
+public layout in both formats, where a video model has `.module` in some of them and an image model has not.
 
 Public files are told apart by their keys: SlotContrast, SRL and SlotCurri (`initializer.slots`, MLP
 decoder), VideoSAUR (`initializer.mean`, no MLP in slot attention, slot mixer), DINOSAUR (no predictor).
@@ -24,6 +24,14 @@ from pipeline.log import log
 from pipeline.models._timm import import_timm
 from pipeline.models.backbone import BackboneConfig, check_finite, check_state_dict, read_checkpoint_file
 from pipeline.models.initialisation import WithoutDraws
+from pipeline.models.slim import (
+    CONFIG_KEY,
+    BackboneSource,
+    FrozenBackbone,
+    describe_backbone,
+    find_backbone,
+    frozen_part,
+)
 from pipeline.models.slot_model import IMAGENET_MEAN, IMAGENET_STD, SlotModel, SlotModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -76,6 +84,7 @@ def load_slot_model(
     num_slots: int | None = None,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
+    backbone: str | Path | None = None,
 ) -> SlotModel:
     """Builds a model from a checkpoint and loads its weights; in eval mode, on the CPU.
 
@@ -85,20 +94,22 @@ def load_slot_model(
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
             `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share.
+        backbone: of a slim folder, where its frozen backbone's weights are; by default they are looked for.
 
     Raises:
         FileNotFoundError: nothing at `path`.
         HintError: a public file needs another `num_heads`, or a `num_slots`.
+        BackboneError: a slim folder's backbone is not found, or has other weights.
         ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
             missing, unexpected or of another shape, all of which the message lists; or tensors that are not
             finite.
     """
-    path = Path(path)
+    path, frozen = Path(path), None
     if path.is_dir():
         for name in MODEL_FILES:
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path} is not a model folder: it has no {name}")
-        config = _parse_config((path / CONFIG_FILE).read_text(), source=str(path / CONFIG_FILE))
+        config, frozen = _parse_config((path / CONFIG_FILE).read_text(), source=str(path / CONFIG_FILE))
         state = _without_training_heads(read_checkpoint_file(path / WEIGHTS_FILE), str(path))
     else:
         content = read_checkpoint_file(path)
@@ -107,13 +118,15 @@ def load_slot_model(
             raise ValueError(f"{path}: has no `state_dict` of tensors")
         state = _without_training_heads(state, str(path))
         if _EMBEDDED_CONFIG in content:
-            config = _parse_config(content[_EMBEDDED_CONFIG], source=str(path))
+            config, _ = _parse_config(content[_EMBEDDED_CONFIG], source=str(path))
         else:
             config = infer_config(state, CheckpointHints(num_heads, num_slots, mean, std), source=str(path))
             state = _with_resampled_positions(state, config, str(path))
     state = {k: v.float() for k, v in _plain_names(state).items()}
     with WithoutDraws():
         model = SlotModel(config)
+    if frozen is not None:
+        state |= find_backbone(model.encoder.backbone, frozen, path, backbone)
     check_state_dict(model, state, str(path))
     check_finite(state, str(path))
     model.load_state_dict(state)
@@ -129,17 +142,29 @@ def _without_training_heads(state: Mapping[str, Tensor], source: str) -> dict[st
     return {k: v for k, v in state.items() if not k.startswith(_TRAINING_HEADS)}
 
 
-def _parse_config(text: str, *, source: str) -> SlotModelConfig:
+def _parse_config(text: str, *, source: str) -> tuple[SlotModelConfig, FrozenBackbone | None]:
+    """The config, and what it says of a backbone that is not in the file."""
     try:
-        return SlotModelConfig.from_dict(json.loads(text))
+        values = json.loads(text)
+        frozen = values.pop(CONFIG_KEY, None)
+        return SlotModelConfig.from_dict(values), frozen and FrozenBackbone.from_dict(frozen)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{source}: not the config of a slot model ({type(error).__name__}: {error})"
         ) from error
 
 
-def save_slot_model(model: SlotModel, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+def save_slot_model(
+    model: SlotModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    slim: BackboneSource | None = None,
+) -> None:
     """Writes `model.safetensors` (weights stored as `dtype`) and `config.json` into `folder`.
+
+    Args:
+        slim: leave the frozen backbone out, which comes from there and is named by its hash.
 
     Raises:
         ValueError: weights that are not finite, as `dtype` has them; then nothing is written.
@@ -149,9 +174,14 @@ def save_slot_model(model: SlotModel, folder: str | Path, *, dtype: torch.dtype 
     folder = Path(folder)
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     check_finite(state, f"the model to be saved as {str(dtype).removeprefix('torch.')}")
+    config = model.config.to_dict()
+    if slim is not None:
+        config[CONFIG_KEY] = describe_backbone(model.state_dict(), slim)
+        left_out = frozen_part(state)
+        state = {key: value for key, value in state.items() if key not in left_out}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_public_checkpoint(model: SlotModel, path: str | Path, *, step: int = 0) -> None:

@@ -194,6 +194,7 @@ RUN_DETAILS = [
     "mlflow.weights_licence=MIT",
     "mlflow.system_metrics=true",
     "ray.gpus=1",
+    "student.save=slim",
     "sweep.max_concurrent=1",
     "storage.cache=elsewhere",
     "storage.cache_gb=0",

@@ -42,6 +42,20 @@ def files(server, tmp_path):
     return str(local), f"hf://{NAME}"
 
 
+def test_a_slim_model_finds_its_backbone_on_the_hub(server, files, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    model = tiny_model(image_size=16)  # the one whose backbone is in the repository
+    model.push_to_hub("me/slim", backbone_weights=f"hf://{NAME}/backbone.safetensors")
+    pushed = server.repositories["me/slim"]
+    whole = server.repositories[NAME]
+    sizes = [
+        len(r.commits[r.at("main")][f])
+        for r, f in ((pushed, "model.safetensors"), (whole, "folder/model.safetensors"))
+    ]
+    assert sizes[0] < sizes[1]
+    assert same(SlotModel.from_pretrained("me/slim"), model)
+
+
 def test_what_is_pushed_is_what_is_opened(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     model, card = tiny_model(seed=1), "---\nlicense: apache-2.0\n---\n# A student\n"
