@@ -9,10 +9,10 @@ from pipeline.models import save_slot_model
 from pipeline.models.export import ExportError
 
 
-def make_finished_run(config, uri, *, model=None, clips="c", **manifest):
+def make_finished_run(config, uri, *, model=None, clips="c", slim=None, **manifest):
     """Publishes a student, a tiny one by default, at `uri`, with a run in MLflow."""
     name = storage.name(uri)
-    save_slot_model(model or tiny_model(seed=len(name), image_size=16), f"{uri}/model")
+    save_slot_model(model or tiny_model(seed=len(name), image_size=16), f"{uri}/model", slim=slim)
     storage.write_bytes(f"{uri}/config.yaml", config.to_yaml().encode())
     storage.write_json(f"{uri}/history.json", [])
     tags = {"seed": "1", "clips": clips, "method": "slotmatch", "beta": "0.2", "teacher": "SlotContrast"}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.fields import PositiveFloat, PositiveInt, Section
+from pipeline.config.fields import PositiveFloat, PositiveInt, Section, run_detail
 from pipeline.config.training import TeacherTraining
 
 SlotCount = Annotated[int, Field(ge=1, le=256)]  # labels are bytes
@@ -117,3 +117,6 @@ class Teacher(Model):
 
 class Student(Model):
     """The model that learns from it; `num_slots` and `slot_size` left empty are the teacher's."""
+
+    save: Literal["whole", "slim"] = run_detail("whole")
+    """slim: without the frozen backbone, which is kept once below storage.root and told by its hash"""

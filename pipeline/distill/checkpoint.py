@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from pipeline import storage
 from pipeline.distill.precision import Precision
 from pipeline.distill.step import Objective
-from pipeline.models import SlotModelConfig, save_slot_model
-from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.models import BackboneError, BackboneSource, save_slot_model
+from pipeline.models.checkpoints import WEIGHTS_FILE, read_config
+from pipeline.models.slim import own_backbone, read_frozen_backbone
 
 CHECKPOINT_FOLDER = "checkpoints"
 HEADS_FILE = "heads.safetensors"
@@ -34,13 +35,19 @@ class TrainingState:
 
 
 def save_checkpoint(
-    run_uri: str, objective: Objective, optimizer: torch.optim.Optimizer, state: TrainingState, *, keep: int
+    run_uri: str,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    *,
+    keep: int,
+    slim: BackboneSource | None = None,
 ) -> str:
     """Publishes a checkpoint of `run_uri` and deletes the oldest beyond `keep`; returns its URI."""
     uri = storage.join(run_uri, CHECKPOINT_FOLDER, f"step_{state.step:08d}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        save_slot_model(objective.model, folder)
+        save_slot_model(objective.model, folder, slim=slim)
         save_file(objective.heads.state_dict(), folder / HEADS_FILE)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         (folder / "history.json").write_text(json.dumps(state.history))
@@ -67,15 +74,18 @@ def load_checkpoint(uri: str, objective: Objective, optimizer: torch.optim.Optim
     """Fills the objective's model and heads, and the optimizer, from a checkpoint.
 
     Raises:
-        ValueError: a file of it is damaged or of another model.
+        ValueError: a file of it is damaged or of another model; or it lacks the frozen backbone, and the objective's
+            is another one.
     """
     with storage.local_copy(uri) as folder:
         try:
-            objective.model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
+            weights = load_file(Path(folder) / WEIGHTS_FILE)
+            if (frozen := read_frozen_backbone(folder)) is not None:
+                weights |= own_backbone(objective.model.state_dict(), frozen, uri)
+            objective.model.load_state_dict(weights)
             objective.heads.load_state_dict(load_file(Path(folder) / HEADS_FILE))
-            saved_config = SlotModelConfig.from_dict(json.loads((Path(folder) / CONFIG_FILE).read_text()))
-            # Measured when the run began, where the config leaves it open.
-            objective.model.config = replace(objective.model.config, feature_scale=saved_config.feature_scale)
+            # Its `feature_scale` was measured when the run began, where the config leaves it open.
+            objective.model.config = read_config(folder)
             # A run that began on a GPU may go on without one; the optimizer moves its state to the parameters.
             state = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True)
             for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
@@ -83,6 +93,8 @@ def load_checkpoint(uri: str, objective: Objective, optimizer: torch.optim.Optim
             optimizer.load_state_dict(state)
             manifest: dict[str, Any] = json.loads((Path(folder) / storage.MANIFEST).read_text())
             history = json.loads((Path(folder) / "history.json").read_text())
+        except BackboneError:  # says what to do
+            raise
         except Exception as error:
             raise ValueError(
                 f"checkpoint {uri} can't be resumed from ({type(error).__name__}: {error}); delete it to go "

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pipeline import storage
 from pipeline.config import Config, ConfigError, Distill, Model, TeacherTraining, Training
 from pipeline.distill.step import Objective, Terms
-from pipeline.models import SlotModel, SlotModelConfig
+from pipeline.models import BackboneSource, SlotModel, SlotModelConfig
 from pipeline.models.build import build_student, build_teacher, load_teacher, seeded
+from pipeline.models.slim import STORE_FOLDER
 
 OnValidation = Callable[[int, dict[str, float]], None]
 
@@ -38,6 +39,7 @@ class Run:
     teacher_config: SlotModelConfig | None = None  # gives the sizes that the student leaves open
     views: int | None = None  # that each clip has; None: a new one in every epoch
     bound_every: int = 0  # steps between measurements of Theorem 1; 0: never
+    slim: BackboneSource | None = None  # of models that are saved without their frozen backbone
     public_checkpoint: bool = False  # whether the model is published in the public layout as well
     name: str = ""  # the user's
     title: str = ""  # what a sweep calls it
@@ -74,6 +76,7 @@ class Run:
             teacher_uri=teacher_uri,
             teacher_config=teacher_config,
             views=None if settings.fresh_views else config.targets.views,
+            slim=_slim(config),
             bound_every=settings.measure_bound_every if settings.distils else 0,
             name=settings.name,
             title=title,
@@ -111,6 +114,16 @@ class Run:
     def run_name(self) -> str:
         """What MLflow calls it, where it has no title."""
         return self.name or f"{self.kind}-{storage.name(self.uri)[:8]}"
+
+
+def _slim(config: Config) -> BackboneSource | None:
+    """Where the backbone of a student that is saved without it comes from, and is kept."""
+    if config.student.save == "whole":
+        return None
+    weights = config.student.backbone_weights
+    place = weights if weights in ("timm", "random") else storage.absolute(weights)
+    store = storage.join(storage.absolute(config.storage.root), STORE_FOLDER)
+    return BackboneSource(place, store)
 
 
 def build(run: Run) -> tuple[Objective, SlotModel | None]:

@@ -10,9 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline import storage, tracking
-from pipeline.artifacts.identity import Artifacts, model_files
+from pipeline.artifacts.identity import Artifacts
 from pipeline.artifacts.manifests import MODEL_FOLDER, RunManifest, TargetManifest
 from pipeline.artifacts.once import is_whole, once, require_files
+from pipeline.artifacts.subjects import model_files
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
 from pipeline.config import Config, ConfigError, Model
 from pipeline.distill.ray_train import fit, machines

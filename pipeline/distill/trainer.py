@@ -379,6 +379,7 @@ class Trainer:
                 self.optimizer,
                 TrainingState(self.step, self.history, self.precision),
                 keep=self.run.settings.keep_checkpoints,
+                slim=self.run.slim,
             )
         self.hooks.after_checkpoint(self.step)
 
@@ -389,7 +390,7 @@ class Trainer:
             log(f"{run.label}: another job has published this run meanwhile; its model stays")
             return
         with tempfile.TemporaryDirectory() as scratch:
-            save_slot_model(self.model, scratch)
+            save_slot_model(self.model, scratch, slim=run.slim)
             storage.upload_folder(scratch, storage.join(run.uri, MODEL_FOLDER))
         if run.public_checkpoint:
             with tempfile.TemporaryDirectory() as scratch:

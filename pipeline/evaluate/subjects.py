@@ -8,15 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.artifacts.identity import (
-    Artifacts,
-    baseline_subject,
-    feature_subject,
-    model_files,
-    model_subject,
-)
+from pipeline.artifacts.identity import Artifacts
 from pipeline.artifacts.manifests import MODEL_FOLDER, RunManifest
 from pipeline.artifacts.once import missing_files
+from pipeline.artifacts.subjects import baseline_subject, feature_subject, model_files, model_subject
 from pipeline.clips.library import require_clips
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate.baselines import BASELINES

@@ -5,11 +5,14 @@ from pipeline.models.checkpoints import load_slot_model, save_public_checkpoint,
 from pipeline.models.hints import CheckpointHints, HintError
 from pipeline.models.initialisation import start_as_soft_kmeans
 from pipeline.models.segmenter import VideoSegmenter
+from pipeline.models.slim import BackboneError, BackboneSource
 from pipeline.models.slot_model import SlotModel, SlotModelConfig, SlotModelOutput
 
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "BackboneError",
+    "BackboneSource",
     "CheckpointHints",
     "HintError",
     "SlotModel",

@@ -57,6 +57,7 @@ class OnHub:
         private: bool | None = None,
         branch: str | None = None,
         message: str = "Slot model",
+        backbone_weights: str | None = None,
     ) -> str:
         """Uploads `config.json` and `model.safetensors` in one commit, which `from_pretrained` opens.
 
@@ -68,6 +69,8 @@ class OnHub:
             private: of a new repository; None: as the account says.
             branch: made if there is none; None: the default branch.
             message: of the commit.
+            backbone_weights: leave the frozen backbone out, whose weights whoever loads the model has from there:
+                `timm`, or a file on the Hub, `hf://USER/NAME/FILE`; None: the whole model.
 
         Returns:
             `hf://user/name@commit`.
@@ -79,10 +82,12 @@ class OnHub:
         """
         from pipeline.models.checkpoints import save_slot_model
         from pipeline.models.segmenter import VideoSegmenter
+        from pipeline.models.slim import BackboneSource
 
         assert isinstance(self, VideoSegmenter)
         with tempfile.TemporaryDirectory() as scratch:
-            save_slot_model(self, scratch)
+            slim = BackboneSource(backbone_weights) if backbone_weights is not None else None
+            save_slot_model(self, scratch, slim=slim)
             if card is not None:
                 (Path(scratch) / CARD_FILE).write_text(card, encoding="utf-8")
             return upload(scratch, name, private=private, branch=branch, message=message)

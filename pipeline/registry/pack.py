@@ -19,10 +19,11 @@ from pipeline.artifacts.manifests import MODEL_FOLDER
 from pipeline.clips.sources import VideoRef, read_video
 from pipeline.clips.sources.synthetic import SyntheticSettings, video_file, write_dataset
 from pipeline.log import log
-from pipeline.models import load_slot_model
+from pipeline.models import load_slot_model, save_slot_model
 from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.models.export import ExportError, check, describe, exportable, trace, write_onnx
 from pipeline.models.exported import ONNX_FILE
+from pipeline.models.slim import read_frozen_backbone
 
 CHECK_FRAMES = 30  # of a video, that an exported form is held against the model on
 CHUNK_FRAMES = 8
@@ -76,6 +77,8 @@ def model_arguments(model: Path, source: str, scratch: Path) -> dict[str, Any]:
             "is the module 'pipeline'"
         )
         (folder / ONNX_FILE).unlink(missing_ok=True)
+        if read_frozen_backbone(folder) is not None:
+            save_slot_model(slot_model, folder)  # whole, as an exported form is
         return _with_package(folder, scratch)
     return {
         "python_model": pyfunc.__file__,

@@ -54,8 +54,9 @@ _MANIFESTS: dict[str, type[Manifest]] = {
     "generated": GeneratedManifest,
 }
 RAY = "ray"
-# Known and never pruned: MLflow's, what is remembered of source files, and what people look at.
-_LEFT = re.compile(r"mlflow\.(db|lock)|mlflow\.db[.-].+|mlartifacts|sources|evidence|report|demo")
+# Known and never pruned: MLflow's, what is remembered of source files, the backbones of slim models, which may have
+# been copied anywhere, and what people look at.
+_LEFT = re.compile(r"mlflow\.(db|lock)|mlflow\.db[.-].+|mlartifacts|sources|backbones|evidence|report|demo")
 _FINGERPRINT = r"[0-9a-f]{16}"
 _KINDS = "|".join(kind for kind in KINDS if kind != "pulled")
 _PLACE = re.compile(rf"(?:^|/)((?:{_KINDS})/{_FINGERPRINT}|pulled/[^/]+-\d+-{_FINGERPRINT})(?=/|$)")

@@ -17,8 +17,9 @@ from pipeline.evaluate.scoring import SCORES
 from pipeline.evaluate.table import DASH, Column, Row, Table, cells, listing, percent, plural
 from pipeline.log import Progress, log
 from pipeline.models import CheckpointHints, SlotModelConfig
-from pipeline.models.checkpoints import WEIGHTS_FILE
+from pipeline.models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.models.exported import ONNX_FILE
+from pipeline.models.slim import CONFIG_KEY
 from pipeline.registry.export import HALF_FILE, INT8_FILE, PT2_FILE
 from pipeline.report.costs import architecture, busy_note, short_number
 from pipeline.report.efficiency import count_parameters, device_name
@@ -54,10 +55,16 @@ class Deployed:
             inside = storage.join(uri, WEIGHTS_FILE)
             file = inside if key == OWN and storage.exists(inside) else uri
             if storage.exists(file):
-                found[key] = storage.size(file)
+                found[key] = storage.size(file) + (_left_out(uri) if file == inside else 0)
             else:
                 log(f"report: {self.name} as {FORMS[key]} is not there any more: {uri}")
         return replace(self, bytes=found)
+
+
+def _left_out(uri: str) -> int:
+    """Bytes of the weights that a slim model's file lacks, and without which it does not run."""
+    frozen = storage.read_json(storage.join(uri, CONFIG_FILE)).get(CONFIG_KEY)
+    return frozen["bytes"] if frozen else 0
 
 
 def deployed_table(models: Sequence[Deployed], runs: int, part: str = "", notes: Sequence[str] = ()) -> Table:

@@ -17,9 +17,9 @@ from artifacts.worlds import (
 from pydantic import create_model
 
 from pipeline import storage
-from pipeline.artifacts import identity
 from pipeline.artifacts.counted import distill_settings, protocol_rules
 from pipeline.artifacts.identity import Artifacts
+from pipeline.artifacts.subjects import model_identity
 from pipeline.config import Config, Section, loading, resolve_config, with_overrides
 from pipeline.config.protocols import Protocol
 from pipeline.models import CheckpointHints
@@ -139,9 +139,9 @@ def test_a_new_hint_counts_where_it_is_not_at_its_default(tmp_path):
     file = tmp_path / "public.ckpt"
     file.write_bytes(b"weights")
     Newer = make_dataclass("Newer", [("later", float, 0.5)], bases=(CheckpointHints,), frozen=True)
-    known = identity.model_identity(str(file), CheckpointHints(num_slots=4))
-    assert identity.model_identity(str(file), Newer(num_slots=4)) == known
-    assert identity.model_identity(str(file), Newer(num_slots=4, later=1.0)) != known
+    known = model_identity(str(file), CheckpointHints(num_slots=4))
+    assert model_identity(str(file), Newer(num_slots=4)) == known
+    assert model_identity(str(file), Newer(num_slots=4, later=1.0)) != known
 
 
 # --- which setting changes what -----------------------------------------------------------------------
@@ -201,6 +201,7 @@ RUN_DETAILS = [
     "mlflow.weights_licence=MIT",
     "mlflow.system_metrics=true",
     "ray.gpus=1",
+    "student.save=slim",
     "sweep.max_concurrent=1",
     "storage.cache=elsewhere",
     "storage.cache_gb=0",

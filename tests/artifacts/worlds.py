@@ -6,8 +6,9 @@ from tiny_models import tiny_vit
 
 from pipeline import storage
 from pipeline.artifacts import identity
-from pipeline.artifacts.identity import Artifacts, baseline_subject, model_subject
+from pipeline.artifacts.identity import Artifacts
 from pipeline.artifacts.manifests import TargetManifest
+from pipeline.artifacts.subjects import baseline_subject, model_subject
 from pipeline.clips.library import ClipLibrary
 from pipeline.clips.sources import VideoRef
 from pipeline.clips.table import VideoEntry

@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from pipeline import storage
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.step import Batch, Objective, Terms, training_step
-from pipeline.models import load_slot_model
+from pipeline.models import BackboneError, BackboneSource, load_slot_model
 
 
 def make(seed=0, num_slots=3):
@@ -40,6 +40,20 @@ def test_a_resumed_run_has_the_identical_curve(place):
     state = load_checkpoint(uri, objective, optimizer)
     assert state == TrainingState(4, [{"total": 1.5}])
     assert train(objective, optimizer, 4, 8) == unbroken[4:]
+
+
+def test_a_slim_checkpoint_goes_on_beside_the_backbone_that_it_was_trained_with(place):
+    objective, optimizer = make()
+    train(objective, optimizer, 0, 2)
+    source = BackboneSource("timm", storage.join(place, "backbones"))
+    uri = save_checkpoint(place, objective, optimizer, TrainingState(2, []), keep=2, slim=source)
+    unbroken = train(objective, optimizer, 2, 4)
+    other, its_optimizer = make(seed=1)
+    with pytest.raises(BackboneError, match="was trained beside a frozen backbone of sha256"):
+        load_checkpoint(uri, other, its_optimizer)
+    other.model.encoder.backbone.load_state_dict(objective.model.encoder.backbone.state_dict())
+    load_checkpoint(uri, other, its_optimizer)
+    assert train(other, its_optimizer, 2, 4) == unbroken
 
 
 def test_a_run_that_began_on_a_gpu_goes_on_without_one(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """The trainer: what it needs, what it calls when, and that a run goes on to the identical curve."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from places import python
 from tiny_models import tiny_model
@@ -12,9 +15,10 @@ from training_runs import make_clips, make_config, student_run
 
 from pipeline import storage
 from pipeline.config import ConfigError
+from pipeline.distill.checkpoint import latest_checkpoint
 from pipeline.distill.run import Run, build
 from pipeline.distill.trainer import Hooks, NoLogger, Trainer
-from pipeline.models import save_slot_model
+from pipeline.models import load_slot_model, save_slot_model
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +140,28 @@ class Breaking(Trainer):
         batch = super().batch(raw)
         self.finite -= 1
         return batch if self.finite >= 0 else replace(batch, video=batch.video * float("nan"))
+
+
+def test_slim_students_are_the_whole_ones_without_their_backbone(clips, tmp_path):
+    """Also where the training is stopped and goes on; their backbone is kept once for all of them."""
+    published = {}
+    for save in ("whole", "slim"):
+        config = small(tmp_path / "root", f"student.save={save}", "distill.steps=8")
+        run = student_run(config, str(tmp_path / "root" / "students" / save), clips)
+        Trainer(run).train()
+        published[save] = run.uri
+    slim = student_run(config, str(tmp_path / "root" / "students" / "resumed"), clips)
+    shutil.copytree(f"{published['slim']}/checkpoints", f"{slim.uri}/checkpoints")
+    Trainer(slim).train()  # at its end already: it publishes
+    whole = load_slot_model(f"{published['whole']}/model").state_dict()
+    for folder in (f"{published['slim']}/model", f"{slim.uri}/model", latest_checkpoint(slim.uri)):
+        assert os.path.getsize(f"{folder}/model.safetensors") < os.path.getsize(
+            f"{published['whole']}/model/model.safetensors"
+        )
+        found = load_slot_model(folder).state_dict()
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[key], whole[key]) for key in whole)
+    assert len(list((tmp_path / "root" / "backbones").rglob("*.safetensors"))) == 1
 
 
 def test_what_another_job_has_published_stays(clips, tmp_path):

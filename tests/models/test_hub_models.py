@@ -8,7 +8,8 @@ from tiny_models import tiny_model, tiny_section
 
 from jobs._job import PublicFile
 from pipeline import storage
-from pipeline.artifacts.identity import Artifacts, backbone_identity, model_identity
+from pipeline.artifacts.identity import Artifacts
+from pipeline.artifacts.subjects import backbone_identity, model_identity
 from pipeline.config import ConfigError, resolve_config
 from pipeline.evaluate.subjects import named_model
 from pipeline.models import SlotModel, save_slot_model
@@ -40,6 +41,20 @@ def files(server, tmp_path):
     found = {str(p.relative_to(local)): p.read_bytes() for p in local.rglob("*") if p.is_file()}
     server.repository(NAME).commit(found)
     return str(local), f"hf://{NAME}"
+
+
+def test_a_slim_model_finds_its_backbone_on_the_hub(server, files, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    model = tiny_model(image_size=16)  # the one whose backbone is in the repository
+    model.push_to_hub("me/slim", backbone_weights=f"hf://{NAME}/backbone.safetensors")
+    pushed = server.repositories["me/slim"]
+    whole = server.repositories[NAME]
+    sizes = [
+        len(r.commits[r.at("main")][f])
+        for r, f in ((pushed, "model.safetensors"), (whole, "folder/model.safetensors"))
+    ]
+    assert sizes[0] < sizes[1]
+    assert same(SlotModel.from_pretrained("me/slim"), model)
 
 
 def test_what_is_pushed_is_what_is_opened(server, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_model, tiny_section
 
 from pipeline import storage
-from pipeline.artifacts.identity import backbone_identity, model_identity
+from pipeline.artifacts.subjects import backbone_identity, model_identity
 from pipeline.config import ConfigError, resolve_config
 from pipeline.models import save_slot_model
 from pipeline.models.build import build_backbone, checkpoint_hints, load_teacher

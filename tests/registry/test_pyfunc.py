@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from places import ROOT
+from safetensors.torch import load_file
 from services import MLflowServer
 from students import evaluation, make_finished_run
 from tiny_models import tiny_model
@@ -17,11 +20,13 @@ from tiny_models import tiny_model
 from pipeline import storage, tracking
 from pipeline.clips.sources.synthetic import SyntheticSettings, render_video
 from pipeline.config import resolve_config
-from pipeline.models import load_slot_model
+from pipeline.models import BackboneError, BackboneSource, CheckpointHints, load_slot_model
 from pipeline.models.export import ExportError
 from pipeline.models.exported import load_exported
 from pipeline.registry import pack, pyfunc
 from pipeline.registry.stage import pull, register_run
+from pipeline.segment.stage import segment
+from pipeline.tracking.versions import load_named
 
 MODULE = "a user's module called pipeline on the path"
 LOAD = """
@@ -54,9 +59,9 @@ def teacher():
     return load_slot_model(ROOT / "demo" / "teacher")
 
 
-def register(model, tmp_path, *settings):
+def register(model, tmp_path, *settings, slim=None):
     config = resolve_config({}, [f"storage.root={tmp_path / 'root'}", *settings])
-    run = make_finished_run(config, str(tmp_path / "root" / "students" / "demo"), model=model)
+    run = make_finished_run(config, str(tmp_path / "root" / "students" / "demo"), model=model, slim=slim)
     register_run(config, run, evaluation(0.5))
     return config
 
@@ -147,13 +152,42 @@ def test_a_student_that_draws_its_slots_starts_from_the_same_noise(tmp_path):
     assert (champion.predict(frames) == expected).mean() > 0.999
 
 
+def test_a_slim_version_is_pulled_and_segments_and_its_exported_form_is_whole(tmp_path, elsewhere, teacher):
+    store = str(tmp_path / "root" / "backbones")
+    config = register(teacher, tmp_path, slim=BackboneSource("random", store))
+    pull("models:/slotmatch@champion", tmp_path / "pulled", config.tracking_uri)
+    assert "encoder.backbone.model.blocks.0.mlp.fc1.weight" not in load_file(
+        tmp_path / "pulled/model.safetensors"
+    )
+    frames = np.load(elsewhere / "frames.npy")
+    pulled = load_slot_model(tmp_path / "pulled")
+    *_, (_, _, masks) = pulled.stream([frames])
+    assert agreement(teacher, elsewhere, pulled.label_maps(masks, frames.shape[1:3]).numpy()) == 1
+
+    video = tmp_path / "video"
+    video.mkdir()
+    for number, frame in enumerate(frames[:3]):
+        Image.fromarray(frame).save(video / f"{number}.png")
+    named = load_named("models:/slotmatch/1", CheckpointHints(), config.tracking_uri)
+    segmented = segment(named, video, tmp_path / "out")
+    assert len(list(Path(segmented["labels"]).glob("*.png"))) == 3
+    storage.delete(store)
+    with pytest.raises(BackboneError, match=r"backbones/\w{16}/backbone\.safetensors"):
+        load_slot_model(tmp_path / "pulled")
+    exported = load_exported(tmp_path / "pulled" / "model.onnx")
+    *_, (_, _, masks) = exported.stream([frames])
+    assert agreement(teacher, elsewhere, exported.label_maps(masks, frames.shape[1:3]).numpy()) > 0.999
+
+
 def test_a_student_that_cannot_be_exported_is_registered_with_the_package(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise ExportError("the exported form differs")
 
     monkeypatch.setattr(pack, "check", refuse)
     model = tiny_model().eval()
-    config = register(model, tmp_path)
+    store = str(tmp_path / "backbones")
+    config = register(model, tmp_path, slim=BackboneSource("random", store))
+    storage.delete(store)  # such a version is whole, whatever the run keeps
     assert "WARNING, the exported form differs" in capsys.readouterr().err
     mlflow.set_tracking_uri(config.tracking_uri)
     frames = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), np.uint8)

@@ -41,7 +41,7 @@ def read(
             f"backbone_weights: must be given, as {source} lacks the frozen ViT that SOLV sees through: a file in "
             "timm's names (public SOLV: vit_base_patch14_dinov2)"
         )
-    own = tensors(content)
+    own = tensors(content, source)
     vit = read_state_dict(hints.backbone_weights)
     if "patch_embed.proj.weight" not in vit:
         first = ", ".join(list(vit)[:5])
@@ -71,7 +71,7 @@ def read(
     return config, {**own, **{BACKBONE + key: value for key, value in vit.items()}}
 
 
-def tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """The tensors of a file by our names; with the ViT's where we wrote it."""
     own = {key.removeprefix(PREFIX): value for key, value in content["model"].items()}
     return {**own, **{BACKBONE + k: v for k, v in content.get(EMBEDDED_BACKBONE, {}).items()}}

@@ -1,0 +1,91 @@
+"""The systems that there are: what tells their files apart, and what reads, builds and writes them.
+
+A new system gets a module, a module of its files beside it, and a row of `SYSTEMS`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.models import slot_files
+from pipeline.models.hints import CheckpointHints
+from pipeline.models.rivals import solv_files
+from pipeline.models.rivals.solv import SOLV, SOLVConfig
+from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
+from pipeline.models.slot_model import SlotModel, SlotModelConfig
+
+
+@dataclass(frozen=True)
+class System:
+    """A kind of models and of their public files.
+
+    model, config: `model(config)` is one with random weights. recognises: whether the content of a public file is of
+    this system. read: the config and the tensors, by our names, of a file that others have written (`content, hints,
+    source`). tensors: those of a file that has a config of ours. written: what a public file of a model holds, beside
+    that config. allowed: plain classes that its files may hold beside tensors.
+    """
+
+    model: Callable[[Any], VideoSegmenter]
+    config: Any
+    recognises: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any], CheckpointHints, str], tuple[SegmenterConfig, dict[str, Tensor]]]
+    tensors: Callable[[Mapping[str, Any], str], dict[str, Tensor]]
+    written: Callable[[Any], dict[str, Any]]
+    allowed: tuple[type, ...] = ()
+
+
+SLOT_MODEL = System(
+    SlotModel,
+    SlotModelConfig,
+    lambda content: True,  # what no other knows: the error says what it lacks
+    slot_files.read,
+    slot_files.tensors,
+    slot_files.written,
+)
+
+# By what their configs say as `system`; slot models' say nothing.
+SYSTEMS = {
+    "solv": System(
+        SOLV,
+        SOLVConfig,
+        solv_files.is_solv,
+        solv_files.read,
+        solv_files.tensors,
+        solv_files.written,
+        (Namespace,),
+    ),
+}
+
+
+def of_content(content: Mapping[str, Any]) -> System:
+    """The system that a public file's content is of."""
+    return next((s for s in SYSTEMS.values() if s.recognises(content)), SLOT_MODEL)
+
+
+def of_model(model: VideoSegmenter) -> System:
+    """The system that a model is of."""
+    return next((s for s in SYSTEMS.values() if s.model is type(model)), SLOT_MODEL)
+
+
+def parse_config(values: dict[str, Any]) -> tuple[System, SegmenterConfig]:
+    """The system and the config of a model folder's plain values.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are no config.
+    """
+    values = dict(values)
+    name = values.pop("system", None)
+    if name is not None and name not in SYSTEMS:
+        raise ValueError(f"system: {name!r}; nearest valid: {', '.join(SYSTEMS)}")
+    system = SLOT_MODEL if name is None else SYSTEMS[name]
+    return system, system.config.from_dict(values)
+
+
+def model_of(config: SegmenterConfig) -> VideoSegmenter:
+    """A model with random weights."""
+    return next((s for s in SYSTEMS.values() if s.config is type(config)), SLOT_MODEL).model(config)
