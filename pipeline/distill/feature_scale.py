@@ -53,14 +53,24 @@ def spread_samples(videos: Sequence[VideoEntry]) -> list[Sample]:
 
 
 def unit_variance_scale(features: Iterable[Tensor]) -> float:
-    """One over the standard deviation of all numbers of some tensors, to `DIGITS` digits."""
+    """One over the standard deviation of all numbers of some tensors, to `DIGITS` digits.
+
+    Raises:
+        ValueError: they are all the same number.
+    """
     count, total, squares = 0, 0.0, 0.0
     for tensor in features:
         values = tensor.double()
         count += values.numel()
         total += values.sum().item()
         squares += values.square().sum().item()
-    deviation = (squares / count - (total / count) ** 2) ** 0.5
+    variance = squares / count - (total / count) ** 2
+    if variance <= 1e-12 * squares / count:  # what rounding leaves of none
+        raise ValueError(
+            "feature_scale=auto: the backbone gives the same number everywhere, which no scale makes vary: are these "
+            "its weights (backbone_weights), and do the videos show anything?"
+        )
+    deviation = variance**0.5
     return float(f"{1 / deviation:.{DIGITS}g}")
 
 

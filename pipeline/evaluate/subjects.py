@@ -47,7 +47,10 @@ class Subject:
         """Its tags in MLflow."""
         if self.baseline is not None:
             of = [] if self.num_slots == 1 else [f"N = {self.num_slots}"]
-            of += [f"{self.features['backbone']['image_size']} px"] if self.features else []
+            if self.features:
+                backbone = self.features["backbone"]
+                of.append(f"{backbone['image_size']} px")
+                of += [f"blocks 1 to {blocks}"] if (blocks := backbone.get("blocks")) else []
             name = f"{self.baseline} ({', '.join(of)})" if of else self.baseline
             return {"method": "baseline", "name": name}
         loading = {"model_uri": str(self.model_uri), "hints": json.dumps(self.hints.to_dict())}

@@ -13,7 +13,7 @@ from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
 from pipeline.config import ConfigError, resolve_config
 from pipeline.distill.checkpoint import latest_checkpoint
-from pipeline.distill.feature_scale import spread_samples
+from pipeline.distill.feature_scale import spread_samples, unit_variance_scale
 from pipeline.distill.run import Run
 from pipeline.distill.step import Batch, Objective, Terms
 from pipeline.distill.trainer import Trainer
@@ -186,3 +186,11 @@ def test_feature_kd_draws_to_the_teachers_features_on_the_teachers_scale():
 def test_scales_that_can_not_be(value):
     with pytest.raises(ConfigError, match=r"student\.feature_scale"):
         resolve_config({}, [f"student.feature_scale={value}"])
+
+
+def test_features_that_never_vary_have_no_scale():
+    with pytest.raises(ValueError, match="backbone_weights"):
+        unit_variance_scale([torch.full((2, 3, 4), 0.1), torch.full((1, 3, 4), 0.1)])
+    with pytest.raises(ValueError, match="same number"):
+        unit_variance_scale([torch.zeros(2, 3)])
+    assert unit_variance_scale([torch.tensor([1.0, 3.0])]) == 1.0

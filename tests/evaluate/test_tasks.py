@@ -1,5 +1,7 @@
 """How an evaluation is cut into tasks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from clip_sets import random_clips
@@ -10,7 +12,7 @@ from pipeline.config import resolve_config
 from pipeline.evaluate import stage
 from pipeline.evaluate.stage import ScoreTask, score_baseline, score_subjects
 from pipeline.evaluate.subjects import Subject, baseline_subjects, feature_subjects
-from pipeline.models import save_slot_model
+from pipeline.models import SlotModel, save_slot_model
 
 
 @pytest.fixture
@@ -81,6 +83,20 @@ def test_feature_kmeans_is_a_row_of_its_own_beside_the_models(tmp_path, asked):
     assert score_subjects(artifacts, clips, other)["k-means on the student's features"].uri == (
         results["k-means on the student's features"].uri
     )
+
+
+def test_a_backbone_cut_short_is_named_by_its_blocks(tmp_path):
+    whole = tiny_model(4, 16)
+    cut = SlotModel(replace(whole.config, backbone=replace(whole.config.backbone, blocks=1)))
+    for name, model in (("whole", whole), ("cut", cut)):
+        save_slot_model(model, tmp_path / name)
+    students = {
+        name: Subject(str(tmp_path / name), tags={"method": "slotmatch"}) for name in ("whole", "cut")
+    }
+    assert [subject.record()["name"] for subject in feature_subjects(students).values()] == [
+        "k-means on the student's features (N = 4, 32 px)",
+        "k-means on the student's features (N = 4, 32 px, blocks 1 to 1)",
+    ]
 
 
 def test_another_backbone_of_another_setting_is_named_after_it(tmp_path):
