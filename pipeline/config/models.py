@@ -99,6 +99,8 @@ class Teacher(Model):
     """attention heads of a public file's ViT; null: width / 64"""
     backbone: str | ViT = "vit_base_patch14_dinov2"
     """a timm name, or a ViT's dimensions"""
+    initialisation: Literal["default", "soft_kmeans", "fitted"] = "default"  # type: ignore[assignment]
+    """of what trains; the paper's: default; fitted: soft_kmeans in the principal components of the clips' features"""
     train: TeacherTraining = TeacherTraining()
 
     @property

@@ -31,6 +31,8 @@ class Training(Section):
     """clips a step, over all workers"""
     learning_rate: PositiveFloat = 4e-4
     """the peak, after the warm-up"""
+    decoder_learning_rate: PositiveFloat | None = None
+    """the decoder's peak; null: learning_rate"""
     warmup_steps: NonNegativeInt = 2500
     """steps in which the learning rate grows to its peak"""
     gradient_clip: PositiveFloat = 0.05

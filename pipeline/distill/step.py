@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.config import Training
 from pipeline.distill.bound import reconstruction_bound
 from pipeline.losses import (
     feature_kd_loss,
@@ -314,9 +315,23 @@ class GradientWatch:
         self.finite_steps += self.failed == 0
 
 
-def adam(parameters: list[nn.Parameter], learning_rate: float, device: torch.device) -> torch.optim.Adam:
+def adam(parameters: Any, learning_rate: float, device: torch.device) -> torch.optim.Adam:
     """Whether to update, the fused kernel decides on the device; on a CPU the plain one, whose curves are recorded."""
     return torch.optim.Adam(parameters, lr=learning_rate, fused=True if device.type == "cuda" else None)
+
+
+def adam_of_run(objective: Objective, settings: Training, device: torch.device) -> torch.optim.Adam:
+    """Of all that trains; in two groups where the decoder has a learning rate of its own."""
+    parameters = objective.trainable_parameters()
+    if settings.decoder_learning_rate is None:
+        return adam(parameters, settings.learning_rate, device)
+    relative_rate = settings.decoder_learning_rate / settings.learning_rate
+    of_decoder = {id(parameter) for parameter in objective.model.decoder.parameters()}
+    groups = [
+        {"params": [p for p in parameters if id(p) not in of_decoder]},
+        {"params": [p for p in parameters if id(p) in of_decoder], "relative_rate": relative_rate},
+    ]
+    return adam(groups, settings.learning_rate, device)
 
 
 def training_step(
@@ -331,11 +346,13 @@ def training_step(
 ) -> dict[str, Tensor]:
     """One update of the weights; returns the losses and the gradient norm before clipping, for `read_values`.
 
+    `learning_rate` is that of now, of which a group of parameters may take a part of its own (`adam_of_run`).
+
     Nothing in it waits for the device where the optimizer is fused (see `adam`), except for a Hungarian matching. The
     weights are left as they were if the gradient is not finite, and where one was not that `watch` has seen before.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("relative_rate", 1.0)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device.type
     optimizer.zero_grad(set_to_none=True)

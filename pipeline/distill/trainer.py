@@ -24,15 +24,15 @@ from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
-from pipeline.distill.feature_scale import settle_feature_scale
 from pipeline.distill.frame_map import open_frame_map
 from pipeline.distill.pace import Pace, mean_over_workers
 from pipeline.distill.precision import Precision, autocast_type, choose_precision, earlier_precision
 from pipeline.distill.run import OnValidation, Run, build
+from pipeline.distill.start import settle_start
 from pipeline.distill.step import (
     Batch,
     GradientWatch,
-    adam,
+    adam_of_run,
     learning_rate_factor,
     read_values,
     training_step,
@@ -147,7 +147,7 @@ class Trainer:
         self.objective = objective.to(self.device)
         self.model = objective.model.train()
         self.teacher = teacher.to(self.device) if teacher is not None else None
-        self.optimizer = adam(objective.trainable_parameters(), run.settings.learning_rate, self.device)
+        self.optimizer = adam_of_run(objective, run.settings, self.device)
         self.validation = Validation(run.validation_uri, run.config.evaluate) if run.validation_uri else None
         self.precision = choose_precision(run.settings.precision, self.device)
         self.step = 0  # that many are done
@@ -171,7 +171,7 @@ class Trainer:
         note = ""
         with self.loader() as loader, self._progress() as progress:
             if self.step == 0:  # later it is the checkpoint's
-                settle_feature_scale(run, self.model, loader)
+                settle_start(run, self.model, loader)
             self._pace = Pace(self.step)
             for raw, waited in loader:
                 self._pace.waited += waited

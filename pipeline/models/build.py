@@ -118,7 +118,7 @@ def build_model(section: Model, *, num_slots: int, slot_size: int, seed: int) ->
     try:
         with seeded(seed):
             model = SlotModel(config)
-            if section.initialisation == "soft_kmeans":
+            if section.initialisation != "default":  # what is fitted to features follows when there are some
                 start_as_soft_kmeans(model)
         model.encoder.backbone = build_backbone(section)
     except (ValueError, FileNotFoundError, RuntimeError) as error:

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.models.layers import TransformerBlock
+from pipeline.models.layers import LearnedSlots, TransformerBlock
 from pipeline.models.pixels import Grid
 from pipeline.models.slot_model import SlotModel
+
+PLACES = 5  # numbers of a slot that tell where it is
+KMEANS_POINTS = 20_000
+DECIMALS = 4  # of what is computed in float64, so that a seed gives one start however many threads add up
 
 
 def sine_cosine_positions(grid: Grid, width: int, periods: Tensor) -> Tensor:
@@ -55,6 +59,73 @@ def start_as_soft_kmeans(model: SlotModel, *, sharpness: float = 4.0, position_s
         layer.bias.zero_()
     periods = (max(model.grid) - 1) / (math.pi * 2 ** torch.linspace(-1, 2.5, size // 4))
     model.decoder.pos_emb.copy_(position_scale * sine_cosine_positions(model.grid, size, periods))
+
+
+@torch.no_grad()
+def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int, place_scale: float = 1.5) -> None:
+    """Puts a model that starts as soft k-means into the principal components of features, with places beside them.
+
+    The projection becomes a linear map (an MLP with 2 F hidden units holds any: rows W and -W): principal components
+    of the normalised features, together of unit variance; and in the last numbers of a slot what those tell best of x,
+    y, x^2, y^2 and xy of their patch (least squares), which slot attention does not compare, but hands on: a decoder
+    needs it to say where a slot is. The initial slots are cluster centres. Slot attention then finds real objects
+    before any training (docs/evidence.md), and the decoder has to learn. Not from the paper.
+
+    Args:
+        model: after `start_as_soft_kmeans`.
+        features_CPF: C frames' features as the backbone gives them.
+        seed: of the cluster centres' start.
+        place_scale: standard deviation of the numbers that tell the place.
+
+    Raises:
+        ValueError: slots that are drawn, or that have no room for places.
+    """
+    from scipy.cluster.vq import kmeans2
+
+    if not isinstance(model.initializer, LearnedSlots):
+        raise ValueError("a start fitted to features needs initial slots that are learned")
+    if model.config.slot_size <= PLACES:
+        raise ValueError(f"a start fitted to features needs a slot_size above {PLACES}")
+    norm, first, _, last = cast(
+        tuple[nn.Module, nn.Linear, nn.Module, nn.Linear], tuple(model.encoder.output_transform.layers)
+    )
+    normalised_CPF = norm(model.scaled(features_CPF.to(model.device, torch.float32))).cpu()
+    flat = normalised_CPF.flatten(0, 1).double()
+    mean = flat.mean(0)
+    covariance = (flat - mean).T @ (flat - mean) / len(flat)
+    variances, components = torch.linalg.eigh(covariance)  # rising
+    kept = model.config.slot_size - PLACES
+    axes = components[:, -kept:].flip(1).T * (kept / variances[-kept:].sum()).sqrt()
+    places = _places(model.grid).double()
+    # Each frame has the same places, so that their mean over frames is all that the products need.
+    products = (normalised_CPF.double().mean(0) - mean).T @ places / len(places)
+    steady = covariance + 0.01 * torch.eye(len(covariance), dtype=torch.double)
+    told = torch.linalg.solve(steady, products).T
+    told = told * place_scale / (told @ covariance * told).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
+    # Of which sign they are is LAPACK's choice.
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    linear, mean = torch.cat([axes, told]).round(decimals=DECIMALS), mean.round(decimals=DECIMALS)
+    unit = torch.eye(len(mean), dtype=torch.double)
+    first.weight.copy_(torch.cat([unit, -unit]))
+    first.bias.copy_(torch.cat([-mean, mean]))
+    last.weight.copy_(torch.cat([linear, -linear], 1))
+    last.bias.zero_()
+    corrector = model.processor.corrector
+    for compared in (corrector.to_q, corrector.to_k):
+        compared.weight[:, -PLACES:] = 0
+    points = (flat - mean) @ linear.T
+    sample = points[:: max(1, len(points) // KMEANS_POINTS)].numpy()
+    centres, _ = kmeans2(sample, model.config.num_slots, iter=30, minit="++", seed=seed, missing="warn")
+    slots = torch.from_numpy(centres).round(decimals=DECIMALS)
+    model.initializer.slots.copy_(slots.view_as(model.initializer.slots))
+
+
+def _places(grid: Grid) -> Tensor:
+    """x, y, x^2, y^2 and xy of each patch, of zero mean, `(P, PLACES)`; x and y from -1 to 1."""
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in grid), indexing="ij")
+    x, y = x.flatten(), y.flatten()
+    places = torch.stack([x, y, x.square(), y.square(), x * y], 1)
+    return places - places.mean(0)
 
 
 class WithoutDraws(TorchFunctionMode):

@@ -1,23 +1,25 @@
-"""Features on one scale: measured where a run begins, part of its model from then on."""
+"""What a run measures when it begins: features on one scale, a start that fits them; then part of its model."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_design, tiny_model
 from training_runs import make_clips, make_config, make_targets, student_run
 
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
 from pipeline.config import ConfigError, resolve_config
 from pipeline.distill.checkpoint import latest_checkpoint
-from pipeline.distill.feature_scale import spread_samples, unit_variance_scale
 from pipeline.distill.run import Run
+from pipeline.distill.start import spread_samples, unit_variance_scale
 from pipeline.distill.step import Batch, Objective, Terms
 from pipeline.distill.trainer import Trainer
-from pipeline.models import load_slot_model, save_slot_model
+from pipeline.models import SlotModel, load_slot_model, save_slot_model
+from pipeline.models.initialisation import PLACES, fit_start, start_as_soft_kmeans
 from pipeline.models.streaming import StreamingStep
 from pipeline.targets.table import TargetSet
 
@@ -102,7 +104,7 @@ def test_a_resumed_run_keeps_its_constant(root, monkeypatch):
         first.train()
     assert latest_checkpoint(run.uri).endswith("step_00000002")
     monkeypatch.setattr(
-        "pipeline.distill.feature_scale.unit_variance_scale", lambda features: pytest.fail("measured again")
+        "pipeline.distill.start.unit_variance_scale", lambda features: pytest.fail("measured again")
     )
     second = Trainer(run)
     second.train()
@@ -194,3 +196,94 @@ def test_features_that_never_vary_have_no_scale():
     with pytest.raises(ValueError, match="same number"):
         unit_variance_scale([torch.zeros(2, 3)])
     assert unit_variance_scale([torch.tensor([1.0, 3.0])]) == 1.0
+
+
+# --- a start that fits the features --------------------------------------------------------------------
+
+
+def two_kinds(frames=40, seed=0):
+    """Features `(frames, 16, 16)` of 4 x 4 patches, whose left and right part are of two kinds, and what tells their
+    place in them; which patch is of which kind; x of each patch."""
+    rng = torch.Generator().manual_seed(1)
+    kinds, place = 3 * torch.randn(2, 16, generator=rng), torch.randn(2, 16, generator=rng)
+    rng.manual_seed(seed)
+    y, x = (p.flatten() for p in torch.meshgrid(*(torch.linspace(-1, 1, 4),) * 2, indexing="ij"))
+    labels = (x > torch.rand(frames, 1, generator=rng) - 0.5).long()
+    features = kinds[labels] + torch.stack([x, y], 1) @ place
+    return features + 0.1 * torch.randn(features.shape, generator=rng), labels, x
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    model = SlotModel(replace(tiny_design(2, 12), feature_scale=0.5))
+    start_as_soft_kmeans(model)
+    fit_start(model, two_kinds()[0], seed=0)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_a_fitted_projection_is_the_principal_components_and_tells_the_place(fitted):
+    features, _, x = two_kinds()
+    projected = fitted.project(features).flatten(0, 1)
+    normalised = torch.nn.functional.layer_norm(0.5 * features, (16,)).flatten(0, 1).double().numpy()
+    centred = normalised - normalised.mean(0)
+    _, values, axes = np.linalg.svd(centred, full_matrices=False)
+    components = centred @ axes[:7].T / np.sqrt((values[:7] ** 2).mean() / len(centred))
+    alike = (projected[:, :7].numpy() * components).sum(0) / (components**2).sum(0)
+    assert np.abs(alike) == pytest.approx(np.ones(7), abs=1e-3)
+    assert np.corrcoef(projected[:, 7], x.repeat(len(features)))[0, 1] > 0.8
+    assert projected[:, 7:].std(0).tolist() == pytest.approx([1.5] * 5, rel=0.01)
+
+
+@torch.no_grad()
+def test_slot_attention_tells_kinds_apart_before_any_training(fitted):
+    """In frames that the start has not seen; place is handed on and not compared."""
+    features, labels, _ = two_kinds(frames=4, seed=5)
+    found = fitted.roll_out(features[:, None])[1][:, 0].argmax(1)
+    agreement = float((found == labels).float().mean())
+    assert max(agreement, 1 - agreement) > 0.95
+    corrector = fitted.processor.corrector
+    assert not corrector.to_q.weight[:, -PLACES:].any()
+    assert not corrector.to_k.weight[:, -PLACES:].any()
+
+
+def test_a_teacher_begins_fitted_and_goes_on_from_its_checkpoint(root, monkeypatch):
+    config = make_config(root, *SHORT, "teacher.initialisation=fitted", "teacher.train.checkpoint_every=2")
+    clips = f"{root}/clips"
+    unbroken = Trainer(Run.teacher(config, f"{root}/fitted", clips))
+    unbroken.train()
+    broken = Trainer(Run.teacher(config, f"{root}/fitted broken", clips))
+    monkeypatch.setattr(broken, "save", lambda save=broken.save: (save(), stop()))
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    monkeypatch.setattr(
+        "pipeline.distill.start.fit_start", lambda *args, **kwargs: pytest.fail("fitted again")
+    )
+    second = Trainer(Run.teacher(config, f"{root}/fitted broken", clips))
+    second.train()
+    assert torch.equal(curve(second), curve(unbroken))
+
+
+def test_drawn_slots_have_no_fitted_start():
+    with pytest.raises(ValueError, match="learned"):
+        fit_start(tiny_model(3, 12, initializer="random"), torch.randn(2, 4, 16), seed=0)
+    with pytest.raises(ValueError, match="slot_size"):
+        fit_start(tiny_model(3, 4), torch.randn(2, 4, 16), seed=0)
+
+
+def test_the_decoder_has_a_learning_rate_of_its_own(root):
+    """Adam's first step is as long as the learning rate, whatever the gradient."""
+    settings = ("distill.learning_rate=1e-3", "distill.decoder_learning_rate=1e-2", "distill.warmup_steps=0")
+    config = make_config(root, *SHORT, *settings, "distill.method=no_kd", "distill.steps=1")
+    trainer = Trainer(student_run(config, f"{root}/own rate", f"{root}/clips"))
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {
+        name: (value.detach() - before[name]).abs().max().item()
+        for name, value in trainer.model.named_parameters()
+        if value.requires_grad
+    }
+    of_decoder = [step for name, step in moved.items() if name.startswith("decoder.")]
+    others = [step for name, step in moved.items() if not name.startswith("decoder.")]
+    assert of_decoder == pytest.approx([1e-2] * len(of_decoder), rel=0.01)
+    assert max(others) == pytest.approx(1e-3, rel=0.01)
