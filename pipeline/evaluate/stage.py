@@ -103,7 +103,7 @@ def score_subjects(
 
 
 class ScoreTask:
-    """A task for actors (see `map_tasks`): scores a shard's videos with a model or k-means on its features.
+    """A task that is a class (see `map_tasks`): scores a shard's videos with a model or k-means on its features.
 
     It keeps the models.
     """
