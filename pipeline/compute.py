@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.log import log, traceback_text
 
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 GPUS_WITHIN = 1800.0  # seconds; a cloud takes minutes for a node
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -127,8 +128,12 @@ def _connected(config: Config) -> Iterator[None]:
         options |= {"address": "local", "num_cpus": config.ray.num_cpus}
     else:
         options |= {"address": address}
-    ray.init(**options)
+    # Nobody takes the node of a Ray of our own away, which Train would watch for in a process of every run.
+    unwatched = not address and _WATCHER not in os.environ
+    if unwatched:
+        os.environ[_WATCHER] = "0"
     try:
+        ray.init(**options)
         from ray.data import DataContext
 
         context = DataContext.get_current()
@@ -140,6 +145,8 @@ def _connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if unwatched:
+            del os.environ[_WATCHER]
 
 
 def _address(config: Config) -> str | None:
