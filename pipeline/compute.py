@@ -20,7 +20,7 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.log import log, traceback_text
 
-_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # a variable that Ray Train hands on to its workers
 GPUS_WITHIN = 1800.0  # seconds; a cloud takes minutes for a node
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -129,9 +129,9 @@ def _connected(config: Config) -> Iterator[None]:
     else:
         options |= {"address": address}
     # Nobody takes the node of a Ray of our own away, which Train would watch for in a process of every run.
-    unwatched = not address and _WATCHER not in os.environ
+    unwatched = not address and WATCHER not in os.environ
     if unwatched:
-        os.environ[_WATCHER] = "0"
+        os.environ[WATCHER] = "0"
     try:
         ray.init(**options)
         from ray.data import DataContext
@@ -146,7 +146,7 @@ def _connected(config: Config) -> Iterator[None]:
     finally:
         ray.shutdown()
         if unwatched:
-            del os.environ[_WATCHER]
+            del os.environ[WATCHER]
 
 
 def _address(config: Config) -> str | None:
