@@ -26,7 +26,7 @@ import yaml
 from jobs._help import help_text
 from jobs._job import Job
 from pipeline.config import Config, ConfigError, Section, load_config, read_settings, shipped_configs
-from pipeline.log import log, redact, redact_output, redacted, traceback_text
+from pipeline.log import log, redact, redact_output, redacted, root_cause, traceback_text
 from pipeline.tracking.moved import check_not_moved
 
 STAGES = (
@@ -244,8 +244,6 @@ def _failure(job: str, error: BaseException) -> dict[str, Any]:
     if isinstance(error, KeyboardInterrupt):
         log(f"{job}: interrupted; run it again to go on")
         return {"status": "interrupted"}
-    from pipeline.compute import root_cause
-
     cause = root_cause(error)
     if not _is_ours(cause):
         log(traceback_text(error).rstrip())

@@ -7,11 +7,11 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.log import log, traceback_text
 
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # a variable that Ray Train hands on to its workers
 GPUS_WITHIN = 1800.0  # seconds; a cloud takes minutes for a node
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -127,8 +128,12 @@ def _connected(config: Config) -> Iterator[None]:
         options |= {"address": "local", "num_cpus": config.ray.num_cpus}
     else:
         options |= {"address": address}
-    ray.init(**options)
+    # Nobody takes the node of a Ray of our own away, which Train would watch for in a process of every run.
+    unwatched = not address and WATCHER not in os.environ
+    if unwatched:
+        os.environ[WATCHER] = "0"
     try:
+        ray.init(**options)
         from ray.data import DataContext
 
         context = DataContext.get_current()
@@ -140,6 +145,8 @@ def _connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if unwatched:
+            del os.environ[WATCHER]
 
 
 def _address(config: Config) -> str | None:
@@ -235,8 +242,9 @@ def map_tasks(
     there.
 
     Args:
-        task: a function of a row and `arguments`, run on one CPU; or a class, made of `arguments` once an actor, which
-            holds a model (see `actor_options`) and is called with each row.
+        task: a function of a row and `arguments`, run on one CPU; or a class, made of `arguments` once a process, which
+            holds a model and is called with each row: an actor (see `actor_options`), or on the CPUs of a local Ray a
+            process that functions ran in before.
         rows: plain values, as JSON has them; so is what the task returns.
 
     Raises what the first task that fails has raised, with the traceback there as a note.
@@ -251,13 +259,18 @@ def map_tasks(
 
         lines = [{"row": json.dumps(row)} for row in rows]
         dataset = ray.data.from_items(lines, override_num_blocks=len(lines))
-        if isinstance(task, type):
+        function: Any
+        if not isinstance(task, type):
+            function = _named(task.__name__, task, arguments)
+            done = dataset.map(function, num_cpus=1)
+        elif _address(config) or gpus_to_use(config):
             options = actor_options(config, len(lines))
             actor: Any = type(task.__name__, (_Actor,), {})  # Ray's processes and dashboard show the name
             done = dataset.map(actor, fn_constructor_args=(task, arguments), **options)
-        else:
-            function: Any = _named(task, arguments)
-            done = dataset.map(function, num_cpus=1)
+        else:  # an actor is a new process, which imports again what those of functions have
+            cpus = config.ray.teacher_cpus
+            function = _named(task.__name__, _run_kept, (uuid.uuid4().hex, cpus, task, arguments))
+            done = dataset.map(function, num_cpus=cpus)
         answers: Any = iter(done.iter_rows())
         with contextlib.closing(answers):  # so that an error ends the other tasks as well
             for line in answers:
@@ -270,24 +283,44 @@ def _here(
     config: Config, task: Callable[..., Any] | type, rows: Sequence[dict[str, Any]], arguments: Sequence[Any]
 ) -> Iterator[dict[str, Any]]:
     """`map_tasks` in this process, on as many threads as Ray gives a task, so that the numbers are the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(config.ray.teacher_cpus)) if isinstance(task, type) else 1)
-    try:
+    with _threads(config.ray.teacher_cpus if isinstance(task, type) else 1):
         run = task(*arguments) if isinstance(task, type) else lambda row: task(row, *arguments)
         for row in rows:
             yield json.loads(json.dumps(run(row)))
+
+
+@contextlib.contextmanager
+def _threads(cpus: float) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(cpus)))
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 
 
-def _named(task: Callable[..., Any], arguments: Sequence[Any]) -> Callable[[dict[str, str]], dict[str, str]]:
-    """`_run_task` of a task under its name, which Ray's processes and dashboard show."""
+def _named(
+    name: str, task: Callable[..., Any], arguments: Sequence[Any]
+) -> Callable[[dict[str, str]], dict[str, str]]:
+    """`_run_task` of a task under a name, which Ray's processes and dashboard show."""
 
     def run(line: dict[str, str]) -> dict[str, str]:
         return _run_task(line, task, arguments)
 
-    run.__name__ = run.__qualname__ = task.__name__
+    run.__name__ = run.__qualname__ = name
     return run
+
+
+_kept_task: dict[str, Any] = {}  # in a process of Ray's: what was made of a class, by its call of `map_tasks`
+
+
+def _run_kept(row: dict[str, Any], call: str, cpus: float, task: type, arguments: Sequence[Any]) -> Any:
+    """A row of a task that is a class, of which a process makes one for all rows of a call that it gets."""
+    with _threads(cpus):
+        if call not in _kept_task:
+            _kept_task.clear()
+            _kept_task[call] = task(*arguments)
+        return _kept_task[call](row)
 
 
 def _run_task(line: dict[str, str], task: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, str]:
@@ -338,40 +371,6 @@ def _unpacked(text: str) -> Exception:
     from ray.exceptions import RayError
 
     return RayError.from_bytes(base64.b64decode(text)).cause
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The error behind those that Ray wraps around what its workers raise; Ray's own where there is none."""
-    seen: set[int] = set()
-    while _is_of_ray(error) and id(error) not in seen:
-        seen.add(id(error))
-        error = _wrapped(error) or error
-    return error
-
-
-def _is_of_ray(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] == "ray"
-
-
-def _wrapped(error: BaseException) -> BaseException | None:
-    """What one of Ray's errors is about, by the names that they have for it."""
-    if failures := getattr(error, "worker_failures", None):
-        return _telling(failures.values())
-    for inner in (*(getattr(error, name, None) for name in _CAUSES), error.__cause__):
-        # Ray Data says by one without words that an error is not the user's.
-        if isinstance(inner, BaseException) and (str(inner) or not _is_of_ray(inner)):
-            return inner
-    return None
-
-
-_CAUSES = ("cause", "controller_failure", "_base_exc")  # of tasks; of Ray Train's controller and its workers
-_LOST_PEER = re.compile(r"gloo|nccl", re.IGNORECASE)
-
-
-def _telling(failures: Iterable[BaseException]) -> BaseException:
-    """The failure that ended the others: those that only miss their peers come last."""
-    causes = [root_cause(failure) for failure in failures]
-    return next((cause for cause in causes if not _LOST_PEER.search(str(cause))), causes[0])
 
 
 def best_device() -> torch.device:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import storage
+from pipeline import storage, tracking
 from pipeline.artifacts.identity import Artifacts
 from pipeline.artifacts.once import is_whole
 from pipeline.clips.library import ClipLibrary, artifacts_of, open_clips, require_generated
@@ -48,7 +48,7 @@ def run(config: Config) -> dict[str, Any]:
 
     Returns the summary; the table and where to look are printed.
     """
-    with one_ray() as session:
+    with one_ray() as session, ThreadPoolExecutor(1) as beside:
         _title(1, "shard the videos")
         library = ClipLibrary()
         train = shard(config, library)
@@ -59,6 +59,8 @@ def run(config: Config) -> dict[str, Any]:
         teacher_uri = artifacts.require_teacher()
         log(f"teacher: {teacher_uri}")
         _title(3, "cache the teacher's slots")
+        # A new database takes seconds, which nothing waits for yet; what goes wrong with it is said where it is used.
+        beside.submit(tracking.connect, config)
         targets = cache(config, artifacts)
         _title(4, "train a student without distillation, and one with SlotMatch")
         configs = students_of(config)

@@ -1,4 +1,4 @@
-"""What a job says: lines and progress on stderr, without secrets.
+"""What a job says: lines and progress on stderr, without secrets, and which error is behind one of Ray's.
 
 Progress is a live line on a terminal, a line every few seconds elsewhere. Secrets are taken out of whatever a person
 or a server gets to read: logs, errors, tags.
@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
@@ -185,3 +185,37 @@ def redact_output() -> None:
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.stderr.write(traceback_text(error))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error behind those that Ray wraps around what its workers raise; Ray's own where there is none."""
+    seen: set[int] = set()
+    while _is_of_ray(error) and id(error) not in seen:
+        seen.add(id(error))
+        error = _wrapped(error) or error
+    return error
+
+
+def _is_of_ray(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] == "ray"
+
+
+def _wrapped(error: BaseException) -> BaseException | None:
+    """What one of Ray's errors is about, by the names that they have for it."""
+    if failures := getattr(error, "worker_failures", None):
+        return _telling(failures.values())
+    for inner in (*(getattr(error, name, None) for name in _CAUSES), error.__cause__):
+        # Ray Data says by one without words that an error is not the user's.
+        if isinstance(inner, BaseException) and (str(inner) or not _is_of_ray(inner)):
+            return inner
+    return None
+
+
+_CAUSES = ("cause", "controller_failure", "_base_exc")  # of tasks; of Ray Train's controller and its workers
+_LOST_PEER = re.compile(r"gloo|nccl", re.IGNORECASE)
+
+
+def _telling(failures: Iterable[BaseException]) -> BaseException:
+    """The failure that ended the others: those that only miss their peers come last."""
+    causes = [root_cause(failure) for failure in failures]
+    return next((cause for cause in causes if not _LOST_PEER.search(str(cause))), causes[0])

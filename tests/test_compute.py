@@ -1,13 +1,15 @@
 """Which tasks need Ray; and what its workers do with memory: freed blocks are used again."""
 
+import os
 import platform
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from places import python
 
-from pipeline.compute import map_tasks, one_ray, ray_session
+from pipeline.compute import WATCHER, _connected, _run_kept, map_tasks, one_ray, ray_session
 from pipeline.config import resolve_config
 
 COUNT = """
@@ -134,3 +136,43 @@ def test_sessions_in_one_ray_begin_once_and_end_with_it(monkeypatch):
     with one_ray():
         pass
     assert said == ["begin", "end"], "nothing needed it"
+
+
+def test_a_process_makes_one_of_a_class_for_all_rows_of_a_call():
+    made = []
+
+    class Counts(Doubles):
+        def __init__(self, by):
+            made.append(by)
+            super().__init__(by)
+
+    before = torch.get_num_threads()
+    rows = [
+        _run_kept({"n": n}, call, 3.5, Counts, (by,)) for call, by in (("a", 2), ("b", 5)) for n in (1, 2)
+    ]
+    assert [row["n"] for row in rows] == [2, 4, 5, 10]
+    assert {row["threads"] for row in rows} == {3}, "as an actor of so many CPUs has"
+    assert made == [2, 5]
+    assert torch.get_num_threads() == before
+
+
+def test_only_a_ray_of_our_own_goes_without_the_watcher(monkeypatch):
+    seen = []
+    ray = SimpleNamespace(
+        init=lambda **_: seen.append(os.environ.get(WATCHER)),
+        shutdown=lambda: None,
+        LoggingConfig=lambda **_: None,
+    )
+    context = SimpleNamespace(get_current=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", SimpleNamespace(DataContext=context))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv(WATCHER, raising=False)
+    for settings in ({}, {"address": "auto"}):
+        with _connected(resolve_config({"ray": settings})):
+            pass
+    assert seen == ["0", None]
+    monkeypatch.setenv(WATCHER, "1")
+    with _connected(resolve_config({})):
+        pass
+    assert seen[2] == os.environ[WATCHER] == "1"

@@ -14,7 +14,8 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from jobs._main import _failure
 from pipeline import storage
 from pipeline.clips.stage import TooManyBadVideos
-from pipeline.compute import _packed, _run_task, _unpacked, root_cause
+from pipeline.compute import _packed, _run_task, _unpacked
+from pipeline.log import root_cause
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:7482")

@@ -229,7 +229,7 @@ class Ray(Section):
     gpus: NonNegativeInt = 0
     """to ask an autoscaling cluster for, and to wait for; 0: use those that are there"""
     teacher_cpus: PositiveFloat = 0.8
-    """of a cache or evaluation actor on machines without GPUs"""
+    """of a process that caches or evaluates on machines without GPUs"""
 
 
 class Storage(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import signal
 import threading
 import uuid
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import storage
-from pipeline.compute import arrow_filesystem, gpus_to_use, one_ray_has_ended, ray_session
+from pipeline.compute import WATCHER, arrow_filesystem, gpus_to_use, one_ray_has_ended, ray_session
 from pipeline.config import ConfigError, Training
 from pipeline.config.training import equal_shares
 from pipeline.distill.run import OnValidation, Run
@@ -145,7 +146,7 @@ def _worker(options: dict[str, Any]) -> Outcome:
     hooks = Hooks(
         after_checkpoint=lambda step: ray.train.report({"step": step}),
         on_validation=lambda step, scores: ray.train.report({"step": step, **scores}),
-        preempted=lambda: ray.train.get_preemption_info() is not None,
+        preempted=_preempted,
     )
     with system_metrics(run.config, mlflow_run):
         return Trainer(
@@ -157,6 +158,13 @@ def _worker(options: dict[str, Any]) -> Outcome:
             logger=logger,
             draw=_draw,
         ).train()
+
+
+def _preempted() -> bool:
+    """`Hooks.preempted`, which calls an actor and waits for all workers, where Train watches for it at all."""
+    import ray.train
+
+    return os.environ.get(WATCHER) != "0" and ray.train.get_preemption_info() is not None
 
 
 def _fit_on_ray(run: Run, callbacks: Sequence[Any]) -> Outcome:

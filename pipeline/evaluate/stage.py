@@ -103,7 +103,7 @@ def score_subjects(
 
 
 class ScoreTask:
-    """A task for actors (see `map_tasks`): scores a shard's videos with a model or k-means on its features.
+    """A task that is a class (see `map_tasks`): scores a shard's videos with a model or k-means on its features.
 
     It keeps the models.
     """
@@ -197,6 +197,8 @@ class _Scoring:
         with one_ray(), Progress("evaluate", total, "videos") as progress:
             progress.skip(done)
             for task, own in rows.items():
+                # The largest first: one that begins last leaves the other processes idle.
+                own.sort(key=lambda row: -len(by_shard[row["shard"]]))
                 for row in map_tasks(self.config, task, own, arguments=arguments):
                     progress.advance(row["videos"])
 

@@ -35,7 +35,7 @@ from pipeline.storage.errors import (
 from pipeline.storage.hub import on_hub
 from pipeline.storage.reading import RangeFile, is_remote, on_s3, read_range
 from pipeline.storage.s3_filesystem import S3Filesystem
-from pipeline.storage.threads import ahead
+from pipeline.storage.threads import blocks_ahead
 
 __all__ = [
     "MANIFEST",
@@ -178,7 +178,7 @@ def open_read(uri: str, *, size: int | None = None) -> IO[bytes]:
 def read_blocks(uri: str) -> Iterator[bytes]:
     """A file from its beginning to its end, the next block on its way while one is used."""
     with open_read(uri) as file:
-        yield from ahead(iter(lambda: file.read(_BLOCK), b""))
+        yield from blocks_ahead(file, _BLOCK)
 
 
 def read_bytes(uri: str) -> bytes:

@@ -6,7 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 _T = TypeVar("_T")
 _Made = TypeVar("_Made")
@@ -20,6 +20,14 @@ def ahead(items: Iterator[_T]) -> Generator[_T, None, None]:
         while (item := following.result()) is not end:
             following = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
+
+
+def blocks_ahead(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """A file to its end, each block read while the one before it is being used; without a thread where it has one."""
+    first = file.read(size)
+    yield first
+    if len(first) == size:
+        yield from ahead(iter(lambda: file.read(size), b""))
 
 
 def made_ahead(

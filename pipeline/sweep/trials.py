@@ -12,12 +12,12 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.clips.library import artifacts_of
-from pipeline.compute import arrow_filesystem, root_cause
+from pipeline.compute import arrow_filesystem
 from pipeline.config import Config, ConfigError
 from pipeline.distill.ray_train import worker_places
 from pipeline.distill.stage import distill
 from pipeline.evaluate.scoring import TITLES
-from pipeline.log import log
+from pipeline.log import log, root_cause
 from pipeline.sweep.ended import Ended, failed, finished, read_ended, write_ended
 from pipeline.sweep.ray_internals import has_dashboard, keep_aws_keys_from_tune, name_this_cluster
 from pipeline.sweep.runs import child_tags, end_child

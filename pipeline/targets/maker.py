@@ -314,7 +314,7 @@ def _check_finite(what: str, values: Tensor, batch: _Batch) -> None:
 
 
 class ShardTask:
-    """A task for actors (see `map_tasks`): holds a maker and works through shards."""
+    """A task that is a class (see `map_tasks`): holds a maker and works through shards."""
 
     def __init__(self, make: Callable[[], ShardMaker], uri: str, verify: float) -> None:
         self.maker = make()

@@ -31,7 +31,7 @@ def asked(monkeypatch):
 
 
 def test_trivial_baselines_run_without_what_a_model_needs(tmp_path, asked):
-    """A class runs in actors that hold a GPU, or `ray.teacher_cpus`, each; a function on one CPU (see `map_tasks`)."""
+    """A class has a GPU, or `ray.teacher_cpus`, for each process; a function has one CPU (see `map_tasks`)."""
     config = resolve_config({"storage": {"root": str(tmp_path / "root")}})
     clips = random_clips(tmp_path / "clips", {"a": 5, "b": 5, "c": 5})
     save_slot_model(tiny_model(4, 16), tmp_path / "model")

@@ -138,13 +138,13 @@ def test_a_student_without_kd_is_the_same_before_and_after_caching(shared_tiny, 
     assert artifacts_of(config).student.uri == before
 
 
-def test_this_process_writes_what_actors_write(tiny, local_ray):
-    """On `local_ray` the tiny config has room for one actor, which then is this process; here it has room for two."""
+def test_this_process_writes_what_those_of_ray_write(tiny, local_ray):
+    """On `local_ray` the tiny config has room for one process, which then is this one; here it has room for two."""
     config = tiny(*VIEWS, *GOLDEN_TEACHER, "targets.student_features=true")
     shard(config)
     here = cache(config)
     written = {path.name: path.read_bytes() for path in Path(here["uri"], "data").iterdir()}
     storage.delete(here["uri"])
-    actors = cache(tiny(*VIEWS, *GOLDEN_TEACHER, "targets.student_features=true", "ray.teacher_cpus=0.8"))
-    assert actors["uri"] == here["uri"]
+    others = cache(tiny(*VIEWS, *GOLDEN_TEACHER, "targets.student_features=true", "ray.teacher_cpus=0.8"))
+    assert others["uri"] == here["uri"]
     assert {path.name: path.read_bytes() for path in Path(here["uri"], "data").iterdir()} == written

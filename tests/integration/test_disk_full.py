@@ -14,8 +14,8 @@ from helpers import GOLDEN_TEACHER, assert_kept, published_shards, wait_for
 from pipeline import storage
 from pipeline.clips.library import artifacts_of
 from pipeline.clips.stage import shard_split
-from pipeline.compute import root_cause
 from pipeline.distill.stage import distill
+from pipeline.log import root_cause
 from pipeline.targets.stage import cache
 
 

@@ -1,4 +1,4 @@
-"""What fails in a task on Ray Data is raised as it was there, in a function's task and in an actor's."""
+"""What fails in a task on Ray Data is raised as it was there, in a function's task and in a class's."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def test_a_function_that_fails(tiny, tmp_path, local_ray):
     assert {"0", "1", "2"} <= set(os.listdir(tmp_path))
 
 
-def test_an_actor_that_fails(tiny, local_ray):
+def test_a_class_that_fails(tiny, local_ray):
     class FailsWhenMade:
         def __init__(self, words):
             raise PermissionError(errno.EACCES, words)
@@ -41,7 +41,7 @@ def test_an_actor_that_fails(tiny, local_ray):
             raise ValueError(f"{self.words}: {row['n']}")
 
     rows = [{"n": 1}, {"n": 1}]
-    # Two actors; one that would do all by itself is this process.
+    # Two processes; one that would do all by itself is this one.
     for config, words in ((tiny("ray.teacher_cpus=0.8"), "In the worker"), (tiny(), "")):
         with pytest.raises(PermissionError, match="not yours") as caught:
             list(map_tasks(config, FailsWhenMade, rows, arguments=("not yours",)))
