@@ -78,7 +78,7 @@ def _list(config: Config, split: str) -> list[VideoRef]:
         contents = GeneratedManifest.read(folder).contents
         dataset = dataset.model_copy(update={"kind": "videos", "path": folder})
         split = split[len(parse_split(split)[0]) :]  # the slice alone
-    held_out = parse_split(config.evaluate.split or "")[0] or None
+    held_out = dataset.listed(config.evaluate.split or "") or None
     memo_folder = storage.join(storage.absolute(config.storage.root), "sources")
     videos = list_videos(dataset, split, held_out=held_out, memo_folder=memo_folder)
     return [v._replace(content=contents.get(v.video_id, v.content)) for v in videos]
@@ -197,7 +197,7 @@ def check_disjoint(artifacts: Artifacts) -> None:
     if evaluation in (None, training):
         return  # the same one twice is refused, unless nothing is trained on it
     assert evaluation is not None
-    if parse_split(training)[0] != parse_split(evaluation)[0]:
+    if config.dataset.listed(training) != config.dataset.listed(evaluation):
         return  # video ids are unique in a split only
     ids = [
         {video for video, _ in artifacts.library.sources(config, split)} for split in (training, evaluation)
