@@ -160,6 +160,8 @@ class Sweep(Section):
     """name: {key: value}; used instead of the grid"""
     seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)
     """of distill.seed"""
+    seeds_of: dict[str, tuple[NonNegativeInt, ...]] = Field(default={})
+    """other seeds of some settings, by their names: {no KD: [0, 1, 2, 3, 4]}"""
     search: Literal["grid", "random"] = "grid"
     """all of the grid, or random draws from it"""
     samples: PositiveInt = 10
@@ -188,6 +190,8 @@ class Evidence(Section):
         "video_fg_ari",
     )
     """which scores the claims are held against"""
+    masks: tuple[Literal["decoder", "attention"], ...] = ()
+    """whose masks are scored, with tables for each; []: evaluate.masks alone"""
     claims: tuple[str, ...] = ()
     """orderings to hold against the scores: SlotMatch > no KD"""
     document: str | None = None

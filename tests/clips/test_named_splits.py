@@ -7,7 +7,7 @@ from layout_sets import find
 from layouts import WRITERS, of_split
 
 from pipeline import storage
-from pipeline.clips.library import artifacts_of, check_disjoint
+from pipeline.clips.library import artifacts_of, check_disjoint, check_held_out
 from pipeline.config import ConfigError, load_config, resolve_config
 
 SPLITS = {"validation": {"of": "val", "take": 4}, "test": {"of": "val", "skip": 4}}
@@ -111,6 +111,15 @@ def test_nothing_is_trained_on_and_scored(tmp_path):
         with pytest.raises(ConfigError, match="they would be trained on and scored"):
             check_disjoint(artifacts_of(resolve_config(values)))
     check_disjoint(artifacts_of(resolve_config(davis(tmp_path, evaluate={"split": "test"}))))
+
+
+def test_nothing_is_chosen_on_what_is_held_out(tmp_path):
+    WRITERS["davis"](tmp_path / "DAVIS", videos=12, frames=2)
+    chosen = {"evaluate": {"split": "validation"}}
+    check_held_out(artifacts_of(resolve_config(davis(tmp_path, **chosen, evidence={"split": "test"}))))
+    whole = resolve_config(davis(tmp_path, **chosen, evidence={"split": "val"}))
+    with pytest.raises(ConfigError, match=r"'val' and evaluate\.split 'validation' share 4"):
+        check_held_out(artifacts_of(whole))
 
 
 def test_the_clips_of_a_split_are_known_by_their_videos(tmp_path):
