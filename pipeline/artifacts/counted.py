@@ -74,8 +74,8 @@ def counted_fields(values: Any) -> dict[str, Any]:
 
 
 def clip_settings(config: Config) -> dict[str, Any]:
-    """Settings that decide what a clip set holds, beside its videos."""
-    return {**counted(config.clips), **later(config.dataset)}
+    """Settings that decide what a clip set holds, beside its videos, which `dataset.splits` only chooses."""
+    return {**counted(config.clips), **later(config.dataset, but={"splits"})}
 
 
 def training_settings(settings: Training, *, but: Iterable[str] = ()) -> dict[str, Any]:

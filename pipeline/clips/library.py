@@ -78,7 +78,7 @@ def _list(config: Config, split: str) -> list[VideoRef]:
         contents = GeneratedManifest.read(folder).contents
         dataset = dataset.model_copy(update={"kind": "videos", "path": folder})
         split = split[len(parse_split(split)[0]) :]  # the slice alone
-    held_out = parse_split(config.evaluate.split or "")[0] or None
+    held_out = dataset.listed(config.evaluate.split or "") or None
     memo_folder = storage.join(storage.absolute(config.storage.root), "sources")
     videos = list_videos(dataset, split, held_out=held_out, memo_folder=memo_folder)
     return [v._replace(content=contents.get(v.video_id, v.content)) for v in videos]
@@ -191,19 +191,35 @@ def open_clips(clips: Artifact) -> ClipSet:
 
 
 def check_disjoint(artifacts: Artifacts) -> None:
-    """Raises ConfigError where slices of one split overlap: a video would be trained on and scored."""
+    """Raises ConfigError where parts of one split overlap: a video would be trained on and scored."""
     config = artifacts.config
-    training, evaluation = config.dataset.split, config.evaluate.split
-    if evaluation in (None, training):
+    training = ("dataset.split", config.dataset.split)
+    _check_apart(artifacts, ("evaluate.split", config.evaluate.split), training, "trained on and scored")
+
+
+def check_held_out(artifacts: Artifacts) -> None:
+    """Raises ConfigError where `evidence.split` has a video that is trained or chosen on."""
+    config = artifacts.config
+    held_out = ("evidence.split", config.evidence.split)
+    for key, split in (("dataset.split", config.dataset.split), ("evaluate.split", config.evaluate.split)):
+        _check_apart(artifacts, held_out, (key, split), "seen before they are held out")
+
+
+def _check_apart(
+    artifacts: Artifacts, one: tuple[str, str | None], other: tuple[str, str | None], what: str
+) -> None:
+    (key, split), (other_key, other_split) = one, other
+    if split is None or other_split is None or split == other_split:
         return  # the same one twice is refused, unless nothing is trained on it
-    assert evaluation is not None
-    if parse_split(training)[0] != parse_split(evaluation)[0]:
+    listed = artifacts.config.dataset.listed
+    if listed(split) != listed(other_split):
         return  # video ids are unique in a split only
     ids = [
-        {video for video, _ in artifacts.library.sources(config, split)} for split in (training, evaluation)
+        {video for video, _ in artifacts.library.sources(artifacts.config, part)}
+        for part in (other_split, split)
     ]
     if both := sorted(ids[0] & ids[1]):
         raise ConfigError(
-            f"evaluate.split: {evaluation!r} and dataset.split {training!r} share {len(both)} videos "
-            f"({both[0]}, …): they would be trained on and scored"
+            f"{key}: {split!r} and {other_key} {other_split!r} share {len(both)} videos ({both[0]}, …): they would be "
+            f"{what}"
         )

@@ -7,7 +7,7 @@ value and the nearest valid one. Nothing here touches a disk beyond the YAML fil
 from pipeline.config.fields import ConfigError, Section, run_details
 from pipeline.config.loading import load_config, read_settings, resolve_config, with_overrides
 from pipeline.config.models import Model, ViT
-from pipeline.config.sections import Clips, Config, Dataset, Evaluate, Sweep, Targets, parse_split
+from pipeline.config.sections import Clips, Config, Dataset, Evaluate, NamedSplit, Sweep, Targets, parse_split
 from pipeline.config.shipped import shipped_configs
 from pipeline.config.training import Distill, TeacherTraining, Training
 
@@ -19,6 +19,7 @@ __all__ = [
     "Distill",
     "Evaluate",
     "Model",
+    "NamedSplit",
     "Section",
     "Sweep",
     "Targets",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.models import Model, ViT
-from pipeline.config.sections import GENERATED_SPLITS, Config, parse_split
+from pipeline.config.sections import GENERATED_SPLITS, Config, Dataset, NamedSplit, parse_split
 from pipeline.config.training import Training, equal_shares
 from pipeline.log import has_password
 
@@ -60,12 +62,47 @@ def check_dataset(config: Config) -> list[str]:
             problems.append(
                 f"{key}: {name!r} is no generated split ({', '.join(GENERATED_SPLITS)}); nearest: {near}"
             )
+    problems += _check_splits(config.dataset)
     if config.dataset.kind == "coco" and config.clips.clip_frames != 1:
         problems.append(
             f"clips.clip_frames: {config.clips.clip_frames} frames, but COCO's images are videos of one; "
             "nearest valid: 1"
         )
     return problems
+
+
+def _check_splits(dataset: Dataset) -> list[str]:
+    if dataset.splits and dataset.kind == "synthetic":
+        return [
+            f"dataset.splits: generated videos have the splits {', '.join(GENERATED_SPLITS)}; nearest valid: {{}}"
+        ]
+    problems = []
+    for name, split in dataset.splits.items():
+        if not name or "[" in name or "]" in name:
+            problems.append(f"dataset.splits: {name!r} is no name of a split")
+        elif split.of in dataset.splits:
+            problems.append(
+                f"dataset.splits.{name}.of: {split.of!r} must be a split that the data set lists, and "
+                "dataset.splits has one of that name"
+            )
+        elif "[" in split.of:
+            problems.append(
+                f"dataset.splits.{name}.of: {split.of!r} must be a whole split; nearest valid: {split.of.split('[')[0]}"
+            )
+    for (one, a), (other, b) in itertools.combinations(dataset.splits.items(), 2):
+        if a.of == b.of and max(a.skip, b.skip) < min(_end(a), _end(b)):
+            first, after = sorted((a, b), key=lambda split: split.skip)
+            name = one if after is a else other
+            nearest = f"; nearest valid: skip: {first.skip + first.take}" if first.take else ""
+            problems.append(
+                f"dataset.splits.{name}.skip: {after.skip} makes {one!r} and {other!r} share videos of {a.of!r}"
+                f"{nearest}"
+            )
+    return problems
+
+
+def _end(split: NamedSplit) -> float:
+    return math.inf if split.take is None else split.skip + split.take
 
 
 def check_models(config: Config) -> list[str]:

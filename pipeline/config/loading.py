@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -184,7 +184,12 @@ def _explain(error: Any, model: type[Section]) -> str:
 
 
 def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    at: Any = model
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ViT
-    return list(model.model_fields)
+        if get_origin(at) is dict:
+            at = get_args(at)[1]
+            continue
+        annotation = at.model_fields[str(part)].annotation
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        at = annotation if is_section or get_origin(annotation) is dict else ViT
+    return list(at.model_fields)

@@ -43,6 +43,24 @@ class Synthetic(Section):
     """decides what the videos show"""
 
 
+class NamedSplit(Section):
+    """A part of a split that the data set lists: some of its videos, in the order of the SHA-256 of their names.
+
+    That order is the same for everybody and has nothing to do with what the videos show.
+    """
+
+    of: str
+    """the listed split; of videos a sub-folder, or all of them: ''"""
+    skip: NonNegativeInt = 0
+    """leave out so many, the first ones"""
+    take: PositiveInt | None = None
+    """and take the next ones; null: all that are left"""
+
+    @property
+    def part(self) -> slice:
+        return slice(self.skip, None if self.take is None else self.skip + self.take)
+
+
 class Dataset(Section):
     """What videos there are, and where."""
 
@@ -54,6 +72,8 @@ class Dataset(Section):
     """a folder; for data sets in a public layout s3://bucket/prefix too"""
     split: str = ""
     """what to train on, of videos a sub-folder; a slice of it: train[:-300]"""
+    splits: dict[str, NamedSplit] = Field(default={})
+    """more splits, made of listed ones: {validation: {of: val, take: 8}, test: {of: val, skip: 8}}"""
     resolution: str = "480p"
     """of DAVIS"""
     masks: str = "masks"
@@ -65,6 +85,11 @@ class Dataset(Section):
     @property
     def title(self) -> str:
         return self.name or self.kind
+
+    def listed(self, split: str) -> str:
+        """The listed split that the videos of a split (or of a slice of it) are in."""
+        name, _ = parse_split(split)
+        return self.splits[name].of if name in self.splits else name
 
 
 class Clips(Section):
@@ -135,6 +160,8 @@ class Sweep(Section):
     """name: {key: value}; used instead of the grid"""
     seeds: tuple[NonNegativeInt, ...] = (42, 101, 2048)
     """of distill.seed"""
+    seeds_of: dict[str, tuple[NonNegativeInt, ...]] = Field(default={})
+    """other seeds of some settings, by their names: {no KD: [0, 1, 2, 3, 4]}"""
     search: Literal["grid", "random"] = "grid"
     """all of the grid, or random draws from it"""
     samples: PositiveInt = 10
@@ -163,6 +190,8 @@ class Evidence(Section):
         "video_fg_ari",
     )
     """which scores the claims are held against"""
+    masks: tuple[Literal["decoder", "attention"], ...] = ()
+    """whose masks are scored, with tables for each; []: evaluate.masks alone"""
     claims: tuple[str, ...] = ()
     """orderings to hold against the scores: SlotMatch > no KD"""
     document: str | None = None

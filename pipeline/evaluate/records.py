@@ -51,6 +51,10 @@ class Evaluation:
     protocol: Rules
     videos: int  # that have an object to score
 
+    def per_video(self) -> dict[str, dict[str, Any]]:
+        """By its id each video's scores (NaN where it has no object) and what they are means over, see `VideoScore`."""
+        return {row["video_id"]: row for row in _video_rows(self.uri)}
+
     def summary(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
@@ -87,8 +91,12 @@ class Record:
 
     def per_video(self) -> list[dict[str, Any]]:
         """Rows with `video_id` and the four scores (NaN where a video has no object)."""
-        with storage.open_read(storage.join(self.uri, VIDEOS_FILE)) as file:
-            return pq.read_table(file).to_pylist()
+        return _video_rows(self.uri)
+
+
+def _video_rows(uri: str) -> list[dict[str, Any]]:
+    with storage.open_read(storage.join(uri, VIDEOS_FILE)) as file:
+        return pq.read_table(file).to_pylist()
 
 
 def find_records(config: Config, clips_uri: str | None = None) -> list[Record]:

@@ -1,7 +1,7 @@
 """Stage `evidence`: a sweep's students on the test split, and which claimed orderings hold there.
 
 The sweep trains, and is compared on the validation split, where choices are made. Here everything that
-finished is scored on another split, once, and every claim is held against the paired differences over seeds.
+finished is scored on another split, once, and every claim is held against the paired differences.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student_t
 
 from pipeline import storage
+from pipeline.artifacts.identity import Artifacts
 from pipeline.artifacts.manifests import RunManifest, SweepManifest
-from pipeline.clips.library import artifacts_of, open_clips
+from pipeline.clips.library import artifacts_of, check_held_out, open_clips
 from pipeline.clips.stage import shard_split
 from pipeline.compute import one_ray
 from pipeline.config import Config, with_overrides
+from pipeline.config.protocols import choose_protocol
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES, TITLES
 from pipeline.evaluate.stage import score_subjects
@@ -50,44 +51,16 @@ from pipeline.models.build import load_teacher
 from pipeline.report.charts import chart_png
 from pipeline.report.render import Page, Picture, markdown
 from pipeline.report.scores import SAMPLE_STD, score_columns
+from pipeline.sweep.comparisons import PerVideo, Scored, claim_table, compare
+from pipeline.sweep.curves import curve_chart, curve_table, read_curves
 from pipeline.sweep.page import sweep_chart
 from pipeline.sweep.results import Result
-from pipeline.sweep.settings import TEACHER, Setting, check_evidence, parse_claim
+from pipeline.sweep.settings import TEACHER, Setting, check_evidence
 from pipeline.sweep.stage import sweep
 
-CONFIDENCE = 0.95
-PAGE, PLOT = "evidence.md", "evidence.png"
+PAGE, PLOT, CURVES = "evidence.md", "evidence.png", "evidence-curves.png"
+MASKS = {"decoder": "the decoder", "attention": "slot attention"}
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One claim, `better > worse`, in one score: the differences of the seeds that both have, in points."""
-
-    claim: str
-    score: str
-    differences: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.differences)
-
-    @property
-    def margin(self) -> float:
-        """Half the confidence interval of the mean difference (Student's t); infinite for one seed."""
-        count = len(self.differences)
-        if count < 2:
-            return math.inf
-        quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, count - 1))
-        return quantile * statistics.stdev(self.differences) / math.sqrt(count)
-
-    @property
-    def verdict(self) -> str:
-        if self.mean - self.margin > 0:
-            return "holds"
-        if self.mean + self.margin < 0:
-            return "reversed"
-        return "can't be told"
 
 
 def evidence(config: Config) -> dict[str, Any]:
@@ -96,10 +69,11 @@ def evidence(config: Config) -> dict[str, Any]:
     What is there already is reused. Returns the job's summary.
 
     Raises:
-        ConfigError: see `check_evidence`.
+        ConfigError: see `check_evidence`, `check_held_out`.
         RuntimeError: trials of the sweep that are worth another try.
     """
     check_evidence(config)
+    check_held_out(artifacts_of(config))
     with one_ray():
         uri = sweep(config)["uri"]
         if not storage.is_complete(uri):
@@ -107,62 +81,55 @@ def evidence(config: Config) -> dict[str, Any]:
         manifest = SweepManifest.read(uri)
         assert config.evidence.split is not None
         shard_split(config, config.evidence.split)
-        results, others, evaluation = _score(config, manifest)
-    return _write(config, manifest, results, others, evaluation)
+        artifacts = artifacts_of(config, manifest.clips_uri)
+        masks = config.evidence.masks or (choose_protocol(config.evaluate).masks,)
+        # Trivial segmentations have one kind of masks.
+        scored = [_score(artifacts, manifest, kind, baselines=kind == masks[0]) for kind in masks]
+    return _write(config, manifest, scored)
 
 
-def _score(
-    config: Config, manifest: SweepManifest
-) -> tuple[list[Result], dict[str, dict[str, float]], Evaluation]:
-    """Scores of each setting's seeds on the test split, those of teacher and baselines, and the teacher in full."""
-    artifacts = artifacts_of(config, manifest.clips_uri)
-    test = artifacts.of(with_overrides(config, {"evaluate.split": config.evidence.split}))
+@dataclass(frozen=True)
+class MaskScores:
+    """What was scored on the test split by one kind of masks; scores are fractions of 1.
+
+    others: of baselines and of the teacher, by name. evaluation: the teacher's.
+    """
+
+    masks: str
+    students: Scored
+    others: Mapping[str, Mapping[str, float]]
+    evaluation: Evaluation
+
+
+def _score(artifacts: Artifacts, manifest: SweepManifest, masks: str, *, baselines: bool) -> MaskScores:
+    """Scores each setting's seeds on the test split, the teacher, and trivial segmentations if they are asked for."""
+    config = artifacts.config
+    overrides = {"evaluate.split": config.evidence.split, "evaluate.masks": masks}
+    test = artifacts.of(with_overrides(config, overrides))
     finished = [trial for trial in manifest.trials if trial.status == "finished"]
     teacher_uri = artifacts.require_teacher()
-    baselines = baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
     titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
     students = {title: student_subject(run) for run, title in titles.items()}
     teacher = {TEACHER: teacher_subject(config, teacher_uri)}
-    if config.evaluate.feature_kmeans:
-        of_settings: dict[str, Subject] = {}
-        for trial in finished:
-            of_settings.setdefault(trial.setting, students[titles[trial.run]])
-        baselines |= feature_subjects(teacher | of_settings)
-    clips = open_clips(test.evaluation_clips)
-    found = score_subjects(test, clips, {**baselines, **teacher, **students})
+    trivial: dict[str, Subject] = {}
+    if baselines:
+        trivial = baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
+        if config.evaluate.feature_kmeans:
+            of_settings: dict[str, Subject] = {}
+            for trial in finished:
+                of_settings.setdefault(trial.setting, students[titles[trial.run]])
+            trivial |= feature_subjects(teacher | of_settings)
+    found = score_subjects(test, open_clips(test.evaluation_clips), {**trivial, **teacher, **students})
     results = []
     for name, values in {trial.setting: trial.values for trial in manifest.trials}.items():
         scores = {trial.seed: found[titles[trial.run]].scores for trial in finished if trial.setting == name}
         results.append(Result(Setting(name, values), scores))
-    others = {name: found[name].scores for name in (*baselines, TEACHER)}
-    return results, others, found[TEACHER]
-
-
-def compare(
-    claims: Sequence[str],
-    results: Sequence[Result],
-    teacher: Mapping[str, float],
-    scores: Sequence[str],
-) -> list[Comparison]:
-    """Every claim in every score; one whose sides share no seed is left out."""
-    by_name = {result.setting.name: result.scores for result in results}
-    comparisons = []
-    for claim in claims:
-        better, worse = parse_claim(claim)
-        seeds = [
-            seed
-            for seed in next(by_name[side] for side in (better, worse) if side != TEACHER)
-            if all(side == TEACHER or seed in by_name[side] for side in (better, worse))
-        ]
-        for score in scores:
-            sides = [
-                [100 * (teacher if side == TEACHER else by_name[side][seed])[score] for seed in seeds]
-                for side in (better, worse)
-            ]
-            if seeds:
-                differences = tuple(a - b for a, b in zip(*sides, strict=True))
-                comparisons.append(Comparison(claim, score, differences))
-    return comparisons
+    per_video: dict[tuple[str, int | None], PerVideo] = {
+        (trial.setting, trial.seed): found[titles[trial.run]].per_video() for trial in finished
+    }
+    per_video[TEACHER, None] = found[TEACHER].per_video()
+    others = {name: found[name].scores for name in (*trivial, TEACHER)}
+    return MaskScores(masks, Scored(results, found[TEACHER].scores, per_video), others, found[TEACHER])
 
 
 def setting_table(
@@ -188,35 +155,6 @@ def setting_table(
     )
 
 
-def claim_table(comparisons: Sequence[Comparison], part: str) -> Table:
-    rows = [
-        Row(
-            cells(
-                comparison.claim,
-                TITLES[comparison.score],
-                str(len(comparison.differences)),
-                f"{comparison.mean:+.1f}",
-                f"± {comparison.margin:.1f}" if math.isfinite(comparison.margin) else DASH,
-                comparison.verdict,
-            )
-        )
-        for comparison in comparisons
-    ]
-    columns = (
-        Column("claim", numeric=False),
-        Column("score", numeric=False),
-        Column("seeds"),
-        Column("difference"),
-        Column("95 % of it"),
-        Column("verdict", numeric=False),
-    )
-    notes = (
-        "Differences in points, paired by seed, with Student's t interval: a claim holds, or is reversed, where "
-        "the interval leaves out 0. The teacher is one model: its own spread over seeds is not in these intervals.",
-    )
-    return Table("Orderings", "Which claims hold", part, columns, tuple(rows), notes)
-
-
 def _details(manifest: SweepManifest) -> dict[str, tuple[int, float]]:
     """Steps, and mean minutes a run, of every setting."""
     runs: dict[str, list[RunManifest]] = {}
@@ -230,64 +168,102 @@ def _details(manifest: SweepManifest) -> dict[str, tuple[int, float]]:
     }
 
 
-def _write(
-    config: Config,
-    manifest: SweepManifest,
-    results: list[Result],
-    others: dict[str, dict[str, float]],
-    evaluation: Evaluation,
-) -> dict[str, Any]:
-    comparisons = compare(config.evidence.claims, results, others[TEACHER], config.evidence.scores)
+def _tables(config: Config, manifest: SweepManifest, scored: Sequence[MaskScores]) -> list[Table]:
+    """Scores and orderings by each kind of masks, and the curves of those that validated."""
+    tables, orderings, details = [], [], _details(manifest)
+    for kind in scored:
+        part = f"{config.dataset.title}, {config.evidence.split}"
+        if len(scored) > 1:
+            part += f", masks of {MASKS[kind.masks]}"
+        table = setting_table(kind.students.results, kind.others, details, part)
+        tables.append(replace(table, notes=kind.evaluation.protocol.warnings))
+        comparisons = compare(config.evidence.claims, kind.students, config.evidence.scores)
+        orderings.append(claim_table(comparisons, part))
+    curves = read_curves(manifest.trials, config.evaluate.score)
+    part = f"{config.dataset.title}, {config.evaluate.split}"
+    return [*tables, *orderings, *([curve_table(curves, config.evaluate.score, part)] if curves else [])]
+
+
+def _pictures(config: Config, manifest: SweepManifest, scored: Sequence[MaskScores]) -> list[Picture]:
+    pictures = []
+    for number, kind in enumerate(scored):
+        title = "Scores on the test split" + (f", masks of {MASKS[kind.masks]}" if len(scored) > 1 else "")
+        chart = sweep_chart(kind.students.results, {TEACHER: kind.others[TEACHER]})
+        link = f"evidence-{kind.masks}.png" if number else PLOT
+        pictures.append(
+            Picture(chart_png(chart), link, title, "Error bars: sample standard deviation over seeds.")
+        )
+    score = config.evaluate.score
+    if curves := read_curves(manifest.trials, score):
+        title = f"{TITLES[score]} on the validation split while training"
+        content = chart_png(curve_chart(curves, score))
+        pictures.append(Picture(content, CURVES, title, "Lines: the mean over seeds; areas: their range."))
+    return pictures
+
+
+def _intro(config: Config, manifest: SweepManifest, scored: MaskScores) -> str:
     seeds = sorted({trial.seed for trial in manifest.trials})
-    spread = [std for r in results if (std := r.std(config.evaluate.score)) is not None]
-    noise = 100 * math.sqrt(statistics.fmean(std**2 for std in spread)) if spread else math.nan
-    part = f"{config.dataset.title}, {config.evidence.split}"
-    settings = setting_table(results, others, _details(manifest), part)
-    tables = [
-        replace(settings, notes=evaluation.protocol.warnings),
-        claim_table(comparisons, part),
-    ]
-    intro = [
-        f"{evaluation.videos} videos of the split {config.evidence.split!r}, which nothing was chosen on; seeds "
-        f"{', '.join(map(str, seeds))}; {os.cpu_count()} cores, torch {torch.__version__}, fp32, a run a core, so "
-        f"that minutes are of a machine that does something else too. {SAMPLE_STD} "
-        f"The pooled standard deviation over seeds is {noise:.1f} points of {TITLES[config.evaluate.score]}."
-    ]
-    picture = Picture(
-        chart_png(sweep_chart(results, {TEACHER: others[TEACHER]})),
-        PLOT,
-        "Scores on the test split",
-        "Error bars: sample standard deviation over seeds.",
+    noise = f"{_noise(config, scored):.1f} points of {TITLES[config.evaluate.score]}"
+    return (
+        f"{scored.evaluation.videos} videos of the split {config.evidence.split!r}, which nothing was chosen on; seeds "
+        f"{', '.join(map(str, seeds))}; {os.cpu_count()} cores, torch {torch.__version__}, "
+        f"{_precisions(manifest)}, a run a core, so that minutes are of a machine that does something else too. "
+        f"{SAMPLE_STD} The pooled standard deviation over seeds is {noise}."
     )
-    page = markdown(Page("Evidence", intro, tables, [picture], []))
+
+
+def _noise(config: Config, scored: MaskScores) -> float:
+    """The pooled standard deviation over seeds, in points."""
+    stds = [std for r in scored.students.results if (std := r.std(config.evaluate.score)) is not None]
+    return 100 * math.sqrt(statistics.fmean(std**2 for std in stds)) if stds else math.nan
+
+
+def _precisions(manifest: SweepManifest) -> str:
+    """In which the runs computed."""
+    runs = [RunManifest.read(trial.run) for trial in manifest.trials if trial.status == "finished"]
+    return " and ".join(sorted({run.tags.get("precision", "fp32") for run in runs}))
+
+
+def _write(config: Config, manifest: SweepManifest, scored: Sequence[MaskScores]) -> dict[str, Any]:
+    tables, pictures = _tables(config, manifest, scored), _pictures(config, manifest, scored)
+    page = markdown(Page("Evidence", [_intro(config, manifest, scored[0])], tables, pictures, []))
     folder = storage.join(storage.absolute(config.storage.root), "evidence", manifest.fingerprint)
-    storage.write_bytes(storage.join(folder, PLOT), picture.content)
+    for picture in pictures:
+        storage.write_bytes(storage.join(folder, picture.link), picture.content)
     storage.write_bytes(storage.join(folder, PAGE), page.encode())
     for table in tables:
         print(plain_text(table), end="\n\n", flush=True)
     if config.evidence.document:
-        update_document(Path(config.evidence.document), page, picture.content)
+        update_document(Path(config.evidence.document), page, pictures)
+    comparisons = compare(config.evidence.claims, scored[0].students, config.evidence.scores)
     return {
         "uri": folder,
         "sweep": manifest.fingerprint,
-        "noise": noise,
+        "noise": _noise(config, scored[0]),
         "verdicts": {f"{c.claim} ({TITLES[c.score]})": c.verdict for c in comparisons},
         "table": storage.join(folder, PAGE),
         "plot": storage.join(folder, PLOT),
     }
 
 
-def update_document(document: Path, page: str, picture: bytes) -> None:
-    """Puts the tables between a document's two marks, and the picture beside it.
+def update_document(document: Path, page: str, pictures: Sequence[Picture]) -> None:
+    """Puts the tables between a document's two marks, and the pictures beside it, named after it.
 
     Raises:
         ValueError: the document has no such marks.
     """
     old = document.read_text(encoding="utf-8")
+    for picture in pictures:
+        page = page.replace(f"]({picture.link})", f"]({_beside(document, picture)})")
     body = re.sub(r"^#", "##", page.split("\n", 2)[2], flags=re.MULTILINE).strip()
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(old):
         raise ValueError(f"evidence.document: {document} has no {BEGIN} … {END}")
     document.write_text(pattern.sub(lambda _: f"{BEGIN}\n{body}\n{END}", old), encoding="utf-8")
-    document.with_name(PLOT).write_bytes(picture)
+    for picture in pictures:
+        document.with_name(_beside(document, picture)).write_bytes(picture.content)
     log(f"evidence: wrote {document}")
+
+
+def _beside(document: Path, picture: Picture) -> str:
+    return picture.link.replace("evidence", document.stem, 1)

@@ -55,13 +55,13 @@ class Best:
 def choose_best(results: Sequence[Result], score: str) -> Best | None:
     """The setting with the highest mean, and of its seeds the one whose score is nearest to that mean.
 
-    Only settings with the most finished seeds contend: where some were stopped or failed, what is left of a
-    setting is not a fair sample of it. None where no trial has a score.
+    Only settings with the largest share of their seeds finished contend: where some were stopped or failed, what is
+    left of a setting is not a fair sample of it. None where no trial has a score.
     """
-    most = max((len(result.values(score)) for result in results), default=0)
-    if most == 0:
+    most = max((_share(result, score) for result in results), default=0.0)
+    if not most:
         return None
-    contenders = [result for result in results if len(result.values(score)) == most]
+    contenders = [result for result in results if _share(result, score) == most]
     best = max(contenders, key=lambda result: result.mean(score) or 0.0)  # the first of equals
     mean = best.mean(score)
     assert mean is not None
@@ -73,12 +73,17 @@ def choose_best(results: Sequence[Result], score: str) -> Best | None:
         f"{best.setting.name} has the best mean {TITLES[score]} of {plural(len(contenders), 'setting')}, "
     )
     reason += f"{_spread(best, score)}"
-    if most > 1:
-        reason += f"; of its {most} seeds {seed} is nearest to that, with {100 * number:.2f}"
+    if len(distances) > 1:
+        reason += f"; of its {len(distances)} seeds {seed} is nearest to that, with {100 * number:.2f}"
     left_out = len(results) - len(contenders)
     if left_out:
-        reason += f" ({plural(left_out, 'setting')} with fewer than {most} finished did not contend)"
+        reason += f" ({plural(left_out, 'setting')} with fewer seeds finished did not contend)"
     return Best(best, seed, reason)
+
+
+def _share(result: Result, score: str) -> float:
+    """Of a setting's seeds those that have a score."""
+    return len(result.values(score)) / result.trials if result.trials else 0.0
 
 
 def _spread(result: Result, score: str) -> str:

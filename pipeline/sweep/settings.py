@@ -80,14 +80,38 @@ def plan_trials(config: Config) -> list[Trial]:
         configs[setting.name] = changed
     twice = [name for name, count in Counter(s.name for s in settings).items() if count > 1]
     lines += [f"sweep.grid: {name!r} is there twice" for name in twice]
+    if not lines:
+        lines = _check_seeds_of(sweep, [setting.name for setting in settings])
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     # As if each were a run of its own: the sweep it is in decides nothing about a student.
     rest = {"sweep": Sweep()}
+    seeds_of = {s.name: sweep.seeds_of.get(s.name, sweep.seeds) for s in settings}
     return [
         Trial(s, seed, with_overrides(configs[s.name].model_copy(update=rest), {"distill.seed": seed}))
-        for seed in sweep.seeds
+        for seed in dict.fromkeys(seed for seeds in seeds_of.values() for seed in seeds)
         for s in settings
+        if seed in seeds_of[s.name]
+    ]
+
+
+def _check_seeds_of(sweep: Sweep, names: Sequence[str]) -> list[str]:
+    problems = []
+    for name, seeds in sweep.seeds_of.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            problems.append(f"sweep.seeds_of: {name!r} is no setting of this sweep; nearest: {near!r}")
+        problems += _check_seeds(f"sweep.seeds_of.{name}", seeds)
+    return problems
+
+
+def _check_seeds(key: str, seeds: Sequence[int]) -> list[str]:
+    if not seeds:
+        return [f"{key}: is empty; nearest valid: [42]"]
+    return [
+        f"{key}: {seed} is there twice; nearest valid: {sorted(set(seeds))}"
+        for seed, count in Counter(seeds).items()
+        if count > 1
     ]
 
 
@@ -134,13 +158,7 @@ def _check_sweep(config: Config) -> list[str]:
         problems.append(
             f"evaluate.model: {evaluate.model!r} is set, but a sweep scores its own students; use null"
         )
-    if not sweep.seeds:
-        problems.append("sweep.seeds: is empty; nearest valid: [42]")
-    problems += [
-        f"sweep.seeds: {seed} is there twice; nearest valid: {sorted(set(sweep.seeds))}"
-        for seed, count in Counter(sweep.seeds).items()
-        if count > 1
-    ]
+    problems += _check_seeds("sweep.seeds", sweep.seeds)
     if sweep.search == "random" and sweep.variants:
         problems.append(
             "sweep.search: 'random' draws from sweep.grid, but sweep.variants is set; nearest: grid"

@@ -1,14 +1,18 @@
 """What the evidence says of scores that are given: differences by seed, verdicts, and the document."""
 
 import math
+from collections import Counter
 
+import numpy as np
 import pytest
 from places import CONFIGS
 
 from pipeline.config import ConfigError, load_config
-from pipeline.sweep.evidence import BEGIN, END, compare, update_document
+from pipeline.report.render import Picture
+from pipeline.sweep.comparisons import Comparison, Scored, bootstrap, compare
+from pipeline.sweep.evidence import BEGIN, END, update_document
 from pipeline.sweep.results import Result
-from pipeline.sweep.settings import Setting, check_evidence, parse_claim
+from pipeline.sweep.settings import Setting, check_evidence, parse_claim, plan_trials
 
 
 def result(name, *values):
@@ -17,7 +21,7 @@ def result(name, *values):
 
 def verdict(better, worse, teacher=0.0):
     results = [result("a", *better), result("b", *worse)]
-    (one,) = compare(["a > b"], results, {"video_mbo": teacher}, ["video_mbo"])
+    (one,) = compare(["a > b"], Scored(results, {"video_mbo": teacher}), ["video_mbo"])
     return one
 
 
@@ -38,18 +42,59 @@ def test_a_difference_the_other_way_is_reversed_and_noise_is_noise():
 
 
 def test_the_teacher_is_one_model_beside_every_seed():
-    results = [result("a", 0.5, 0.6)]
-    over, under = compare(["a > teacher", "teacher > a"], results, {"video_mbo": 0.4}, ["video_mbo"])
+    scored = Scored([result("a", 0.5, 0.6)], {"video_mbo": 0.4})
+    over, under = compare(["a > teacher", "teacher > a"], scored, ["video_mbo"])
     assert over.differences == pytest.approx((10, 20))
     assert under.differences == pytest.approx((-10, -20))
 
 
 def test_only_seeds_that_both_finished_are_compared():
     first = Result(Setting("a", {}), {0: {"video_mbo": 0.5}, 2: {"video_mbo": 0.7}})
-    (found,) = compare(["a > b"], [first, result("b", 0.4, 0.4)], {}, ["video_mbo"])
+    (found,) = compare(["a > b"], Scored([first, result("b", 0.4, 0.4)], {}), ["video_mbo"])
     assert found.differences == pytest.approx((10,))
     alone = [first, Result(Setting("b", {}), {})]
-    assert compare(["a > b"], alone, {}, ["video_mbo"]) == []
+    assert compare(["a > b"], Scored(alone, {}), ["video_mbo"]) == []
+
+
+def test_the_bootstrap_draws_seeds_and_videos():
+    """Against the variance of such draws: of effects of seeds and of videos that add up, each divided by its number."""
+    rng = np.random.default_rng(1)
+    seeds, videos = rng.normal(0, 3, 30), rng.normal(1, 5, 50)
+    low, high = bootstrap(seeds[:, None] + videos, np.ones(50))
+    spread = 1.96 * math.sqrt(seeds.var() / 30 + videos.var() / 50)
+    assert (low + high) / 2 == pytest.approx(seeds.mean() + videos.mean(), abs=0.1)
+    assert (high - low) / 2 == pytest.approx(spread, rel=0.05)
+    # A long video counts as much as its frames do, as in the scores.
+    weights = np.where(videos > 5, 4.0, 1.0)
+    middle = sum(bootstrap(np.tile(videos, (2, 1)), weights)) / 2
+    assert middle == pytest.approx(np.average(videos, weights=weights), abs=0.2)
+
+
+def test_a_difference_that_hangs_on_a_few_videos_is_no_ordering():
+    """Every seed agrees; but one video of four makes all of it."""
+    rows = {"a": (0.9, 0.3, 0.3, 0.3), "b": (0.1, 0.3, 0.3, 0.3), "teacher": (0.1, 0.1, 0.1, 0.1)}
+
+    def videos(name, seed):
+        scores = [value + (0.001 * seed if i == 0 else 0) for i, value in enumerate(rows[name])]
+        return {str(i): {"video_mbo": s, "video_samples": 1} for i, s in enumerate(scores)}
+
+    per_video = {(name, seed): videos(name, seed) for name in "ab" for seed in range(3)}
+    per_video |= {
+        ("teacher", None): {**videos("teacher", 0), "empty": {"video_mbo": math.nan, "video_samples": 0}}
+    }
+    means = {
+        key: np.mean([row["video_mbo"] for row in of.values() if row["video_samples"]])
+        for key, of in per_video.items()
+    }
+    results = [result(name, *(means[name, seed] for seed in range(3))) for name in "ab"]
+    scored = Scored(results, {"video_mbo": means["teacher", None]}, per_video)
+    one, teacher = compare(["a > b", "a > teacher"], scored, ["video_mbo"])
+    assert one.mean == pytest.approx(20)
+    # It is drawn 0 to 3 times in 99.6 % of the draws of four.
+    assert one.interval == pytest.approx((0, 80 * 3 / 4))
+    assert one.verdict == "can't be told"
+    assert teacher.verdict == "holds"
+    assert Comparison("a > b", "video_mbo", one.differences).verdict == "holds", "of these videos alone"
 
 
 @pytest.mark.parametrize("claim", ["a", "a > ", "a > b > c", "a>b"])
@@ -66,8 +111,34 @@ def evidence_config(*overrides):
     return load_config(CONFIGS / "demo.yaml", overrides, presets=[CONFIGS / "sweeps/evidence.yaml"])
 
 
+def davis_config(sweep):
+    return load_config(CONFIGS / "davis_small.yaml", presets=[CONFIGS / f"sweeps/{sweep}.yaml"])
+
+
 def test_the_shipped_claims_are_about_the_shipped_variants():
     check_evidence(evidence_config())
+
+
+@pytest.mark.parametrize("sweep", ["davis_small", "davis_truncated", "davis_views"])
+def test_the_comparisons_on_davis_choose_nothing_on_its_test_split(sweep):
+    config = davis_config(sweep)
+    check_evidence(config)
+    assert (config.dataset.split, config.evaluate.split, config.evidence.split) == (
+        "train",
+        "validation",
+        "test",
+    )
+
+
+def test_no_kd_and_slotmatch_have_five_seeds_on_davis():
+    counts = Counter(trial.setting.name for trial in plan_trials(davis_config("davis_small")))
+    five = {"no KD", "SlotMatch", "no KD, own initial slots"}
+    assert {name for name, count in counts.items() if count == 5} == five
+    assert {count for name, count in counts.items() if name not in five} == {3}
+    # Students that the choice of beta has trained are not trained again.
+    chosen = [t.config for t in plan_trials(davis_config("davis_beta")) if t.config.distill.beta == 0.2]
+    again = [t.config for t in plan_trials(davis_config("davis_small")) if t.setting.name == "SlotMatch"]
+    assert [c.distill for c in chosen] == [c.distill for c in again if c.distill.seed in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -86,15 +157,19 @@ def test_evidence_that_can_not_be_had_is_refused(override, message):
 
 
 def test_the_documents_own_words_stay(tmp_path):
-    document = tmp_path / "evidence.md"
+    document = tmp_path / "real.md"
     document.write_text(f"# What we saw\n\nBefore.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
-    update_document(document, "# Evidence\n\nintro\n\n## Scores\n", b"png")
+    page = "# Evidence\n\nintro\n\n## Scores\n\n![Scores](evidence.png)\n![Curves](evidence-curves.png)\n"
+    pictures = [Picture(f"{n}".encode(), f"{n}.png", "", "") for n in ("evidence", "evidence-curves")]
+    update_document(document, page, pictures)
     text = document.read_text()
     assert "old" not in text
     assert text.startswith("# What we saw\n\nBefore.\n")
     assert text.endswith("After.\n")
     assert "### Scores" in text
-    assert (tmp_path / "evidence.png").read_bytes() == b"png"
+    assert "![Scores](real.png)\n![Curves](real-curves.png)" in text, "two documents may lie side by side"
+    assert (tmp_path / "real.png").read_bytes() == b"evidence"
+    assert (tmp_path / "real-curves.png").read_bytes() == b"evidence-curves"
     document.write_text("no marks")
     with pytest.raises(ValueError, match="has no <!-- evidence: begin -->"):
-        update_document(document, "# Evidence\n\nintro\n", b"")
+        update_document(document, "# Evidence\n\nintro\n", [])

@@ -55,6 +55,12 @@ def test_what_is_left_of_a_setting_does_not_contend_with_whole_ones():
     assert choose_best([beta(0.8, [], failed={0: "x"})], "video_mbo") is None
 
 
+def test_settings_of_more_seeds_contend_with_those_of_fewer():
+    assert chosen(beta(0.2, [0.3] * 5), beta(0.5, [0.4] * 3)) == ("beta = 0.5", 0)
+    stopped = beta(0.5, [0.4] * 3, stopped={3: 20})
+    assert chosen(beta(0.2, [0.3] * 5), stopped) == ("beta = 0.2", 0)
+
+
 def test_a_seed_without_a_score_is_none():
     found = beta(0.1, [0.2, math.nan, 0.4])
     assert found.mean("video_mbo") == pytest.approx(0.3)

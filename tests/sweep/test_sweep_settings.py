@@ -74,6 +74,15 @@ def test_variants_are_used_instead_of_the_grid():
     assert trials[0].config.distill.method == "no_kd"
 
 
+def test_settings_may_have_seeds_of_their_own():
+    """They begin seed by seed, so that what is stopped early has something of every setting."""
+    sweep = {"grid": {"distill.beta": [0.1, 0.2]}, "seeds": [3, 1], "seeds_of": {"beta = 0.2": [1, 3, 5]}}
+    trials = plan_trials(resolve_config({"sweep": sweep, "evaluate": {"split": "val"}}))
+    found = [(trial.setting.values["distill.beta"], trial.seed) for trial in trials]
+    assert found == [(0.1, 3), (0.2, 3), (0.1, 1), (0.2, 1), (0.2, 5)]
+    assert [trial.config.distill.seed for trial in trials] == [3, 3, 1, 1, 5]
+
+
 def test_a_random_search_draws_the_same_again_and_nothing_twice():
     ranges = {
         "distill.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
@@ -120,6 +129,11 @@ REFUSED = [  # with the problem
     ({"search": "random", "samples": 6},
      f"sweep.samples: 6, but {GRID} has only 5 combinations; nearest valid: 5"),
     ({"seeds": []}, "sweep.seeds: is empty; nearest valid: [42]"),
+    (
+        {"seeds_of": {"beta = 0.4": [1]}},
+        "sweep.seeds_of: 'beta = 0.4' is no setting of this sweep; nearest: 'beta = 0.8'",
+    ),
+    ({"seeds_of": {"beta = 0.1": []}}, "sweep.seeds_of.beta = 0.1: is empty; nearest valid: [42]"),
     ({"seeds": [2, 1, 2]}, "sweep.seeds: 2 is there twice; nearest valid: [1, 2]"),
     ({"asha": True, "grace_steps": 500},
      f"{GRID}: distill.validate_every: 0 validates never, and sweep.asha stops by validations; nearest valid: 500"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from pipeline.clips.sources import coco, davis, movi, videos, webdataset, ytvis
 from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo
 from pipeline.clips.sources.frames import resample
-from pipeline.config import Dataset, parse_split
+from pipeline.config import ConfigError, Dataset, NamedSplit, parse_split
 from pipeline.log import is_storable, printable
 
 __all__ = ["BadVideo", "Frame", "FrameIterator", "VideoRef", "list_videos", "read_video"]
@@ -44,13 +45,15 @@ def list_videos(
         memo_folder: where what was read for this is remembered: hashes of local files, headers.
 
     Raises:
+        ConfigError: a split of `dataset.splits` asks for videos that the listed split does not have.
         FileNotFoundError: no such folder, split or file, or no video in it; the message says where
             has been looked, and which splits there are.
         ValueError: two videos of one id, or annotations that can't be understood.
     """
     if not dataset.path:
         raise ValueError("dataset.path: is not set; give the folder that holds the videos")
-    name, part = parse_split(split)
+    named, part = parse_split(split)
+    name = dataset.listed(split)
     place = storage.join(dataset.path, name) if name else dataset.path
     key = [dataset.kind, dataset.resolution, place] if dataset.kind in _SOURCES else place
     memo_uri = memo_folder and storage.join(memo_folder, f"{storage.fingerprint(key)}.json")
@@ -62,10 +65,29 @@ def list_videos(
         found = _SOURCES[dataset.kind].find(dataset, name, memo)
         memo.save()
     _check_unique(found)
-    chosen = [_checked(video) for video in found[part]]
-    if not chosen:
+    found = [_checked(video) for video in found]
+    if named in dataset.splits:
+        found = _part_by_name(named, dataset.splits[named], found)
+    if not found[part]:
         raise FileNotFoundError(f"no video: {split!r} is empty, {place} has {len(found)}")
-    return chosen
+    return found[part]
+
+
+def _part_by_name(name: str, split: NamedSplit, found: list[VideoRef]) -> list[VideoRef]:
+    """A split's videos in the order that they were found in."""
+    if split.skip >= len(found):
+        raise ConfigError(
+            f"dataset.splits.{name}.skip: {split.skip} leaves none of the {len(found)} videos of {split.of!r}; "
+            f"nearest valid: {len(found) - 1}"
+        )
+    if split.take is not None and split.skip + split.take > len(found):
+        raise ConfigError(
+            f"dataset.splits.{name}.take: there are {len(found)} videos of {split.of!r}, not {split.take} after "
+            f"{split.skip}; nearest valid: {len(found) - split.skip}"
+        )
+    names = sorted((video.video_id for video in found), key=lambda i: hashlib.sha256(i.encode()).hexdigest())
+    chosen = set(names[split.part])
+    return [video for video in found if video.video_id in chosen]
 
 
 def _check_unique(found: list[VideoRef]) -> None:
