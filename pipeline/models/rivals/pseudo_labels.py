@@ -18,8 +18,8 @@ def pseudo_labels(masks_BTNHW: Tensor, *, confidence: float = CONFIDENCE) -> Ten
     """
     masks = masks_BTNHW.detach().flatten(0, 1)
     background = masks.shape[1] - 1
-    labels = masks.argmax(1)
-    labels = labels.masked_fill(labels == background, 0).cpu().numpy()
+    slots = masks.argmax(1)
+    labels = slots.masked_fill(slots == background, 0).cpu().numpy()
     foregrounds = (1 - masks[:, background]).cpu().numpy()
     frames = [
         _ranked(_parted(frame, foreground, masks.shape[1], confidence))
