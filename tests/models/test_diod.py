@@ -297,6 +297,16 @@ def test_the_public_layout_is_the_authors_own(model, tmp_path):
     assert all(torch.equal(value, again[key]) for key, value in original.items())
 
 
+def test_all_sizes_are_read_off_the_shapes(tmp_path):
+    config = DIODConfig((3, 5), 4, 130, (4, 6, 6, 8), (1, 2, 1, 3), memory_layers=1)
+    model = DIOD(config)
+    state = {"module." + key: value for key, value in model.state_dict().items()}
+    torch.save({"model_state_dict": state}, tmp_path / "a.ckpt")
+    loaded = load_slot_model(tmp_path / "a.ckpt")
+    assert loaded.config == config
+    assert torch.equal(loaded.LN.weight, model.LN.weight)
+
+
 def changed(tmp_path, **tensors):
     """The public file with other tensors; None takes one out."""
     state = torch.load(FILE, weights_only=True)["model_state_dict"]
