@@ -72,11 +72,23 @@ class PublicFile(Section):
 
     backbone_weights: str | None = None
     """the local file of the ViT, in timm's names, that a public file lacks (SOLV)"""
+    batch_statistics: bool | None = None
+    """false: running statistics in DIOD's batch norm; null: as published, those of the clip at hand"""
+    carried: bool | None = None
+    """true: DIOD's clips go on from each other; null: as published, each starts anew"""
 
     def hints(self) -> CheckpointHints:
         from pipeline.models import CheckpointHints
 
-        return CheckpointHints(self.num_heads, self.num_slots, self.mean, self.std, self.backbone_weights)
+        return CheckpointHints(
+            self.num_heads,
+            self.num_slots,
+            self.mean,
+            self.std,
+            self.backbone_weights,
+            batch_statistics=self.batch_statistics,
+            carried=self.carried,
+        )
 
     def load(self, model: str, tracking_uri: str) -> Segmenter:
         """The model that a word names.

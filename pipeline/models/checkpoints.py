@@ -44,6 +44,8 @@ def load_slot_model(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
     backbone_weights: str | Path | None = None,
+    batch_statistics: bool | None = None,
+    carried: bool | None = None,
 ) -> VideoSegmenter:
     """Builds a model from a checkpoint and loads its weights; in eval mode, on the CPU.
 
@@ -52,7 +54,7 @@ def load_slot_model(
 
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
-            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in SOLV's.
+            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in SOLV's or DIOD's.
         backbone_weights: where the frozen backbone's weights are, of a file that lacks them (SOLV's), and of a slim
             folder, whose are else looked for.
 
@@ -73,7 +75,9 @@ def load_slot_model(
         state = plain_names(without_training_heads(read_checkpoint_file(path / WEIGHTS_FILE), str(path)))
     else:
         vit = None if backbone_weights is None else str(backbone_weights)
-        hints = CheckpointHints(num_heads, num_slots, mean, std, vit)
+        hints = CheckpointHints(
+            num_heads, num_slots, mean, std, vit, batch_statistics=batch_statistics, carried=carried
+        )
         config, state = _read_public_file(path, hints)
     state = {key: value.float() for key, value in state.items()}
     with WithoutDraws():
@@ -149,7 +153,10 @@ def save_slot_model(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    state = {  # whole numbers, such as batch norm's counts of steps, may be too large for a short dtype
+        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous()
+        for k, v in model.state_dict().items()
+    }
     check_finite(state, f"the model to be saved as {str(dtype).removeprefix('torch.')}")
     config = model.config.to_dict()
     if slim is not None:

@@ -28,8 +28,12 @@ class CheckpointHints:
     num_slots: of models that draw their initial slots, and so can have any number of them; learned
     slots are counted in the file.
     mean, std: the normalisation of RGB values in [0, 1] that the model was trained with, by default
-    ImageNet's.
+    ImageNet's. DIOD's is its own, whatever these say.
     backbone_weights: a file of the frozen ViT in timm's names, of models whose files lack it (SOLV).
+    batch_statistics: False: DIOD's batch norm uses its running statistics. By default, as published, those of the
+    clip at hand.
+    carried: True: DIOD's clips go on from each other's slots and memory, which is ours. By default, as published, each
+    starts anew.
     """
 
     num_heads: int | None = None
@@ -37,6 +41,8 @@ class CheckpointHints:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     backbone_weights: str | None = None
+    batch_statistics: bool | None = None
+    carried: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name: the keyword arguments of `load_slot_model`."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.models import slot_files
 from pipeline.models.hints import CheckpointHints
-from pipeline.models.rivals import solv_files
+from pipeline.models.rivals import diod_files, solv_files
+from pipeline.models.rivals.diod import DIOD, DIODConfig
 from pipeline.models.rivals.solv import SOLV, SOLVConfig
 from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
 from pipeline.models.slot_model import SlotModel, SlotModelConfig
@@ -58,6 +59,14 @@ SYSTEMS = {
         solv_files.tensors,
         solv_files.written,
         (Namespace,),
+    ),
+    "diod": System(
+        DIOD,
+        DIODConfig,
+        diod_files.is_diod,
+        diod_files.read,
+        diod_files.tensors,
+        diod_files.written,
     ),
 }
 

@@ -28,3 +28,8 @@ def drawn_tokens(frames: int, patches: int, seed: int, share: float = 0.5) -> Te
     """The patches of each frame that SOLV sees in a training step, `(frames, int(share * patches))`, sorted."""
     draws = torch.rand((frames, patches), generator=torch.Generator().manual_seed(seed))
     return draws.topk(int(share * patches), dim=1).indices.sort(dim=1).values
+
+
+def diod_learning_rate(step: int) -> float:
+    """Of DIOD's rate (5e-4, Adam) the share at a step, counted from 1: up for 3,000, halved with each 50,000."""
+    return min(step / 3_000, 1.0) * 0.5 ** (step / 50_000)

@@ -1,8 +1,11 @@
-"""Windows of frames around each frame, of whole videos and of streams, which run half a window behind their input."""
+"""Videos in parts of a fixed length, wherever their chunks end: windows around each frame, and clips.
+
+Streams of windows run half a window behind their input, streams of clips up to a clip.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -64,3 +67,39 @@ def delayed(chunks: Iterable[Bound], half: int) -> Iterator[tuple[np.ndarray, Te
     if frames_seen:
         check_length(frames_seen, half)
     yield from ready(True)
+
+
+def in_clips(
+    chunks: Iterable[tuple[np.ndarray, Tensor]], length: int, run: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Each chunk's frames, and what `run` gives for them, which sees the video in clips of `length` frames.
+
+    chunks: frames, and their pixels `(t, 3, H, W)`. run: slots and masks of each of a clip's frames; the video's last
+    clip may be shorter.
+    """
+    waiting: list[np.ndarray] = []
+    pixels = slots = masks = torch.empty(0)
+
+    def segment(clip: Tensor) -> None:
+        nonlocal slots, masks
+        new_slots, new_masks = run(clip)
+        slots = torch.cat([slots, new_slots]) if len(slots) else new_slots
+        masks = torch.cat([masks, new_masks]) if len(masks) else new_masks
+
+    def ready() -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        nonlocal slots, masks
+        while waiting and len(waiting[0]) <= len(slots):
+            frames = waiting.pop(0)
+            yield frames, slots[: len(frames)], masks[: len(frames)]
+            slots, masks = slots[len(frames) :], masks[len(frames) :]
+
+    for frames, new_pixels in chunks:
+        waiting.append(frames)
+        pixels = torch.cat([pixels, new_pixels]) if len(pixels) else new_pixels
+        while len(pixels) >= length:
+            segment(pixels[:length])
+            pixels = pixels[length:]
+        yield from ready()
+    if len(pixels):
+        segment(pixels)
+    yield from ready()
