@@ -44,6 +44,8 @@ def load_slot_model(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
     backbone_weights: str | Path | None = None,
+    predictor_heads: int | None = None,
+    num_iterations: int | None = None,
 ) -> VideoSegmenter:
     """Builds a model from a checkpoint and loads its weights; in eval mode, on the CPU.
 
@@ -52,13 +54,14 @@ def load_slot_model(
 
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
-            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in SOLV's.
+            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in SOLV's or STEVE's.
         backbone_weights: where the frozen backbone's weights are, of a file that lacks them (SOLV's), and of a slim
             folder, whose are else looked for.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        HintError: a public file needs another `num_heads`, a `num_slots` or `backbone_weights`.
+        HintError: a public file needs another `num_heads` or `predictor_heads`, a `num_slots` or
+            `backbone_weights`.
         BackboneError: a slim folder's backbone is not found, or has other weights.
         ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
             missing, unexpected or of another shape, all of which the message lists; or tensors that are not
@@ -73,7 +76,7 @@ def load_slot_model(
         state = plain_names(without_training_heads(read_checkpoint_file(path / WEIGHTS_FILE), str(path)))
     else:
         vit = None if backbone_weights is None else str(backbone_weights)
-        hints = CheckpointHints(num_heads, num_slots, mean, std, vit)
+        hints = CheckpointHints(num_heads, num_slots, mean, std, vit, predictor_heads, num_iterations)
         config, state = _read_public_file(path, hints)
     state = {key: value.float() for key, value in state.items()}
     with WithoutDraws():

@@ -24,12 +24,15 @@ class HintError(ValueError):
 class CheckpointHints:
     """What a public checkpoint file does not tell, so that whoever loads it has to.
 
-    num_heads: attention heads of the ViT. By default width / 64, as in every public ViT.
+    num_heads: attention heads of the ViT. By default width / 64, as in every public ViT. Of models without one:
+    heads of the decoder, by default as published (STEVE: 4).
     num_slots: of models that draw their initial slots, and so can have any number of them; learned
     slots are counted in the file.
     mean, std: the normalisation of RGB values in [0, 1] that the model was trained with, by default
-    ImageNet's.
+    ImageNet's; not looked at where a system has its own (STEVE).
     backbone_weights: a file of the frozen ViT in timm's names, of models whose files lack it (SOLV).
+    predictor_heads: attention heads of the predictor, of models that may have any (STEVE, by default 4).
+    num_iterations: of slot attention in every frame, of models that may have any (STEVE, by default 2).
     """
 
     num_heads: int | None = None
@@ -37,6 +40,8 @@ class CheckpointHints:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     backbone_weights: str | None = None
+    predictor_heads: int | None = None
+    num_iterations: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name: the keyword arguments of `load_slot_model`."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.models import slot_files
 from pipeline.models.hints import CheckpointHints
-from pipeline.models.rivals import solv_files
+from pipeline.models.rivals import solv_files, steve_files
 from pipeline.models.rivals.solv import SOLV, SOLVConfig
+from pipeline.models.rivals.steve import STEVE, STEVEConfig
 from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
 from pipeline.models.slot_model import SlotModel, SlotModelConfig
 
@@ -58,6 +59,14 @@ SYSTEMS = {
         solv_files.tensors,
         solv_files.written,
         (Namespace,),
+    ),
+    "steve": System(
+        STEVE,
+        STEVEConfig,
+        steve_files.is_steve,
+        steve_files.read,
+        steve_files.tensors,
+        steve_files.written,
     ),
 }
 

@@ -28,3 +28,13 @@ def drawn_tokens(frames: int, patches: int, seed: int, share: float = 0.5) -> Te
     """The patches of each frame that SOLV sees in a training step, `(frames, int(share * patches))`, sorted."""
     draws = torch.rand((frames, patches), generator=torch.Generator().manual_seed(seed))
     return draws.topk(int(share * patches), dim=1).indices.sort(dim=1).values
+
+
+def steve_temperature(step: int, steps: int = 30_000) -> float:
+    """Of STEVE's Gumbel-softmax: from 1 to 0.1 within so many steps, as a cosine falls; then it stays."""
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+
+def steve_learning_rate(step: int, warmup: int = 30_000, half_life: int = 250_000) -> float:
+    """Of the rates of STEVE's encoder and token decoder (its dVAE's stays as it is) the share at a step."""
+    return min((step + 1) / warmup, 1.0) * 0.5 ** (step / half_life)
