@@ -76,19 +76,15 @@ class PublicFile(Section):
     """false: running statistics in DIOD's batch norm; null: as published, those of the clip at hand"""
     carried: bool | None = None
     """true: DIOD's clips go on from each other; null: as published, each starts anew"""
+    predictor_heads: PositiveInt | None = None
+    """attention heads of a public file's predictor, where it may have any (STEVE); null: 4"""
+    num_iterations: PositiveInt | None = None
+    """of slot attention in every frame, where a public file may have any (STEVE); null: 2"""
 
     def hints(self) -> CheckpointHints:
         from pipeline.models import CheckpointHints
 
-        return CheckpointHints(
-            self.num_heads,
-            self.num_slots,
-            self.mean,
-            self.std,
-            self.backbone_weights,
-            batch_statistics=self.batch_statistics,
-            carried=self.carried,
-        )
+        return CheckpointHints(**{key: getattr(self, key) for key in PublicFile.model_fields})
 
     def load(self, model: str, tracking_uri: str) -> Segmenter:
         """The model that a word names.

@@ -17,7 +17,6 @@ from torch import Tensor
 from pipeline.models.files import check_finite, check_state_dict, read_checkpoint_file
 from pipeline.models.hints import CheckpointHints
 from pipeline.models.initialisation import WithoutDraws
-from pipeline.models.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
 from pipeline.models.slim import (
     CONFIG_KEY,
@@ -36,36 +35,27 @@ MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _EMBEDDED_CONFIG = "slotmatch_config"  # an extra entry of the `.ckpt` files that we write
 
 
-def load_slot_model(
-    path: str | Path,
-    *,
-    num_heads: int | None = None,
-    num_slots: int | None = None,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    backbone_weights: str | Path | None = None,
-    batch_statistics: bool | None = None,
-    carried: bool | None = None,
-) -> VideoSegmenter:
+def load_slot_model(path: str | Path, **hints: Any) -> VideoSegmenter:
     """Builds a model from a checkpoint and loads its weights; in eval mode, on the CPU.
-
-    The keyword arguments are what a public file does not tell, see `CheckpointHints`. They are ignored where
-    the file or folder has a config of ours.
 
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
-            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in SOLV's or DIOD's.
-        backbone_weights: where the frozen backbone's weights are, of a file that lacks them (SOLV's), and of a slim
-            folder, whose are else looked for.
+            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in that of one of
+            `SYSTEMS`.
+        hints: what a public file does not tell, by the names of `CheckpointHints`. They are ignored where the file or
+            folder has a config of ours, but for `backbone_weights`: where the frozen backbone's weights of a slim
+            folder are, which are else looked for.
 
     Raises:
         FileNotFoundError: nothing at `path`.
         HintError: a public file needs another `num_heads`, a `num_slots` or `backbone_weights`.
+        TypeError: names that are no hints.
         BackboneError: a slim folder's backbone is not found, or has other weights.
         ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
             missing, unexpected or of another shape, all of which the message lists; or tensors that are not
             finite.
     """
+    given = CheckpointHints.from_dict(hints)
     path, frozen = Path(path), None
     if path.is_dir():
         for name in MODEL_FILES:
@@ -74,16 +64,12 @@ def load_slot_model(
         _, config, frozen = _parse((path / CONFIG_FILE).read_text(), source=str(path / CONFIG_FILE))
         state = plain_names(without_training_heads(read_checkpoint_file(path / WEIGHTS_FILE), str(path)))
     else:
-        vit = None if backbone_weights is None else str(backbone_weights)
-        hints = CheckpointHints(
-            num_heads, num_slots, mean, std, vit, batch_statistics=batch_statistics, carried=carried
-        )
-        config, state = _read_public_file(path, hints)
+        config, state = _read_public_file(path, given)
     state = {key: value.float() for key, value in state.items()}
     with WithoutDraws():
         model = model_of(config)
     if frozen is not None:
-        state |= find_backbone(model, frozen, path, backbone_weights)
+        state |= find_backbone(model, frozen, path, given.backbone_weights)
     check_state_dict(model, state, str(path))
     check_finite(state, str(path))
     model.load_state_dict(state)

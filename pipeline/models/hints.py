@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,16 +25,19 @@ class HintError(ValueError):
 class CheckpointHints:
     """What a public checkpoint file does not tell, so that whoever loads it has to.
 
-    num_heads: attention heads of the ViT. By default width / 64, as in every public ViT.
+    num_heads: attention heads of the ViT. By default width / 64, as in every public ViT. Of models without one:
+    heads of the decoder, by default as published (STEVE: 4).
     num_slots: of models that draw their initial slots, and so can have any number of them; learned
     slots are counted in the file.
     mean, std: the normalisation of RGB values in [0, 1] that the model was trained with, by default
-    ImageNet's. DIOD's is its own, whatever these say.
+    ImageNet's; not looked at where a system has its own (DIOD, STEVE).
     backbone_weights: a file of the frozen ViT in timm's names, of models whose files lack it (SOLV).
     batch_statistics: False: DIOD's batch norm uses its running statistics. By default, as published, those of the
     clip at hand.
     carried: True: DIOD's clips go on from each other's slots and memory, which is ours. By default, as published, each
     starts anew.
+    predictor_heads: attention heads of the predictor, of models that may have any (STEVE, by default 4).
+    num_iterations: of slot attention in every frame, of models that may have any (STEVE, by default 2).
     """
 
     num_heads: int | None = None
@@ -43,6 +47,8 @@ class CheckpointHints:
     backbone_weights: str | None = None
     batch_statistics: bool | None = None
     carried: bool | None = None
+    predictor_heads: int | None = None
+    num_iterations: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name: the keyword arguments of `load_slot_model`."""
@@ -56,6 +62,8 @@ class CheckpointHints:
             TypeError: names that are no hints.
         """
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(arguments.get("backbone_weights"), Path):
+            arguments["backbone_weights"] = str(arguments["backbone_weights"])
         return cls(**arguments)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pipeline.models import slot_files
 from pipeline.models.hints import CheckpointHints
-from pipeline.models.rivals import diod_files, solv_files
+from pipeline.models.rivals import diod_files, solv_files, steve_files
 from pipeline.models.rivals.diod import DIOD, DIODConfig
 from pipeline.models.rivals.solv import SOLV, SOLVConfig
+from pipeline.models.rivals.steve import STEVE, STEVEConfig
 from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
 from pipeline.models.slot_model import SlotModel, SlotModelConfig
 
@@ -67,6 +68,14 @@ SYSTEMS = {
         diod_files.read,
         diod_files.tensors,
         diod_files.written,
+    ),
+    "steve": System(
+        STEVE,
+        STEVEConfig,
+        steve_files.is_steve,
+        steve_files.read,
+        steve_files.tensors,
+        steve_files.written,
     ),
 }
 

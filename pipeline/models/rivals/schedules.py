@@ -33,3 +33,13 @@ def drawn_tokens(frames: int, patches: int, seed: int, share: float = 0.5) -> Te
 def diod_learning_rate(step: int) -> float:
     """Of DIOD's rate (5e-4, Adam) the share at a step, counted from 1: up for 3,000, halved with each 50,000."""
     return min(step / 3_000, 1.0) * 0.5 ** (step / 50_000)
+
+
+def steve_temperature(step: int, steps: int = 30_000) -> float:
+    """Of STEVE's Gumbel-softmax: from 1 to 0.1 within so many steps, as a cosine falls; then it stays."""
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+
+def steve_learning_rate(step: int, warmup: int = 30_000, half_life: int = 250_000) -> float:
+    """Of the rates of STEVE's encoder and token decoder (its dVAE's stays as it is) the share at a step."""
+    return min((step + 1) / warmup, 1.0) * 0.5 ** (step / half_life)
