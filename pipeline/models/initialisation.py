@@ -94,7 +94,8 @@ def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int, place_scale:
     mean = flat.mean(0)
     covariance = (flat - mean).T @ (flat - mean) / len(flat)
     variances, components = torch.linalg.eigh(covariance)  # rising
-    kept = model.config.slot_size - PLACES
+    room = model.config.slot_size - PLACES
+    kept = min(room, len(covariance))
     axes = components[:, -kept:].flip(1).T * (kept / variances[-kept:].sum()).sqrt()
     places = _places(model.grid).double()
     # Each frame has the same places, so that their mean over frames is all that the products need.
@@ -104,7 +105,8 @@ def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int, place_scale:
     told = told * place_scale / (told @ covariance * told).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
     # Of which sign they are is LAPACK's choice.
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    linear, mean = torch.cat([axes, told]).round(decimals=DECIMALS), mean.round(decimals=DECIMALS)
+    unused = axes.new_zeros(room - kept, len(covariance))  # slots of more numbers than features have
+    linear, mean = torch.cat([axes, unused, told]).round(decimals=DECIMALS), mean.round(decimals=DECIMALS)
     unit = torch.eye(len(mean), dtype=torch.double)
     first.weight.copy_(torch.cat([unit, -unit]))
     first.bias.copy_(torch.cat([-mean, mean]))

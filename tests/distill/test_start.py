@@ -264,6 +264,17 @@ def test_a_teacher_begins_fitted_and_goes_on_from_its_checkpoint(root, monkeypat
     assert torch.equal(curve(second), curve(unbroken))
 
 
+@torch.no_grad()
+def test_slots_of_more_numbers_than_features_have_leave_some_unused():
+    model = SlotModel(tiny_design(2, 24))
+    start_as_soft_kmeans(model)
+    features, *_ = two_kinds()
+    fit_start(model, features, seed=0)
+    projected = model.project(features).flatten(0, 1)
+    assert not projected[:, 16:-PLACES].any()
+    assert (projected.std(0)[-PLACES:] > 1).all()
+
+
 def test_drawn_slots_have_no_fitted_start():
     with pytest.raises(ValueError, match="learned"):
         fit_start(tiny_model(3, 12, initializer="random"), torch.randn(2, 4, 16), seed=0)
