@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.files import check_finite, check_state_dict, read_checkpoint_file
+from pipeline.models.flax_files import EMBEDDED_CONFIG
 from pipeline.models.hints import CheckpointHints
 from pipeline.models.initialisation import WithoutDraws
 from pipeline.models.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -33,7 +34,6 @@ from pipeline.models.systems import SYSTEMS, System, model_of, of_content, of_mo
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-_EMBEDDED_CONFIG = "slotmatch_config"  # an extra entry of the `.ckpt` files that we write
 
 
 def load_slot_model(
@@ -44,6 +44,10 @@ def load_slot_model(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
     backbone_weights: str | Path | None = None,
+    predictor_heads: int | None = None,
+    num_iterations: int | None = None,
+    image_size: int | None = None,
+    stochastic: bool = False,
 ) -> VideoSegmenter:
     """Builds a model from a checkpoint and loads its weights; in eval mode, on the CPU.
 
@@ -52,13 +56,14 @@ def load_slot_model(
 
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
-            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in SOLV's.
+            `.safetensors`, `.flax`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, in SOLV's, or in
+            SAVi's or SlotFormer's.
         backbone_weights: where the frozen backbone's weights are, of a file that lacks them (SOLV's), and of a slim
             folder, whose are else looked for.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        HintError: a public file needs another `num_heads`, a `num_slots` or `backbone_weights`.
+        HintError: a public file needs another `num_heads`, or a `num_slots`, `backbone_weights` or `image_size`.
         BackboneError: a slim folder's backbone is not found, or has other weights.
         ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
             missing, unexpected or of another shape, all of which the message lists; or tensors that are not
@@ -73,7 +78,8 @@ def load_slot_model(
         state = plain_names(without_training_heads(read_checkpoint_file(path / WEIGHTS_FILE), str(path)))
     else:
         vit = None if backbone_weights is None else str(backbone_weights)
-        hints = CheckpointHints(num_heads, num_slots, mean, std, vit)
+        more = (predictor_heads, num_iterations, image_size, stochastic)
+        hints = CheckpointHints(num_heads, num_slots, mean, std, vit, *more)
         config, state = _read_public_file(path, hints)
     state = {key: value.float() for key, value in state.items()}
     with WithoutDraws():
@@ -88,8 +94,8 @@ def load_slot_model(
 
 def _read_public_file(path: Path, hints: CheckpointHints) -> tuple[SegmenterConfig, dict[str, Tensor]]:
     content = _read_content(path)
-    if _EMBEDDED_CONFIG in content:
-        system, config, _ = _parse(content[_EMBEDDED_CONFIG], source=str(path))
+    if EMBEDDED_CONFIG in content:
+        system, config, _ = _parse(content[EMBEDDED_CONFIG], source=str(path))
         return config, system.tensors(content, str(path))
     return of_content(content).read(content, hints, str(path))
 
@@ -162,7 +168,7 @@ def save_slot_model(
 
 
 def save_public_checkpoint(model: VideoSegmenter, path: str | Path, *, step: int = 0) -> None:
-    """Writes one `.ckpt` file in its system's public layout, which `load_slot_model` reads as well.
+    """Writes one file in its system's public layout (`.ckpt`, of SAVi `.flax`), which `load_slot_model` reads as well.
 
     Our config travels along as a JSON string; other readers ignore it.
 
@@ -171,5 +177,6 @@ def save_public_checkpoint(model: VideoSegmenter, path: str | Path, *, step: int
     """
     check_finite(model.state_dict(), "the model to be saved")
     counters = {"epoch": 0, "global_step": step}
-    content = of_model(model).written(model)
-    torch.save({**content, **counters, _EMBEDDED_CONFIG: json.dumps(model.config.to_dict())}, path)
+    system = of_model(model)
+    content = {**system.written(model), **counters, EMBEDDED_CONFIG: json.dumps(model.config.to_dict())}
+    system.write(content, path)

@@ -26,10 +26,16 @@ class CheckpointHints:
 
     num_heads: attention heads of the ViT. By default width / 64, as in every public ViT.
     num_slots: of models that draw their initial slots, and so can have any number of them; learned
-    slots are counted in the file.
+    slots are counted in the file. Of SAVi with boxes: one more than these, by default 24.
     mean, std: the normalisation of RGB values in [0, 1] that the model was trained with, by default
-    ImageNet's.
+    ImageNet's; not looked at where a system has its own (SAVi).
     backbone_weights: a file of the frozen ViT in timm's names, of models whose files lack it (SOLV).
+    predictor_heads: attention heads of the predictor, of models that may have any (SlotFormer's SAVi, by default 4).
+    num_iterations: of slot attention in every frame, of models that may have any: SAVi, by default 1 as published, or
+    2 where its slot attention has an MLP; SlotFormer's SAVi, by default 2.
+    image_size: side of the input in pixels, of models whose layers can have several strides: SAVi, by default 64 where
+    its CNN has the width of SAVi-S and 128 where it has SAVi-M's; SlotFormer's SAVi, by default the side of its grid.
+    stochastic: whether slots are noisy, of SlotFormer's SAVi (those for CLEVRER are).
     """
 
     num_heads: int | None = None
@@ -37,6 +43,10 @@ class CheckpointHints:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     backbone_weights: str | None = None
+    predictor_heads: int | None = None
+    num_iterations: int | None = None
+    image_size: int | None = None
+    stochastic: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name: the keyword arguments of `load_slot_model`."""

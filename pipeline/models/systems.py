@@ -8,13 +8,17 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.models import slot_files
+from pipeline.models.flax_files import write_flax
 from pipeline.models.hints import CheckpointHints
-from pipeline.models.rivals import solv_files
+from pipeline.models.rivals import savi_files, solv_files
+from pipeline.models.rivals.savi import SAVi, SAViConfig
 from pipeline.models.rivals.solv import SOLV, SOLVConfig
 from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
 from pipeline.models.slot_model import SlotModel, SlotModelConfig
@@ -27,7 +31,7 @@ class System:
     model, config: `model(config)` is one with random weights. recognises: whether the content of a public file is of
     this system. read: the config and the tensors, by our names, of a file that others have written (`content, hints,
     source`). tensors: those of a file that has a config of ours. written: what a public file of a model holds, beside
-    that config. allowed: plain classes that its files may hold beside tensors.
+    that config. allowed: plain classes that its files may hold beside tensors. write: what writes a file.
     """
 
     model: Callable[[Any], VideoSegmenter]
@@ -37,6 +41,7 @@ class System:
     tensors: Callable[[Mapping[str, Any], str], dict[str, Tensor]]
     written: Callable[[Any], dict[str, Any]]
     allowed: tuple[type, ...] = ()
+    write: Callable[[dict[str, Any], str | Path], None] = torch.save
 
 
 SLOT_MODEL = System(
@@ -58,6 +63,15 @@ SYSTEMS = {
         solv_files.tensors,
         solv_files.written,
         (Namespace,),
+    ),
+    "savi": System(
+        SAVi,
+        SAViConfig,
+        savi_files.is_savi,
+        savi_files.read,
+        savi_files.tensors,
+        savi_files.written,
+        write=write_flax,
     ),
 }
 

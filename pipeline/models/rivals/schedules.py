@@ -28,3 +28,13 @@ def drawn_tokens(frames: int, patches: int, seed: int, share: float = 0.5) -> Te
     """The patches of each frame that SOLV sees in a training step, `(frames, int(share * patches))`, sorted."""
     draws = torch.rand((frames, patches), generator=torch.Generator().manual_seed(seed))
     return draws.topk(int(share * patches), dim=1).indices.sort(dim=1).values
+
+
+def savi_learning_rate(step: int, steps: int, warmup: int = 2_500) -> float:
+    """Of SAVi's rate (2e-4, Adam; without boxes or flow 1e-4) the share at a step: up from 0, then a cosine to 0.
+
+    The warm-up is of 2,500 steps as its authors have it, of 2.5 % of all in SlotDiffusion's training without boxes.
+    """
+    if step < warmup:
+        return step / warmup
+    return (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0))) / 2
