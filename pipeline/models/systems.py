@@ -17,9 +17,10 @@ from torch import Tensor
 from pipeline.models import slot_files
 from pipeline.models.flax_files import write_flax
 from pipeline.models.hints import CheckpointHints
-from pipeline.models.rivals import savi_files, solv_files
+from pipeline.models.rivals import savi_files, solv_files, stosavi_files
 from pipeline.models.rivals.savi import SAVi, SAViConfig
 from pipeline.models.rivals.solv import SOLV, SOLVConfig
+from pipeline.models.rivals.stosavi import StoSAVi, StoSAViConfig
 from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
 from pipeline.models.slot_model import SlotModel, SlotModelConfig
 
@@ -72,6 +73,14 @@ SYSTEMS = {
         savi_files.tensors,
         savi_files.written,
         write=write_flax,
+    ),
+    "stosavi": System(
+        StoSAVi,
+        StoSAViConfig,
+        stosavi_files.is_stosavi,
+        stosavi_files.read,
+        stosavi_files.tensors,
+        stosavi_files.written,
     ),
 }
 
