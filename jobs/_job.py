@@ -77,9 +77,13 @@ class PublicFile(Section):
     carried: bool | None = None
     """true: DIOD's clips go on from each other; null: as published, each starts anew"""
     predictor_heads: PositiveInt | None = None
-    """attention heads of a public file's predictor, where it may have any (STEVE); null: 4"""
+    """attention heads of a public file's predictor, where it may have any (STEVE, SlotFormer's SAVi); null: 4"""
     num_iterations: PositiveInt | None = None
-    """of slot attention in every frame, where a public file may have any (STEVE); null: 2"""
+    """of slot attention in every frame, where a public file may have any (SAVi, STEVE); null: as published"""
+    image_size: PositiveInt | None = None
+    """pixels, where a public file's layers can have several strides (SAVi)"""
+    stochastic: bool = False
+    """whether a public file's slots are noisy (SlotFormer's SAVi for CLEVRER)"""
 
     def hints(self) -> CheckpointHints:
         from pipeline.models import CheckpointHints

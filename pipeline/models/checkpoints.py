@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.files import check_finite, check_state_dict, read_checkpoint_file
+from pipeline.models.flax_files import EMBEDDED_CONFIG
 from pipeline.models.hints import CheckpointHints
 from pipeline.models.initialisation import WithoutDraws
 from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
@@ -32,7 +33,6 @@ from pipeline.models.systems import SYSTEMS, System, model_of, of_content, of_mo
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-_EMBEDDED_CONFIG = "slotmatch_config"  # an extra entry of the `.ckpt` files that we write
 
 
 def load_slot_model(path: str | Path, **hints: Any) -> VideoSegmenter:
@@ -40,7 +40,7 @@ def load_slot_model(path: str | Path, **hints: Any) -> VideoSegmenter:
 
     Args:
         path: a folder written by `save_slot_model`, or a public checkpoint file (`.ckpt`, `.pt`,
-            `.safetensors`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in that of one of
+            `.safetensors`, `.flax`) in the layout that SlotContrast, VideoSAUR and DINOSAUR share, or in that of one of
             `SYSTEMS`.
         hints: what a public file does not tell, by the names of `CheckpointHints`. They are ignored where the file or
             folder has a config of ours, but for `backbone_weights`: where the frozen backbone's weights of a slim
@@ -48,7 +48,7 @@ def load_slot_model(path: str | Path, **hints: Any) -> VideoSegmenter:
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        HintError: a public file needs another `num_heads`, a `num_slots` or `backbone_weights`.
+        HintError: a public file needs another `num_heads`, or a `num_slots`, `backbone_weights` or `image_size`.
         TypeError: names that are no hints.
         BackboneError: a slim folder's backbone is not found, or has other weights.
         ValueError: not a checkpoint, one that holds more than tensors and plain values, or keys that are
@@ -78,8 +78,8 @@ def load_slot_model(path: str | Path, **hints: Any) -> VideoSegmenter:
 
 def _read_public_file(path: Path, hints: CheckpointHints) -> tuple[SegmenterConfig, dict[str, Tensor]]:
     content = _read_content(path)
-    if _EMBEDDED_CONFIG in content:
-        system, config, _ = _parse(content[_EMBEDDED_CONFIG], source=str(path))
+    if EMBEDDED_CONFIG in content:
+        system, config, _ = _parse(content[EMBEDDED_CONFIG], source=str(path))
         return config, system.tensors(content, str(path))
     return of_content(content).read(content, hints, str(path))
 
@@ -155,7 +155,7 @@ def save_slot_model(
 
 
 def save_public_checkpoint(model: VideoSegmenter, path: str | Path, *, step: int = 0) -> None:
-    """Writes one `.ckpt` file in its system's public layout, which `load_slot_model` reads as well.
+    """Writes one file in its system's public layout (`.ckpt`, of SAVi `.flax`), which `load_slot_model` reads as well.
 
     Our config travels along as a JSON string; other readers ignore it.
 
@@ -164,5 +164,6 @@ def save_public_checkpoint(model: VideoSegmenter, path: str | Path, *, step: int
     """
     check_finite(model.state_dict(), "the model to be saved")
     counters = {"epoch": 0, "global_step": step}
-    content = of_model(model).written(model)
-    torch.save({**content, **counters, _EMBEDDED_CONFIG: json.dumps(model.config.to_dict())}, path)
+    system = of_model(model)
+    content = {**system.written(model), **counters, EMBEDDED_CONFIG: json.dumps(model.config.to_dict())}
+    system.write(content, path)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.flax_files import is_flax, read_flax
+
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or a PyTorch file, without running any pickled code.
@@ -36,13 +38,19 @@ def read_checkpoint_file(path: str | Path, allowed: Sequence[type] = ()) -> dict
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
+    flax = is_flax(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        with torch.serialization.safe_globals(list(allowed)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        if flax:
+            content = read_flax(path)
+        else:
+            with torch.serialization.safe_globals(list(allowed)):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         held = _pickled_objects(path, error)
         if held:
@@ -51,7 +59,7 @@ def read_checkpoint_file(path: str | Path, allowed: Sequence[type] = ()) -> dict
                 "can run any code that its author put there. Ask for a file of the tensors alone; where you trust "
                 "the author: torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW_FILE)"
             ) from error
-        kind = "safetensors" if path.suffix == ".safetensors" else "a PyTorch file"
+        kind = {".safetensors": "safetensors"}.get(path.suffix, "a Flax file" if flax else "a PyTorch file")
         raise ValueError(
             f"{path}: can't be read as {kind}: cut off, damaged or something else ({type(error).__name__})"
         ) from error

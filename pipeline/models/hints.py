@@ -28,16 +28,21 @@ class CheckpointHints:
     num_heads: attention heads of the ViT. By default width / 64, as in every public ViT. Of models without one:
     heads of the decoder, by default as published (STEVE: 4).
     num_slots: of models that draw their initial slots, and so can have any number of them; learned
-    slots are counted in the file.
+    slots are counted in the file. Of SAVi with boxes: one more than these, by default 24.
     mean, std: the normalisation of RGB values in [0, 1] that the model was trained with, by default
-    ImageNet's; not looked at where a system has its own (DIOD, STEVE).
+    ImageNet's; not looked at where a system has its own (DIOD, SAVi, STEVE).
     backbone_weights: a file of the frozen ViT in timm's names, of models whose files lack it (SOLV).
     batch_statistics: False: DIOD's batch norm uses its running statistics. By default, as published, those of the
     clip at hand.
     carried: True: DIOD's clips go on from each other's slots and memory, which is ours. By default, as published, each
     starts anew.
-    predictor_heads: attention heads of the predictor, of models that may have any (STEVE, by default 4).
-    num_iterations: of slot attention in every frame, of models that may have any (STEVE, by default 2).
+    predictor_heads: attention heads of the predictor, of models that may have any (STEVE and SlotFormer's SAVi, by
+    default 4).
+    num_iterations: of slot attention in every frame, of models that may have any: SAVi, by default 1 as published, or
+    2 where its slot attention has an MLP; STEVE and SlotFormer's SAVi, by default 2.
+    image_size: side of the input in pixels, of models whose layers can have several strides: SAVi, by default 64 where
+    its CNN has the width of SAVi-S and 128 where it has SAVi-M's; SlotFormer's SAVi, by default the side of its grid.
+    stochastic: whether slots are noisy, of SlotFormer's SAVi (those for CLEVRER are).
     """
 
     num_heads: int | None = None
@@ -49,6 +54,8 @@ class CheckpointHints:
     carried: bool | None = None
     predictor_heads: int | None = None
     num_iterations: int | None = None
+    image_size: int | None = None
+    stochastic: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name: the keyword arguments of `load_slot_model`."""

@@ -8,16 +8,21 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.models import slot_files
+from pipeline.models.flax_files import write_flax
 from pipeline.models.hints import CheckpointHints
-from pipeline.models.rivals import diod_files, solv_files, steve_files
+from pipeline.models.rivals import diod_files, savi_files, solv_files, steve_files, stosavi_files
 from pipeline.models.rivals.diod import DIOD, DIODConfig
+from pipeline.models.rivals.savi import SAVi, SAViConfig
 from pipeline.models.rivals.solv import SOLV, SOLVConfig
 from pipeline.models.rivals.steve import STEVE, STEVEConfig
+from pipeline.models.rivals.stosavi import StoSAVi, StoSAViConfig
 from pipeline.models.segmenter import SegmenterConfig, VideoSegmenter
 from pipeline.models.slot_model import SlotModel, SlotModelConfig
 
@@ -29,7 +34,7 @@ class System:
     model, config: `model(config)` is one with random weights. recognises: whether the content of a public file is of
     this system. read: the config and the tensors, by our names, of a file that others have written (`content, hints,
     source`). tensors: those of a file that has a config of ours. written: what a public file of a model holds, beside
-    that config. allowed: plain classes that its files may hold beside tensors.
+    that config. allowed: plain classes that its files may hold beside tensors. write: what writes a file.
     """
 
     model: Callable[[Any], VideoSegmenter]
@@ -39,6 +44,7 @@ class System:
     tensors: Callable[[Mapping[str, Any], str], dict[str, Tensor]]
     written: Callable[[Any], dict[str, Any]]
     allowed: tuple[type, ...] = ()
+    write: Callable[[dict[str, Any], str | Path], None] = torch.save
 
 
 SLOT_MODEL = System(
@@ -76,6 +82,23 @@ SYSTEMS = {
         steve_files.read,
         steve_files.tensors,
         steve_files.written,
+    ),
+    "savi": System(
+        SAVi,
+        SAViConfig,
+        savi_files.is_savi,
+        savi_files.read,
+        savi_files.tensors,
+        savi_files.written,
+        write=write_flax,
+    ),
+    "stosavi": System(
+        StoSAVi,
+        StoSAViConfig,
+        stosavi_files.is_stosavi,
+        stosavi_files.read,
+        stosavi_files.tensors,
+        stosavi_files.written,
     ),
 }
 

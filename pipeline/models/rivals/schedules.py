@@ -43,3 +43,13 @@ def steve_temperature(step: int, steps: int = 30_000) -> float:
 def steve_learning_rate(step: int, warmup: int = 30_000, half_life: int = 250_000) -> float:
     """Of the rates of STEVE's encoder and token decoder (its dVAE's stays as it is) the share at a step."""
     return min((step + 1) / warmup, 1.0) * 0.5 ** (step / half_life)
+
+
+def savi_learning_rate(step: int, steps: int, warmup: int = 2_500) -> float:
+    """Of SAVi's rate (2e-4, Adam; without boxes or flow 1e-4) the share at a step: up from 0, then a cosine to 0.
+
+    The warm-up is of 2,500 steps as its authors have it, of 2.5 % of all in SlotDiffusion's training without boxes.
+    """
+    if step < warmup:
+        return step / warmup
+    return (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0))) / 2
