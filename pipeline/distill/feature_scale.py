@@ -17,13 +17,13 @@ from pipeline.clips.table import VideoEntry
 from pipeline.distill.data import Loader, RawBatch, Sample
 from pipeline.distill.run import Run
 from pipeline.log import log
-from pipeline.models import SlotModel
+from pipeline.models import SlotModel, VideoSegmenter
 
 SAMPLE_CLIPS = 32
 DIGITS = 4  # fewer than features differ by between machines, or cached and live
 
 
-def settle_feature_scale(run: Run, model: SlotModel, loader: Loader) -> None:
+def settle_feature_scale(run: Run, model: VideoSegmenter, loader: Loader) -> None:
     """Measures the scale of a run that begins, where its config leaves it open, and makes it the model's.
 
     The first worker measures, and the others take its number. Cached features and the backbone's own give the same.
@@ -31,6 +31,7 @@ def settle_feature_scale(run: Run, model: SlotModel, loader: Loader) -> None:
     section = run.config.student if run.kind == "student" else run.config.teacher
     if section.feature_scale != "auto":
         return
+    assert isinstance(model, SlotModel)  # other systems have no such scale
     scale = torch.zeros((), dtype=torch.float64, device=model.device)
     if loader.rank == 0:
         samples = spread_samples(loader.sampler.videos)
