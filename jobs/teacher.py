@@ -1,4 +1,4 @@
-"""Train a teacher on the clips: SlotContrast, VideoSAUR, or a system of configs/systems/."""
+"""Train a teacher on the clips: SlotContrast or another system."""
 
 import sys
 

@@ -48,7 +48,8 @@ class SOLVObjective(SystemObjective):
         frames, present = self.windows(batch.pixels)
         B, W = present.shape
         patches = self.model.backbone.num_patches
-        tokens = drawn_tokens(B * W, patches, batch.seed, self.settings.token_share)
+        seed = int(torch.randint(2**62, ()))
+        tokens = drawn_tokens(B * W, patches, seed, self.settings.token_share)
         output = self.model.middle_frame(
             frames,
             present,
