@@ -16,6 +16,7 @@ from pipeline.evaluate.stage import evaluate
 from pipeline.models import load_slot_model
 from pipeline.registry.lineage import trace
 from pipeline.registry.stage import pull, register, register_run
+from pipeline.report.stage import report
 from pipeline.segment.stage import segment
 from pipeline.targets.stage import cache
 
@@ -67,6 +68,10 @@ def test_a_system_from_videos_to_segments(system, local_ray, tmp_path):
     for model in (None, trained["model"], f"{trained['uri']}/teacher.ckpt"):
         scores = evaluate(with_overrides(config, {"evaluate.model": model}))["scores"]
         assert all(-1 <= scores[name] <= 1 for name in SCORES)
+
+    report(config, latency_runs=1)
+    text = (tmp_path / "root" / "report" / "report.md").read_text()
+    assert f"| {config.teacher.name} (teacher) |" in text
 
     versions = [register(config), register_run(config, trained["uri"], None, contend=False)]
     video = next((tmp_path / "root" / "generated").rglob("*.mp4"))
