@@ -114,7 +114,7 @@ def _fed_step(fed_with: str, config: Config, load: Feeding, repeats: int) -> Com
         waits: list[float] = []
 
         def step(raw: RawBatch) -> None:
-            trainer.train_step(trainer.objective, trainer.batch(raw), trainer.learning_rate())
+            trainer.train_step(trainer.objective, trainer.batch(raw), trainer.learning_rates())
 
         def from_loader() -> None:
             waits.append(0.0)

@@ -30,7 +30,8 @@ from pipeline.log import log, redact, redact_output, redacted, root_cause, trace
 from pipeline.tracking.moved import check_not_moved
 
 STAGES = (
-    *("shard", "teacher", "cache", "distill", "evaluate", "register", "pipeline"),  # in the order of the flow
+    # In the order of the flow; train is teacher by another name.
+    *("shard", "teacher", "train", "cache", "distill", "evaluate", "register", "pipeline"),
     *("pull", "segment", "export", "lineage"),  # what to do with a registered model
     *("relocate", "prune"),  # a storage.root that was moved, or is full
     *("sweep", "evidence", "report"),  # comparisons

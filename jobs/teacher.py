@@ -1,4 +1,4 @@
-"""Train a SlotContrast or VideoSAUR teacher on the clips."""
+"""Train a teacher on the clips: SlotContrast or another system."""
 
 import sys
 

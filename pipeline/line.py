@@ -26,7 +26,7 @@ from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import student_subject, teacher_subject, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
-from pipeline.models import load_slot_model
+from pipeline.models import CheckpointHints, load_slot_model
 from pipeline.models.build import checkpoint_hints, load_model, load_teacher
 from pipeline.models.segmenter import Segmenter
 from pipeline.registry.stage import CHAMPION, pull, register_run
@@ -223,9 +223,10 @@ def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], pat
     """A picture of one video: frames over each model's slots, in the colours of the last one's, and its objects."""
     clips = ClipSet(clips_uri)
     video = clips.videos[0]
-    hints = checkpoint_hints(config)  # of the teacher; students are folders, which need none
+    hints = {"teacher": checkpoint_hints(config)}  # students are folders, which need none
     rows: dict[str, Segmenter | None] = {
-        name: load_model(uri, hints).to(best_device()) for name, uri in models.items()
+        name: load_model(uri, hints.get(name, CheckpointHints())).to(best_device())
+        for name, uri in models.items()
     }
     if video.annotated:
         rows[GROUND_TRUTH] = None

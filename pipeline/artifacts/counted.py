@@ -49,8 +49,13 @@ def counted(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:
         key: counted(value) if isinstance(value, Section) else value
         for key, value in section
         if key not in ignored
-        and (key in first or value != defaults[key].get_default(call_default_factory=True))
+        and (key in first or _is_said(value, defaults[key].get_default(call_default_factory=True)))
     }
+
+
+def _is_said(value: Any, default: Any) -> bool:
+    """Whether somebody has changed a setting, or one that counts in a section."""
+    return bool(counted(value)) if isinstance(value, Section) else value != default
 
 
 def later(section: Section, *, but: Iterable[str] = ()) -> dict[str, Any]:

@@ -26,8 +26,10 @@ from pipeline.artifacts.manifests import MODEL_FOLDER, Rules, TargetManifest
 from pipeline.artifacts.subjects import backbone_identity, features_identity, model_identity, model_subject
 from pipeline.config import Config, ConfigError, Model
 from pipeline.config.protocols import choose_protocol
-from pipeline.models import CheckpointHints, SlotModelConfig
+from pipeline.models import CheckpointHints
 from pipeline.models.build import checkpoint_hints, load_teacher, student_sizes
+from pipeline.models.segmenter import SegmenterConfig
+from pipeline.models.systems import parse_config
 
 # Of each kind's files; bump one where their meaning changes, and they are made again.
 CLIPS_FORMAT = TARGETS_FORMAT = FEATURES_FORMAT = SWEEP_FORMAT = 1
@@ -220,7 +222,7 @@ class Artifacts:
         return StudentInputs(self._known_teacher if taught else None, self.targets.uri if cached else None)
 
     @cached_property
-    def teacher_config(self) -> SlotModelConfig | None:
+    def teacher_config(self) -> SegmenterConfig | None:
         """The teacher's design, which gives the sizes that the student leaves open; None without a teacher.
 
         Raises:
@@ -230,7 +232,7 @@ class Artifacts:
             return None
         # From the targets where they are there: a public file has to be read for it.
         if not self.config.distill.live_teacher and storage.is_complete(self.targets.uri):
-            return SlotModelConfig.from_dict(TargetManifest.read(self.targets.uri).teacher_config)
+            return parse_config(TargetManifest.read(self.targets.uri).teacher_config)[1]
         return load_teacher(self.config, self._known_teacher).config
 
     @cached_property

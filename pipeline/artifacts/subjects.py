@@ -26,8 +26,15 @@ def model_identity(uri: str, hints: CheckpointHints) -> dict[str, Any]:
     # Folders have a config, and hints are ignored there.
     return {
         "files": [_hash(file, f"teacher.checkpoint: there is no model at {uri!r}") for file in files],
-        "hints": None if folder else counted_fields(hints),
+        "hints": None if folder else _counted_hints(hints),
     }
+
+
+def _counted_hints(hints: CheckpointHints) -> dict[str, Any]:
+    counted_hints = counted_fields(hints)
+    if (weights := hints.backbone_weights) is not None:
+        counted_hints["backbone_weights"] = _hash(weights, f"backbone_weights: there is no file {weights!r}")
+    return counted_hints
 
 
 def model_files(uri: str) -> list[str]:
@@ -52,6 +59,7 @@ def feature_subject(name: str, num_slots: int, features: Mapping[str, Any]) -> d
 
 def backbone_identity(section: Model) -> dict[str, Any]:
     """What decides the features of a backbone, which are cached before they are scaled."""
+    own = set(type(section).model_fields) - set(Model.model_fields)  # a teacher's, of all else that it is
     weights = section.backbone_weights
     if weights not in ("timm", "random"):
         weights = _hash(weights, f"backbone_weights: there is no file {weights!r}")
@@ -62,7 +70,7 @@ def backbone_identity(section: Model) -> dict[str, Any]:
         "weights": weights,
         "mean": section.mean,
         "std": section.std,
-        **later(section, but={"feature_scale", "cached_features"}),
+        **later(section, but={"feature_scale", "cached_features", *own}),
     }
 
 

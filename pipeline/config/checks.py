@@ -112,13 +112,13 @@ def check_models(config: Config) -> list[str]:
         patch = model.patch_size
         if name == "teacher" and config.teacher.checkpoint:
             continue  # the file decides
-        if patch and model.image_size % patch:
-            lower = model.image_size // patch * patch
-            nearest = f"{lower} or {lower + patch}" if lower else str(patch)
-            problems.append(
-                f"{name}.image_size: {model.image_size} is not a multiple of the patch size {patch}; "
-                f"nearest: {nearest}"
-            )
+        for key, side in (("image_size", model.image_size), ("image_width", model.image_width)):
+            if patch and side and side % patch:
+                lower = side // patch * patch
+                nearest = f"{lower} or {lower + patch}" if lower else str(patch)
+                problems.append(
+                    f"{name}.{key}: {side} is not a multiple of the patch size {patch}; nearest: {nearest}"
+                )
         if isinstance(model.backbone, ViT) and model.backbone.embed_dim % model.backbone.num_heads:
             problems.append(
                 f"{name}.backbone.num_heads: {model.backbone.num_heads} does not divide embed_dim "
@@ -188,6 +188,38 @@ def _check_distill(config: Config) -> list[str]:
     return problems
 
 
+def _check_system(config: Config) -> list[str]:
+    """Of a rival that is trained here."""
+    section, problems = config.teacher, []
+    if section.system == "slotcontrast" or section.checkpoint is not None:
+        return []
+    if section.cached_features:
+        problems.append(
+            f"teacher.cached_features: {section.system} is trained on the frames; nearest valid: false"
+        )
+    if section.feature_scale != 1:
+        problems.append(
+            f"teacher.feature_scale: {section.feature_scale}, but {section.system} has none; nearest valid: 1"
+        )
+    if section.initialisation != "default":
+        problems.append(
+            f"teacher.initialisation: {section.initialisation} is slot models' own, and {section.system} is none; "
+            "nearest valid: default"
+        )
+    if section.train.decoder_learning_rate is not None:
+        problems.append(
+            f"teacher.train.decoder_learning_rate: {section.train.decoder_learning_rate:g} is slot models' own, and "
+            f"{section.system} is none; nearest valid: null"
+        )
+    if section.system == "solv" and config.clips.clip_frames < section.solv.window:
+        problems.append(
+            f"clips.clip_frames: {config.clips.clip_frames} frames are fewer than the window of {section.solv.window} "
+            f"that SOLV looks at (teacher.solv.half_window={section.solv.half_window}); nearest valid: "
+            f"{section.solv.window}"
+        )
+    return problems
+
+
 def _check_workers(name: str, train: Training) -> list[str]:
     problems, fewest = [], train.fewest_workers
     if fewest and train.batch_size % fewest:
@@ -215,7 +247,7 @@ def _check_workers(name: str, train: Training) -> list[str]:
 
 
 def check_combinations(config: Config) -> list[str]:
-    problems = _check_distill(config)
+    problems = [*_check_distill(config), *_check_system(config)]
     runs: list[tuple[str, Training, Model]] = [
         ("teacher.train", config.teacher.train, config.teacher),
         ("distill", config.distill, config.student),

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.config.fields import PositiveFloat, PositiveInt, Section, run_detail
+from pipeline.config.rivals import SOLV
 from pipeline.config.training import TeacherTraining
 
 SlotCount = Annotated[int, Field(ge=1, le=256)]  # labels are bytes
@@ -41,6 +42,8 @@ class Model(Section):
     """what backbone features are multiplied by; auto: what gives a sample of the clips' unit variance"""
     image_size: PositiveInt = 336
     """pixels; of a ViT a multiple of the patch size"""
+    image_width: PositiveInt | None = None
+    """pixels, where the input is not as wide as image_size is high; null: square"""
     stride: PositiveInt | None = None
     """which map of a backbone that is no ViT, in pixels between neighbours: 8 to 32; null: the deepest"""
     grid: tuple[PositiveInt, PositiveInt] | None = None
@@ -69,6 +72,8 @@ class Model(Section):
     """of each colour channel, for normalisation; ImageNet's"""
     cached_features: bool = False
     """train on features stored once for all that have this backbone: no ViT in training"""
+    save: Literal["whole", "slim"] = run_detail("whole")
+    """slim: without the frozen backbone, which is kept once below storage.root and told by its hash"""
 
     @property
     def decoder_outputs(self) -> tuple[str, ...]:
@@ -95,6 +100,9 @@ class Teacher(Model):
     """in tables"""
     checkpoint: str | None = None
     """a public file or a model folder; null: the stage `teacher` trains one"""
+    system: Literal["slotcontrast", "solv"] = "slotcontrast"
+    """whose architecture and objective are trained; slotcontrast: VideoSAUR's and DINOSAUR's too"""
+    solv: SOLV = SOLV()
     num_heads: PositiveInt | None = None
     """attention heads of a public file's ViT; null: width / 64"""
     backbone: str | ViT = "vit_base_patch14_dinov2"
@@ -119,6 +127,3 @@ class Teacher(Model):
 
 class Student(Model):
     """The model that learns from it; `num_slots` and `slot_size` left empty are the teacher's."""
-
-    save: Literal["whole", "slim"] = run_detail("whole")
-    """slim: without the frozen backbone, which is kept once below storage.root and told by its hash"""

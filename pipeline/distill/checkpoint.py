@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import storage
+from pipeline.distill.objective import TrainingObjective
 from pipeline.distill.precision import Precision
-from pipeline.distill.step import Objective
 from pipeline.models import BackboneError, BackboneSource, save_slot_model
 from pipeline.models.checkpoints import WEIGHTS_FILE, read_config
 from pipeline.models.slim import own_backbone, read_frozen_backbone
@@ -36,7 +36,7 @@ class TrainingState:
 
 def save_checkpoint(
     run_uri: str,
-    objective: Objective,
+    objective: TrainingObjective,
     optimizer: torch.optim.Optimizer,
     state: TrainingState,
     *,
@@ -70,7 +70,9 @@ def _complete(run_uri: str) -> list[str]:
     return [n for n in storage.list_names(folder) if storage.is_complete(storage.join(folder, n))]
 
 
-def load_checkpoint(uri: str, objective: Objective, optimizer: torch.optim.Optimizer) -> TrainingState:
+def load_checkpoint(
+    uri: str, objective: TrainingObjective, optimizer: torch.optim.Optimizer
+) -> TrainingState:
     """Fills the objective's model and heads, and the optimizer, from a checkpoint.
 
     Raises:

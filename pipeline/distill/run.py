@@ -8,9 +8,13 @@ from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.config import Config, ConfigError, Distill, Model, TeacherTraining, Training
+from pipeline.distill.objective import TrainingObjective
 from pipeline.distill.step import Objective, Terms
-from pipeline.models import BackboneSource, SlotModel, SlotModelConfig
-from pipeline.models.build import build_student, build_teacher, load_teacher, seeded
+from pipeline.distill.systems import OBJECTIVES
+from pipeline.models import BackboneSource, SlotModel, VideoSegmenter
+from pipeline.models.build import build_student, load_teacher, seeded
+from pipeline.models.build_teachers import build_teacher
+from pipeline.models.segmenter import SegmenterConfig
 from pipeline.models.slim import STORE_FOLDER
 
 OnValidation = Callable[[int, dict[str, float]], None]
@@ -28,7 +32,7 @@ class Run:
     config: Config
     settings: Training  # the config's section that says how
     terms: Terms
-    builder: Callable[[Run], tuple[Objective, SlotModel | None]]  # of `build`
+    builder: Callable[[Run], tuple[TrainingObjective, VideoSegmenter | None]]  # of `build`
     uri: str
     clips_uri: str
     targets_uri: str | None = None
@@ -36,7 +40,7 @@ class Run:
         None  # of stored features of the backbone, which are read instead of the frames
     )
     teacher_uri: str | None = None
-    teacher_config: SlotModelConfig | None = None  # gives the sizes that the student leaves open
+    teacher_config: SegmenterConfig | None = None  # gives the sizes that the student leaves open
     views: int | None = None  # that each clip has; None: a new one in every epoch
     bound_every: int = 0  # steps between measurements of Theorem 1; 0: never
     slim: BackboneSource | None = None  # of models that are saved without their frozen backbone
@@ -56,7 +60,7 @@ class Run:
         *,
         targets_uri: str | None,
         teacher_uri: str | None,
-        teacher_config: SlotModelConfig | None,
+        teacher_config: SegmenterConfig | None,
         features_uri: str | None = None,
         title: str = "",
     ) -> Run:
@@ -76,7 +80,7 @@ class Run:
             teacher_uri=teacher_uri,
             teacher_config=teacher_config,
             views=None if settings.fresh_views else config.targets.views,
-            slim=_slim(config),
+            slim=_slim(config, config.student),
             bound_every=settings.measure_bound_every if settings.distils else 0,
             name=settings.name,
             title=title,
@@ -96,7 +100,8 @@ class Run:
             clips_uri=clips_uri,
             features_uri=features_uri,
             views=config.targets.views,
-            public_checkpoint=True,
+            slim=_slim(config, config.teacher),
+            public_checkpoint=config.teacher.save == "whole",  # which holds the backbone
         )
 
     @property
@@ -116,17 +121,17 @@ class Run:
         return self.name or f"{self.kind}-{storage.name(self.uri)[:8]}"
 
 
-def _slim(config: Config) -> BackboneSource | None:
-    """Where the backbone of a student that is saved without it comes from, and is kept."""
-    if config.student.save == "whole":
+def _slim(config: Config, section: Model) -> BackboneSource | None:
+    """Where the backbone of a model that is saved without it comes from, and is kept."""
+    if section.save == "whole":
         return None
-    weights = config.student.backbone_weights
+    weights = section.backbone_weights
     place = weights if weights in ("timm", "random") else storage.absolute(weights)
     store = storage.join(storage.absolute(config.storage.root), STORE_FOLDER)
     return BackboneSource(place, store)
 
 
-def build(run: Run) -> tuple[Objective, SlotModel | None]:
+def build(run: Run) -> tuple[TrainingObjective, VideoSegmenter | None]:
     """What is trained for, with the model to train, and the teacher where it runs live.
 
     Raises:
@@ -136,14 +141,23 @@ def build(run: Run) -> tuple[Objective, SlotModel | None]:
     return run.builder(run)
 
 
-def _build_teacher(run: Run) -> tuple[Objective, None]:
+def _build_teacher(run: Run) -> tuple[TrainingObjective, None]:
+    model, section = build_teacher(run.config), run.config.teacher
+    if section.system in OBJECTIVES:
+        return OBJECTIVES[section.system](model, section), None
+    assert isinstance(model, SlotModel)
     try:
-        return Objective(build_teacher(run.config), run.terms), None
+        return Objective(model, run.terms, decoder_rate=_decoder_rate(run)), None
     except ValueError as error:
         raise ConfigError(f"teacher: {error}") from error
 
 
-def _build_student(run: Run) -> tuple[Objective, SlotModel | None]:
+def _decoder_rate(run: Run) -> float:
+    own = run.settings.decoder_learning_rate
+    return 1.0 if own is None else own / run.settings.learning_rate
+
+
+def _build_student(run: Run) -> tuple[TrainingObjective, VideoSegmenter | None]:
     config, settings = run.config, run.config.distill
     teacher = None
     if run.teacher_uri is not None:
@@ -152,7 +166,12 @@ def _build_student(run: Run) -> tuple[Objective, SlotModel | None]:
     student.decoder.fast = settings.fast_decoder
     try:
         with seeded(settings.seed):
-            objective = Objective(student, run.terms, teacher=teacher if settings.distils else None)
+            objective = Objective(
+                student,
+                run.terms,
+                teacher=teacher if settings.distils else None,
+                decoder_rate=_decoder_rate(run),
+            )
     except ValueError as error:
         raise ConfigError(f"distill.method={settings.method}: {error}") from error
     if run.bound_every and objective.teacher_decoder is None:

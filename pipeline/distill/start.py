@@ -18,14 +18,14 @@ from pipeline.clips.table import VideoEntry
 from pipeline.distill.data import Loader, Sample
 from pipeline.distill.run import Run
 from pipeline.log import log
-from pipeline.models import SlotModel
+from pipeline.models import SlotModel, VideoSegmenter
 from pipeline.models.initialisation import fit_start
 
 SAMPLE_CLIPS = 32
 DIGITS = 4  # fewer than features differ by between machines, or cached and live
 
 
-def settle_start(run: Run, model: SlotModel, loader: Loader) -> None:
+def settle_start(run: Run, model: VideoSegmenter, loader: Loader) -> None:
     """Measures what the config of a run that begins leaves open, and makes it the model's.
 
     The first worker measures, and the others take its numbers. Cached features and the backbone's own give the same.
@@ -34,6 +34,7 @@ def settle_start(run: Run, model: SlotModel, loader: Loader) -> None:
     auto, fitted = section.feature_scale == "auto", section.initialisation == "fitted"
     if not auto and not fitted:
         return
+    assert isinstance(model, SlotModel)  # other systems have neither
     samples = spread_samples(loader.sampler.videos)
     if auto:
         scale = torch.zeros((), dtype=torch.float64, device=model.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.config import Training
 from pipeline.distill.bound import reconstruction_bound
+from pipeline.distill.objective import TrainingObjective
 from pipeline.losses import (
     feature_kd_loss,
     feature_reconstruction_loss,
@@ -22,7 +22,7 @@ from pipeline.losses import (
     slot_mse_loss,
     temporal_similarity_loss,
 )
-from pipeline.models import SlotModel, SlotModelOutput
+from pipeline.models import SlotModel, SlotModelOutput, VideoSegmenter
 from pipeline.models.layers import MLP
 from pipeline.models.pixels import send
 
@@ -103,8 +103,8 @@ class _OfAllWorkers(torch.autograd.Function):
         return total[dist.get_rank() :: dist.get_world_size()]
 
 
-class Objective(nn.Module):
-    """What a model is trained for: the one place that composes the loss, whatever the method.
+class Objective(TrainingObjective):
+    """What a slot model is trained for: the one place that composes the loss, whatever the method.
 
     Eq. 3 is rec + alpha * contrast + beta * slot KD; without the last term it is SlotContrast's own
     objective, and with `similarity` in place of the contrast VideoSAUR's, whose targets are the frozen
@@ -123,8 +123,22 @@ class Objective(nn.Module):
             or a term that needs a teacher without one.
     """
 
-    def __init__(self, model: SlotModel, terms: Terms, *, teacher: SlotModel | None = None) -> None:
+    model: SlotModel
+
+    def __init__(
+        self,
+        model: SlotModel,
+        terms: Terms,
+        *,
+        teacher: VideoSegmenter | None = None,
+        decoder_rate: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            decoder_rate: the decoder's learning rate, as a part of that of all else.
+        """
         super().__init__()
+        self.decoder_rate = decoder_rate
         if not (terms.reconstruction or terms.similarity):
             raise ValueError("nothing to train for: reconstruction and similarity both weigh 0")
         if terms.reconstruction and not model.reconstructs:
@@ -148,10 +162,17 @@ class Objective(nn.Module):
         if teacher is not None:
             self._add_teacher(teacher)
 
-    def _add_teacher(self, teacher: SlotModel) -> None:
+    def _add_teacher(self, teacher: VideoSegmenter) -> None:
         own, other = self.model.config.slot_size, teacher.config.slot_size
         if self.terms.slot_map:
             self.heads["slot_map"] = nn.Linear(own, other, bias=False)
+        if not isinstance(teacher, SlotModel):
+            if self.terms.reconstruction_kd or self.terms.feature_kd:
+                raise ValueError(
+                    f"of {type(teacher).__name__} its slots are all that is distilled: neither what it reconstructs "
+                    "nor its features; nearest valid: slotmatch_hungarian"
+                )
+            return
         if self.terms.feature_kd:
             size = teacher.encoder.backbone.feature_size
             self.heads["features"] = MLP([own, size, size])
@@ -163,8 +184,16 @@ class Objective(nn.Module):
         self._teacher_feature_scale = teacher.config.feature_scale
         self._teacher_grid = teacher.grid
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return [*self.model.trainable_parameters(), *self.heads.parameters()]
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        parameters = self.trainable_parameters()
+        if self.decoder_rate == 1:
+            return [parameters]
+        of_decoder = {id(parameter) for parameter in self.model.decoder.parameters()}
+        return [[p for p in parameters if (id(p) in of_decoder) == wanted] for wanted in (False, True)]
+
+    def rate_factors(self, step: int, *, warmup_steps: int, total_steps: int) -> list[float]:
+        factors = super().rate_factors(step, warmup_steps=warmup_steps, total_steps=total_steps)
+        return factors if self.decoder_rate == 1 else [factors[0], factors[0] * self.decoder_rate]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars `total` and each term that is part of it, without its weight.
@@ -289,13 +318,6 @@ class Objective(nn.Module):
         return {f"theorem1_{name}": value for name, value in asdict(measured).items()}
 
 
-def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 0, then exponential decay to a half at `total_steps`."""
-    if step < warmup_steps:
-        return step / warmup_steps
-    return 0.5 ** ((step - warmup_steps) / max(total_steps - warmup_steps, 1))
-
-
 class GradientWatch:
     """Whether all gradients of a run have been finite, kept on the device, so that no step waits to know it.
 
@@ -315,51 +337,48 @@ class GradientWatch:
         self.finite_steps += self.failed == 0
 
 
-def adam(parameters: Any, learning_rate: float, device: torch.device) -> torch.optim.Adam:
-    """Whether to update, the fused kernel decides on the device; on a CPU the plain one, whose curves are recorded."""
+def adam(
+    parameters: list[nn.Parameter] | list[dict[str, Any]], learning_rate: float, device: torch.device
+) -> torch.optim.Adam:
+    """Of parameters or groups of them.
+
+    Whether to update, the fused kernel decides on the device; on a CPU the plain one, whose curves are recorded.
+    """
     return torch.optim.Adam(parameters, lr=learning_rate, fused=True if device.type == "cuda" else None)
-
-
-def adam_of_run(objective: Objective, settings: Training, device: torch.device) -> torch.optim.Adam:
-    """Of all that trains; in two groups where the decoder has a learning rate of its own."""
-    parameters = objective.trainable_parameters()
-    if settings.decoder_learning_rate is None:
-        return adam(parameters, settings.learning_rate, device)
-    relative_rate = settings.decoder_learning_rate / settings.learning_rate
-    of_decoder = {id(parameter) for parameter in objective.model.decoder.parameters()}
-    groups = [
-        {"params": [p for p in parameters if id(p) not in of_decoder]},
-        {"params": [p for p in parameters if id(p) in of_decoder], "relative_rate": relative_rate},
-    ]
-    return adam(groups, settings.learning_rate, device)
 
 
 def training_step(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batch: Any,
     *,
-    learning_rate: float,
+    learning_rate: float | Sequence[float],
     gradient_clip: float,
+    norm_type: float = 2.0,
     autocast: torch.dtype | None = None,
     watch: GradientWatch | None = None,
 ) -> dict[str, Tensor]:
     """One update of the weights; returns the losses and the gradient norm before clipping, for `read_values`.
 
-    `learning_rate` is that of now, of which a group of parameters may take a part of its own (`adam_of_run`).
-
     Nothing in it waits for the device where the optimizer is fused (see `adam`), except for a Hungarian matching. The
     weights are left as they were if the gradient is not finite, and where one was not that `watch` has seen before.
+
+    Args:
+        batch: as the objective takes it.
+        learning_rate: of all parameters, or of each group of them.
+        norm_type: which norm is clipped and returned.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("relative_rate", 1.0)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = optimizer.param_groups
+    rates = learning_rate if isinstance(learning_rate, Sequence) else [learning_rate] * len(groups)
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    parameters = [p for group in groups for p in group["params"]]
     device = parameters[0].device.type
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         losses = objective(batch)
     losses["total"].backward()
-    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
+    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip, norm_type)
     watch = watch or GradientWatch(norm.device)
     watch.see(norm)
     _update(optimizer, watch.failed)

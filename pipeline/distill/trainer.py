@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import storage
 from pipeline.artifacts.manifests import MODEL_FOLDER
 from pipeline.clips.table import ClipSet
-from pipeline.clips.views import apply_view, make_view
+from pipeline.clips.views import apply_view, make_view, stable_hash
+from pipeline.distill.batches import slot_batch
 from pipeline.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.distill.data import Loader, RawBatch, Sampler
 from pipeline.distill.frame_map import open_frame_map
@@ -29,19 +30,12 @@ from pipeline.distill.pace import Pace, mean_over_workers
 from pipeline.distill.precision import Precision, autocast_type, choose_precision, earlier_precision
 from pipeline.distill.run import OnValidation, Run, build
 from pipeline.distill.start import settle_start
-from pipeline.distill.step import (
-    Batch,
-    GradientWatch,
-    adam_of_run,
-    learning_rate_factor,
-    read_values,
-    training_step,
-)
+from pipeline.distill.step import Batch, GradientWatch, adam, read_values, training_step
+from pipeline.distill.system_objective import SystemBatch, SystemObjective
 from pipeline.distill.validation import Validation
 from pipeline.log import Progress, log
-from pipeline.models import save_public_checkpoint, save_slot_model
+from pipeline.models import SlotModel, save_public_checkpoint, save_slot_model
 from pipeline.models.memory import keep_freed_memory
-from pipeline.targets.maker import teacher_outputs
 from pipeline.targets.table import TargetSet
 from pipeline.tracking import HISTORY_FILE
 
@@ -147,7 +141,8 @@ class Trainer:
         self.objective = objective.to(self.device)
         self.model = objective.model.train()
         self.teacher = teacher.to(self.device) if teacher is not None else None
-        self.optimizer = adam_of_run(objective, run.settings, self.device)
+        groups = [{"params": group} for group in objective.parameter_groups()]
+        self.optimizer = adam(groups, run.settings.learning_rate, self.device)
         self.validation = Validation(run.validation_uri, run.config.evaluate) if run.validation_uri else None
         self.precision = choose_precision(run.settings.precision, self.device)
         self.step = 0  # that many are done
@@ -175,8 +170,8 @@ class Trainer:
             self._pace = Pace(self.step)
             for raw, waited in loader:
                 self._pace.waited += waited
-                batch, rate = self.batch(raw), self.learning_rate()
-                done = self.train_step(shared, batch, rate)
+                batch, rates = self.batch(raw), self.learning_rates()
+                done = self.train_step(shared, batch, rates)
                 self.step += 1
                 if self.logs() or not self.asynchronous:
                     if self.diverged():
@@ -184,7 +179,7 @@ class Trainer:
                     values = read_values(done)
                     if self.due(run.bound_every):
                         values |= self.objective.measure_bound(batch)
-                    note = f"loss {self.log(values, rate)['total']:.4f}"
+                    note = f"loss {self.log(values, rates[0])['total']:.4f}"
                 if progress:
                     progress.advance(note=note)
                 if self.due(max(1, settings.steps // settings.overlays)):
@@ -278,39 +273,40 @@ class Trainer:
         """Whether something that happens every few steps (0: never) and at the end happens after this one."""
         return every > 0 and (self.step % every == 0 or self.step == self.run.settings.steps)
 
-    def learning_rate(self) -> float:
-        """Of the next step."""
+    def learning_rates(self) -> list[float]:
+        """Of the next step, for each group of parameters."""
         settings = self.run.settings
-        factor = learning_rate_factor(
+        factors = self.objective.rate_factors(
             self.step, warmup_steps=settings.warmup_steps, total_steps=settings.steps
         )
-        return settings.learning_rate * factor
+        return [settings.learning_rate * factor for factor in factors]
 
-    def batch(self, raw: RawBatch) -> Batch:
-        """What was read, prepared for the model, with what a live teacher makes of it, on the device."""
-        targets, teacher_features = raw.target_slots, raw.teacher_features
-        if self.teacher is not None:
+    def batch(self, raw: RawBatch) -> Batch | SystemBatch:
+        """What was read, as the objective takes it, with what a live teacher makes of it, on the device."""
+        if isinstance(self.objective, SystemObjective):
             assert raw.pixels is not None
-            rollout = self.run.config.targets.rollout
-            with torch.no_grad():
-                targets, teacher_features = teacher_outputs(self.teacher, raw.pixels, raw.views, rollout)
-        initial = None
-        if self.model.config.initializer == "random":
-            initial = self.model.initial_slots(len(raw.views), [v.noise_seed for v in raw.views])
-        video = self.model.prepare(raw.pixels) if raw.pixels is not None else None
-        return Batch(video, raw.features, targets, teacher_features, initial).to(self.device)
+            return SystemBatch(
+                raw.pixels, self.step, stable_hash(self.run.settings.seed, "step", self.step, self.rank)
+            )
+        assert isinstance(self.model, SlotModel)
+        return slot_batch(self.model, raw, self.teacher, self.run.config.targets.rollout, self.device)
 
-    def train_step(self, shared: torch.nn.Module, batch: Batch, rate: float) -> dict[str, torch.Tensor]:
+    def train_step(
+        self, shared: torch.nn.Module, batch: Batch | SystemBatch, rates: list[float]
+    ) -> dict[str, torch.Tensor]:
         """One update of the weights; returns the losses and the gradient norm, as `training_step`."""
-        return training_step(
+        done = training_step(
             shared,
             self.optimizer,
             batch,
-            learning_rate=rate,
+            learning_rate=rates,
             gradient_clip=self.run.settings.gradient_clip,
+            norm_type=self.objective.norm_type,
             autocast=autocast_type(self.precision),
             watch=self.watch,
         )
+        self.objective.after_step(self.step)
+        return done
 
     def _validates(self) -> bool:
         return self.validation is not None and self.due(self.run.settings.validate_every)

@@ -9,7 +9,7 @@ from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, Evaluate
 from pipeline.config.protocols import choose_protocol
 from pipeline.evaluate.scoring import SCORES, VideoScore, mean_scores, model_predictor, score_video
-from pipeline.models import SlotModel
+from pipeline.models import VideoSegmenter
 
 
 class Validation:
@@ -30,7 +30,7 @@ class Validation:
         count = min(settings.validation_videos, len(usable))
         self.videos = [usable[i] for i in np.linspace(0, len(usable) - 1, count).round().astype(int)]
 
-    def scores(self, model: SlotModel, rank: int, world_size: int) -> dict[str, float]:
+    def scores(self, model: VideoSegmenter, rank: int, world_size: int) -> dict[str, float]:
         """Mean scores by name, none where no object is in sight.
 
         Every worker must call this; each looks at its share of the videos.

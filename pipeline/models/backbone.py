@@ -288,6 +288,14 @@ def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
     model.load_state_dict(state)
 
 
+def original_positions(backbone: Backbone, source: str | Path) -> Tensor:
+    """A ViT's position embeddings `(1, P', F)` as `load_backbone_weights` finds them, before they are resampled."""
+    if str(source) == "timm":
+        model = import_timm().create_model(backbone.config.name, pretrained=True, num_classes=0)
+        return model.pos_embed.detach()
+    return read_state_dict(source)["pos_embed"]
+
+
 def _pretrained(config: BackboneConfig) -> Mapping[str, Tensor]:
     if not config.name:
         raise ValueError("pretrained weights need a timm name as backbone")

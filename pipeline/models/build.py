@@ -24,7 +24,7 @@ from pipeline.models import (
 from pipeline.models.checkpoints import CONFIG_FILE, MODEL_FILES
 from pipeline.models.exported import ONNX_FILE, is_exported, load_exported
 from pipeline.models.initialisation import WithoutDraws
-from pipeline.models.segmenter import Segmenter, VideoSegmenter
+from pipeline.models.segmenter import Segmenter, SegmenterConfig, VideoSegmenter
 
 
 @contextlib.contextmanager
@@ -43,6 +43,7 @@ def backbone_config(section: Model) -> BackboneConfig:
         stride=section.stride,
         grid=section.grid,
         blocks=section.backbone_blocks,
+        image_width=section.image_width,
     )
 
 
@@ -126,7 +127,7 @@ def build_model(section: Model, *, num_slots: int, slot_size: int, seed: int) ->
     return model
 
 
-def student_sizes(config: Config, teacher: SlotModelConfig | None) -> dict[str, int]:
+def student_sizes(config: Config, teacher: SegmenterConfig | None) -> dict[str, int]:
     """`num_slots` and `slot_size` of a config's student; those left open are the teacher's.
 
     Raises:
@@ -147,17 +148,19 @@ def student_sizes(config: Config, teacher: SlotModelConfig | None) -> dict[str, 
     return sizes
 
 
-def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None, seed: int) -> SlotModel:
+def build_student(
+    config: Config, *, teacher: VideoSegmenter | SegmenterConfig | None, seed: int
+) -> SlotModel:
     """The student of a config; sizes left open are the teacher's.
 
-    With a `SlotModel` as teacher, initial slots (or the distribution that they are drawn from) are
+    With a `SlotModel` as teacher, and no other system, initial slots (or the distribution that they are drawn from) are
     copied, so that slot n means slot n on both sides: unless `distill.initial_slots_from_teacher` says
     otherwise, or sizes differ.
 
     Raises:
         ConfigError: slot counts, sizes or kinds of initial slots that differ from the teacher's.
     """
-    teacher_config = teacher.config if isinstance(teacher, SlotModel) else teacher
+    teacher_config = teacher.config if isinstance(teacher, VideoSegmenter) else teacher
     sizes = student_sizes(config, teacher_config)
     student = build_model(config.student, seed=seed, **sizes)
     same_size = teacher_config is not None and sizes["slot_size"] == teacher_config.slot_size
@@ -166,6 +169,11 @@ def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None
         raise ConfigError(
             f"distill.initial_slots_from_teacher: slots of {sizes['slot_size']} numbers can't start as the "
             "teacher's do, which have another size; leave it out"
+        )
+    if copies and isinstance(teacher, VideoSegmenter) and not isinstance(teacher, SlotModel):
+        raise ConfigError(
+            f"distill.initial_slots_from_teacher: {type(teacher).__name__} starts its frames in another way than "
+            "students do; leave it out"
         )
     if isinstance(teacher, SlotModel) and same_size and copies is not False:
         if student.config.initializer != teacher.config.initializer:
@@ -177,15 +185,14 @@ def build_student(config: Config, *, teacher: SlotModel | SlotModelConfig | None
     return student
 
 
-def build_teacher(config: Config) -> SlotModel:
-    """A new teacher to be trained on the clips."""
-    return build_model(config.teacher, seed=config.teacher.train.seed, **config.teacher.sizes)
-
-
 def checkpoint_hints(config: Config) -> CheckpointHints:
     """What a config's `teacher` section says of a public file."""
     section = config.teacher
-    return CheckpointHints(section.num_heads, section.num_slots, section.mean, section.std)
+    weights = section.backbone_weights
+    lacking = section.system != "slotcontrast" and weights not in ("timm", "random")
+    return CheckpointHints(
+        section.num_heads, section.num_slots, section.mean, section.std, weights if lacking else None
+    )
 
 
 def load_model(uri: str, hints: CheckpointHints) -> VideoSegmenter:
@@ -194,11 +201,16 @@ def load_model(uri: str, hints: CheckpointHints) -> VideoSegmenter:
     Raises:
         ConfigError: a hint is missing or can't be; they are the config's `teacher` section's.
     """
-    with storage.local_copy(uri, MODEL_FILES) as path:
+    weights = hints.backbone_weights
+    named = weights is None or weights in ("timm", "random")
+    vit: contextlib.AbstractContextManager[str | None]
+    vit = contextlib.nullcontext(weights) if named else storage.local_copy(str(weights))
+    with storage.local_copy(uri, MODEL_FILES) as path, vit as backbone:
         try:
-            return load_slot_model(path, **hints.to_dict())
+            return load_slot_model(path, **{**hints.to_dict(), "backbone_weights": backbone})
         except HintError as error:
-            raise ConfigError(f"teacher.{error}") from None
+            system = " (beside teacher.system=solv)" if str(error).startswith("backbone_weights") else ""
+            raise ConfigError(f"teacher.{error}{system}") from None
 
 
 def exported_file(uri: str) -> str | None:
@@ -218,18 +230,23 @@ def open_model(uri: str, hints: CheckpointHints, device: torch.device) -> Segmen
         return load_exported(path)
 
 
-def load_teacher(config: Config, uri: str) -> SlotModel:
+def load_teacher(config: Config, uri: str) -> VideoSegmenter:
     """The config's teacher, which is at `uri`.
 
     Raises:
-        ConfigError: as in `load_model`, a system that does not teach, or the config says another number of slots
-            than the checkpoint has.
+        ConfigError: as in `load_model`, a system that does not teach, or not what the config wants of it, or the
+            config says another number of slots than the checkpoint has.
     """
     model = load_model(uri, checkpoint_hints(config))
-    if not isinstance(model, SlotModel):
+    if not model.teaches:
         raise ConfigError(
             f"teacher.checkpoint: {uri} is a {type(model).__name__}, whose slots are not distilled; nearest valid: "
-            "a SlotContrast, VideoSAUR or DINOSAUR file"
+            "a SlotContrast, VideoSAUR, DINOSAUR or SOLV file"
+        )
+    if config.targets.teacher_features and not isinstance(model, SlotModel):
+        raise ConfigError(
+            f"targets.teacher_features: of a {type(model).__name__} its slots are all that is cached; nearest valid: "
+            "false"
         )
     said, found = config.teacher.num_slots, model.config.num_slots
     if config.teacher.checkpoint and said not in (None, found):

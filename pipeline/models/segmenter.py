@@ -65,6 +65,7 @@ class VideoSegmenter(OnHub, nn.Module):
     config: Any  # as `SegmenterConfig`
     frame_resizing = "bicubic"  # or "bilinear"
     mask_resizing = "bilinear"  # or "nearest"
+    teaches = False  # whether students can learn its slots
 
     @property
     def input_size(self) -> Grid:
@@ -88,6 +89,13 @@ class VideoSegmenter(OnHub, nn.Module):
 
         Yields `(frames, slots (t, N, d), masks (t, N, P))` for each chunk, in order and in eval mode without gradients;
         slot n is the same thing in all of them.
+        """
+        raise NotImplementedError
+
+    def target_slots(self, video_BTCHW: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+        """Slots `(B, T, N, d)` of whole clips, normalised, that a student learns: slot n of one is one thing in them.
+
+        Of a slot model `roll_out` gives them. noise_seeds: of each clip, where slots are drawn.
         """
         raise NotImplementedError
 

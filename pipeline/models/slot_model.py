@@ -127,6 +127,8 @@ class SlotModel(VideoSegmenter):
     The backbone is frozen, everything else trains.
     """
 
+    teaches = True
+
     def __init__(self, config: SlotModelConfig) -> None:
         super().__init__()
         self.config = config

@@ -53,13 +53,13 @@ class Facts:
 
     @property
     def taught(self) -> bool:
-        return self.tags.get("method", "no_kd") != "no_kd"
+        return self.tags.get("method", "no_kd") not in ("no_kd", "teacher")
 
 
 def gather(
     config: Config, manifest: RunManifest, evaluation: Evaluation | None, known_uri: str | None
 ) -> Facts:
-    """What there is to say of a student; what can't be read is left out.
+    """What there is to say of a student, or of a teacher that was trained here; what can't be read is left out.
 
     Args:
         evaluation: its scores, where they are at hand.
@@ -73,19 +73,24 @@ def gather(
         scored = EvaluationManifest(
             scores=evaluation.scores, protocol=evaluation.protocol, videos=evaluation.videos
         )
-    backbone, weights = config.student.backbone, config.student.backbone_weights
-    cut = backbone_config(config.student).cut
+    section, training = (
+        (config.teacher, config.teacher.train)
+        if manifest.kind == "teacher"
+        else (config.student, config.distill)
+    )
+    backbone, weights = section.backbone, section.backbone_weights
+    cut = backbone_config(section).cut
     return Facts(
         name=METHODS.get(manifest.tags.get("method", ""), "Student"),
         tags=manifest.tags,
         run=manifest.fingerprint,
         settings={
             "steps": manifest.tags.get("steps") or manifest.steps,
-            "batch size": config.distill.batch_size,
-            "learning rate": config.distill.learning_rate,
+            "batch size": training.batch_size,
+            "learning rate": training.learning_rate,
             "views": config.targets.views,
             "backbone": (backbone if isinstance(backbone, str) else "a ViT of its own") + cut,
-            "input": f"{config.student.image_size} pixels",
+            "input": f"{section.image_size} pixels",
         },
         clips=_read(ClipManifest, manifest.clips_uri),
         targets=_read(TargetManifest, manifest.targets_uri) if "targets" in manifest.tags else None,

@@ -67,8 +67,9 @@ def model_arguments(model: Path, source: str, scratch: Path) -> dict[str, Any]:
     folder.mkdir()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(model / name, folder / name)
+    loaded = load_slot_model(model)
     try:
-        slot_model = exportable(load_slot_model(model), source)
+        slot_model = exportable(loaded, source)
         write_onnx(trace(slot_model), folder / ONNX_FILE, describe(slot_model, source))
         check(slot_model, folder / ONNX_FILE, list(frames_of()))
     except ExportError as error:
@@ -78,7 +79,7 @@ def model_arguments(model: Path, source: str, scratch: Path) -> dict[str, Any]:
         )
         (folder / ONNX_FILE).unlink(missing_ok=True)
         if read_frozen_backbone(folder) is not None:
-            save_slot_model(slot_model, folder)  # whole, as an exported form is
+            save_slot_model(loaded, folder)  # whole, as an exported form is
         return _with_package(folder, scratch)
     return {
         "python_model": pyfunc.__file__,

@@ -16,6 +16,7 @@ from pipeline.evaluate.table import DASH, Cell, Column, Row, Table, plural
 from pipeline.log import log
 from pipeline.models import SlotModel, SlotModelConfig
 from pipeline.models.build import load_teacher, model_config, student_sizes
+from pipeline.models.segmenter import SegmenterConfig
 from pipeline.report.efficiency import (
     PAPER_FRAMES,
     PAPER_STUDENT,
@@ -34,14 +35,17 @@ def config_models(config: Config) -> tuple[SlotModelConfig, SlotModelConfig]:
     """The architectures of a config's teacher and student; weights don't matter.
 
     Raises:
-        ValueError: the teacher's checkpoint can't be read, or the student's sizes differ from it.
+        ValueError: the teacher's checkpoint can't be read or is of another system, or the student's sizes differ.
         FileNotFoundError: it is not there.
     """
     section = config.teacher
+    teacher: SegmenterConfig
     if section.checkpoint:
         teacher = load_teacher(config, storage.absolute(section.checkpoint)).config
     else:
         teacher = model_config(section, **section.sizes)
+    if not isinstance(teacher, SlotModelConfig) or section.system != "slotcontrast":
+        raise ValueError(f"of {section.name} no products are counted")
     return teacher, model_config(config.student, **student_sizes(config, teacher))
 
 

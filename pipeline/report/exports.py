@@ -90,7 +90,10 @@ def _config(record: Record) -> SlotModelConfig | None:
     own = storage.join(record.model_uri, CONFIG_FILE)
     try:
         if storage.exists(own):
-            return SlotModelConfig.from_dict(storage.read_json(own))
+            values = storage.read_json(own)
+            if "system" in values:
+                raise ValueError(f"of {values['system']} there is no exported form")
+            return SlotModelConfig.from_dict(values)
         return exportable(load_model(record.model_uri, record.hints), record.name).config
     except (KeyError, TypeError, ValueError, OSError) as error:
         log(f"report: {record.name} is not in the table of deployed models: {error}")

@@ -23,6 +23,7 @@ from pipeline.compute import best_device
 from pipeline.config import Config, Model
 from pipeline.models.build import build_model, build_student, load_teacher
 from pipeline.models.memory import keep_freed_memory
+from pipeline.models.segmenter import VideoSegmenter
 from pipeline.models.slot_model import SlotModel
 from pipeline.models.tf32 import without_tf32
 from pipeline.storage.threads import ahead, behind
@@ -221,7 +222,7 @@ class TargetMaker(ShardMaker):
         if self.student is not None:
             own = self.student.backbone_features(self.student.prepare(batch.pixels))
             columns["features"] = _taken(own.cpu(), batch.place)
-        if self.config.targets.teacher_features:
+        if features is not None and self.config.targets.teacher_features:
             columns["teacher_features"] = _taken(features.cpu(), batch.place)
         return columns
 
@@ -229,7 +230,7 @@ class TargetMaker(ShardMaker):
         T = self.clips.clip_frames
         slots_shape = (T, self.teacher.config.num_slots, self.teacher.config.slot_size)
         models = {"features": self.student}
-        if self.config.targets.teacher_features:
+        if self.config.targets.teacher_features and isinstance(self.teacher, SlotModel):
             models["teacher_features"] = self.teacher
         backbones = {name: m.encoder.backbone for name, m in models.items() if m is not None}
         shapes = {name: (T, b.num_patches, b.feature_size) for name, b in backbones.items()}
@@ -249,13 +250,13 @@ def _deviation(computed: np.ndarray, cached: np.ndarray) -> float:
 
 @without_tf32()
 def teacher_outputs(
-    teacher: SlotModel,
+    teacher: VideoSegmenter,
     pixels: Sequence[np.ndarray | Tensor],
     views: list[View],
     rollout: str,
     place: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The frozen teacher's slots `(M, T, N, d)` of M views, and features `(U, T, P, F)` of U pixels.
+) -> tuple[Tensor, Tensor | None]:
+    """The frozen teacher's slots `(M, T, N, d)` of M views, and a slot model's features `(U, T, P, F)` of U pixels.
 
     The same code cached and live. Drawn initial slots are those of the views' noise seeds.
 
@@ -263,8 +264,11 @@ def teacher_outputs(
         place: for each view the index of its pixels, where some views have equal ones; by default M = U. The ViT sees
             pixels once, and so does slot attention where it starts from learned slots.
     """
-    features = teacher.backbone_features(teacher.prepare(pixels))
     place = range(len(views)) if place is None else place
+    if not isinstance(teacher, SlotModel):
+        video = _taken(teacher.prepare(pixels), place)
+        return teacher.target_slots(video, [v.noise_seed for v in views]), None
+    features = teacher.backbone_features(teacher.prepare(pixels))
     if teacher.config.initializer == "learned":
         initial = teacher.initial_slots(len(pixels))
         return _taken(teacher.roll_out(features, initial, rollout)[0], place), features

@@ -14,7 +14,8 @@ from pipeline import storage
 from pipeline.artifacts.manifests import FeatureManifest, TargetManifest
 from pipeline.clips.table import SHARD_FOLDER, ShardReader
 from pipeline.clips.views import View
-from pipeline.models.slot_model import SlotModelConfig
+from pipeline.models.segmenter import SegmenterConfig
+from pipeline.models.systems import parse_config
 
 SHAPE_KEY = b"shape"
 
@@ -75,8 +76,8 @@ class TargetSet(ViewSet):
     manifest: TargetManifest
 
     @property
-    def teacher_config(self) -> SlotModelConfig:
-        return SlotModelConfig.from_dict(self.manifest.teacher_config)
+    def teacher_config(self) -> SegmenterConfig:
+        return parse_config(self.manifest.teacher_config)[1]
 
     @property
     def has_features(self) -> bool:

@@ -9,12 +9,12 @@ import torch
 from places import GOLDEN
 from tiny_models import tiny_model, tiny_vit
 
+from pipeline.distill.objective import learning_rate_factor
 from pipeline.distill.step import (
     Batch,
     GradientWatch,
     Objective,
     Terms,
-    learning_rate_factor,
     read_values,
     training_step,
 )

@@ -9,7 +9,8 @@ from pipeline.clips.library import artifacts_of
 from pipeline.config import ConfigError, resolve_config
 from pipeline.evaluate.subjects import Subject, teacher_subject
 from pipeline.models import CheckpointHints, save_slot_model
-from pipeline.models.build import build_student, build_teacher, load_teacher, model_config
+from pipeline.models.build import build_student, load_teacher, model_config
+from pipeline.models.build_teachers import build_teacher
 
 SECTION = tiny_section()
 HALF = "[0.5, 0.5, 0.5]"

@@ -16,7 +16,8 @@ from pipeline.models import (
 )
 from pipeline.models import backbone as backbones
 from pipeline.models._timm import import_timm
-from pipeline.models.build import build_student, build_teacher, model_config
+from pipeline.models.build import build_student, model_config
+from pipeline.models.build_teachers import build_teacher
 from pipeline.report.costs import architecture
 from pipeline.report.efficiency import count_cost
 

@@ -69,6 +69,14 @@ class Tracks:
         return ids
 
 
+def linked(slots_TSD: Tensor) -> Tensor:
+    """Slots of a clip, as many in each frame, in the order of the first frame's: slot n is track n."""
+    tracks, placed = Tracks(), torch.empty_like(slots_TSD)
+    for old, new in zip(slots_TSD, placed, strict=True):
+        new[torch.from_numpy(tracks.follow(old)).to(old.device)] = old
+    return placed
+
+
 def in_tracks(
     slots_MSD: Tensor, masks_MSP: Tensor, slot_nums: list[int], tracks: Tracks
 ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ Shapes: B videos, T frames, W frames of a window, S slots, d slot size, P patche
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.models.backbone import Backbone, BackboneConfig
 from pipeline.models.pixels import IMAGENET_MEAN, IMAGENET_STD, Grid
-from pipeline.models.rivals.merging import Tracks, clusters, in_tracks, merged
+from pipeline.models.rivals.merging import Tracks, clusters, in_tracks, linked, merged
 from pipeline.models.rivals.windows import Bound, check_length, delayed, windows
 from pipeline.models.segmenter import VideoSegmenter
 from pipeline.models.slot_model import SlotModelOutput, with_tuples
@@ -225,6 +225,7 @@ class SOLV(VideoSegmenter):
 
     config: SOLVConfig
     frame_resizing = "bilinear"
+    teaches = True
 
     def __init__(self, config: SOLVConfig) -> None:
         super().__init__()
@@ -260,14 +261,33 @@ class SOLV(VideoSegmenter):
             assert video is not None
             backbone_features = self.backbone_features(video)
         B, T = backbone_features.shape[:2]
-        half = self.config.half_window
-        check_length(T, half)
-        slots, weights = self.s_bind(backbone_features.flatten(0, 1), None)
-        spatial = slots.unflatten(0, (B, T))
-        seen, present = zip(*(windows(video_slots, half, half, half) for video_slots in spatial), strict=True)
-        output = self._decoded(self.t_bind(torch.cat(seen), torch.cat(present)), weights, [merge] * (B * T))
+        spatial, temporal, weights = self._of_whole_videos(backbone_features)
+        output = self._decoded(temporal, weights, [merge] * (B * T))
         shaped = {name: value.unflatten(0, (B, T)) for name, value in output.items()}
         return SOLVOutput(**shaped, backbone_features=backbone_features, slots_spatial=spatial)
+
+    def _of_whole_videos(self, features_BTPF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots before temporal binding `(B, T, S, d)`, after it `(B * T, S, d)`, and attention `(B * T, S, P)`.
+
+        Raises:
+            ValueError: fewer frames than a window has.
+        """
+        half = self.config.half_window
+        check_length(features_BTPF.shape[1], half)
+        slots, weights = self.s_bind(features_BTPF.flatten(0, 1), None)
+        spatial = slots.unflatten(0, features_BTPF.shape[:2])
+        seen, present = zip(*(windows(video_slots, half, half, half) for video_slots in spatial), strict=True)
+        return spatial, self.t_bind(torch.cat(seen), torch.cat(present)), weights
+
+    @torch.no_grad()
+    def target_slots(self, video_BTCHW: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+        """Those before merging, of which every frame has S, linked over the frames; nothing is drawn.
+
+        Raises:
+            ValueError: fewer frames than a window has.
+        """
+        temporal = self._of_whole_videos(self.backbone_features(video_BTCHW))[1]
+        return torch.stack([linked(slots) for slots in temporal.unflatten(0, video_BTCHW.shape[:2])])
 
     def middle_frame(
         self,

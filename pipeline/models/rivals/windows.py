@@ -20,7 +20,7 @@ def check_length(frames: int, half: int) -> None:
     if frames < 2 * half + 1:
         raise ValueError(
             f"a video of {frames} frames is shorter than the window of {2 * half + 1} that the model looks at; give it "
-            f"videos, or parts of videos (evaluate.clip_frames), of {2 * half + 1} frames or more"
+            f"videos, or parts of videos (clips.clip_frames, evaluate.clip_frames), of {2 * half + 1} frames or more"
         )
 
 

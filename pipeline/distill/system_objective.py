@@ -1,0 +1,51 @@
+"""What the objectives of all systems but slot models have in common: they see pixels and the step, and may draw."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.distill.objective import TrainingObjective
+from pipeline.models.segmenter import VideoSegmenter
+
+
+@dataclass(frozen=True)
+class SystemBatch:
+    """What a system learns from in a step.
+
+    pixels: B clips of uint8 frames `(T, h, w, 3)` on the device, as their views show them. step: from 0 on. seed: of
+    all that is drawn in this step, another one for each worker.
+    """
+
+    pixels: list[Tensor]
+    step: int
+    seed: int
+
+
+@contextlib.contextmanager
+def drawn_from(seed: int, device: torch.device) -> Iterator[None]:
+    """A block whose random numbers, dropout's too, follow from `seed`, leaving the others as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class SystemObjective(TrainingObjective):
+    """A system's own loss; a subclass says what it is in `losses`."""
+
+    def __init__(self, model: VideoSegmenter) -> None:
+        super().__init__()
+        self.model, self.heads = model, nn.ModuleDict()
+
+    def forward(self, batch: SystemBatch) -> dict[str, Tensor]:
+        """Scalars: `total`, and what else is to be in the history."""
+        with drawn_from(batch.seed, self.model.device):
+            return self.losses(batch)
+
+    def losses(self, batch: SystemBatch) -> dict[str, Tensor]:
+        """As `forward`; torch's random numbers may be drawn freely."""
+        raise NotImplementedError
