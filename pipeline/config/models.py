@@ -54,8 +54,8 @@ class Model(Section):
     """numbers of a slot"""
     initial_slots: Literal["learned", "random"] = "learned"
     """random: drawn from a learned distribution"""
-    initialisation: Literal["default", "soft_kmeans"] = "default"
-    """of what trains; the paper's: default"""
+    initialisation: Literal["default", "soft_kmeans", "fitted"] = "default"
+    """of what trains; the paper's: default; fitted: soft_kmeans in the principal components of the clips' features"""
     corrector_mlp: bool = True
     """in slot attention; VideoSAUR has none"""
     predictor: bool = True
@@ -107,8 +107,6 @@ class Teacher(Model):
     """attention heads of a public file's ViT; null: width / 64"""
     backbone: str | ViT = "vit_base_patch14_dinov2"
     """a timm name, or a ViT's dimensions"""
-    initialisation: Literal["default", "soft_kmeans", "fitted"] = "default"  # type: ignore[assignment]
-    """of what trains; the paper's: default; fitted: soft_kmeans in the principal components of the clips' features"""
     train: TeacherTraining = TeacherTraining()
 
     @property

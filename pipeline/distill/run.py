@@ -11,8 +11,8 @@ from pipeline.config import Config, ConfigError, Distill, Model, TeacherTraining
 from pipeline.distill.objective import TrainingObjective
 from pipeline.distill.step import Objective, Terms
 from pipeline.distill.systems import OBJECTIVES
-from pipeline.models import BackboneSource, SlotModel, VideoSegmenter
-from pipeline.models.build import build_student, load_teacher, seeded
+from pipeline.models import BackboneSource, SlotModel, SlotModelConfig, VideoSegmenter
+from pipeline.models.build import build_student, load_teacher, seeded, student_sizes
 from pipeline.models.build_teachers import build_teacher
 from pipeline.models.segmenter import SegmenterConfig
 from pipeline.models.slim import STORE_FOLDER
@@ -108,6 +108,16 @@ class Run:
     def section(self) -> Model:
         """The config's section that says which model."""
         return self.config.teacher if self.kind == "teacher" else self.config.student
+
+    @property
+    def has_teachers_slots(self) -> bool:
+        """Whether its initial slots are a teacher's, as `build_student` copies them."""
+        if self.teacher_uri is None or not isinstance(self.teacher_config, SlotModelConfig):
+            return False
+        same_size = (
+            student_sizes(self.config, self.teacher_config)["slot_size"] == self.teacher_config.slot_size
+        )
+        return same_size and self.config.distill.initial_slots_from_teacher is not False
 
     @property
     def label(self) -> str:

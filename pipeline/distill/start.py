@@ -50,7 +50,7 @@ def settle_start(run: Run, model: VideoSegmenter, loader: Loader) -> None:
     if fitted:
         if loader.rank == 0:
             features = torch.cat([f.flatten(0, 1) for f in _features(model, loader, samples)])
-            fit_start(model, features, seed=run.settings.seed)
+            fit_start(model, features, seed=None if run.has_teachers_slots else run.settings.seed)
             log(f"{run.label}: started in the features' principal components (initialisation=fitted)")
         if loader.world_size > 1:
             for parameter in model.trainable_parameters():

@@ -62,7 +62,7 @@ def start_as_soft_kmeans(model: SlotModel, *, sharpness: float = 4.0, position_s
 
 
 @torch.no_grad()
-def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int, place_scale: float = 1.5) -> None:
+def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int | None, place_scale: float = 1.5) -> None:
     """Puts a model that starts as soft k-means into the principal components of features, with places beside them.
 
     The projection becomes a linear map (an MLP with 2 F hidden units holds any: rows W and -W): principal components
@@ -74,7 +74,8 @@ def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int, place_scale:
     Args:
         model: after `start_as_soft_kmeans`.
         features_CPF: C frames' features as the backbone gives them.
-        seed: of the cluster centres' start.
+        seed: of the cluster centres' start; None: the initial slots stay as they are, a teacher's of the same backbone,
+            whose components are nearly the same.
         place_scale: standard deviation of the numbers that tell the place.
 
     Raises:
@@ -115,6 +116,8 @@ def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int, place_scale:
     corrector = model.processor.corrector
     for compared in (corrector.to_q, corrector.to_k):
         compared.weight[:, -PLACES:] = 0
+    if seed is None:
+        return
     points = (flat - mean) @ linear.T
     sample = points[:: max(1, len(points) // KMEANS_POINTS)].numpy()
     centres, _ = kmeans2(sample, model.config.num_slots, iter=30, minit="++", seed=seed, missing="warn")

@@ -275,6 +275,27 @@ def test_slots_of_more_numbers_than_features_have_leave_some_unused():
     assert (projected.std(0)[-PLACES:] > 1).all()
 
 
+def test_a_fitted_student_keeps_the_slots_that_it_has_from_its_teacher(root):
+    """And fits those that it has not, as it would alone."""
+    started = {}
+    for copied in ("true", "false"):
+        settings = (f"distill.initial_slots_from_teacher={copied}", "distill.method=no_kd", "distill.steps=1")
+        config = make_config(
+            root, *SHORT, "student.initialisation=fitted", "distill.warmup_steps=1", *settings
+        )
+        run = student_run(
+            config, f"{root}/fitted {copied}", f"{root}/clips", teacher_uri=f"{root}/teacher/model"
+        )
+        trainer = Trainer(run)
+        trainer.train()  # a step of a learning rate of 0
+        started[copied] = trainer.model
+    teacher = load_slot_model(f"{root}/teacher/model")
+    assert torch.equal(started["true"].initializer.slots, teacher.initializer.slots)
+    assert not torch.equal(started["false"].initializer.slots, teacher.initializer.slots)
+    projections = [model.encoder.output_transform.state_dict() for model in started.values()]
+    assert all(torch.equal(projections[0][key], projections[1][key]) for key in projections[0])
+
+
 def test_drawn_slots_have_no_fitted_start():
     with pytest.raises(ValueError, match="learned"):
         fit_start(tiny_model(3, 12, initializer="random"), torch.randn(2, 4, 16), seed=0)
