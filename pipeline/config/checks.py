@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config.models import Model, ViT
+from pipeline.config.models import Model, Teacher, ViT
 from pipeline.config.sections import GENERATED_SPLITS, Config, Dataset, NamedSplit, parse_split
 from pipeline.config.training import Training, equal_shares
 from pipeline.log import has_password
@@ -211,12 +211,42 @@ def _check_system(config: Config) -> list[str]:
             f"teacher.train.decoder_learning_rate: {section.train.decoder_learning_rate:g} is slot models' own, and "
             f"{section.system} is none; nearest valid: null"
         )
+    if not section.has_backbone:
+        problems += _check_without_backbone(section)
     if section.system == "solv" and config.clips.clip_frames < section.solv.window:
         problems.append(
             f"clips.clip_frames: {config.clips.clip_frames} frames are fewer than the window of {section.solv.window} "
             f"that SOLV looks at (teacher.solv.half_window={section.solv.half_window}); nearest valid: "
             f"{section.solv.window}"
         )
+    return problems
+
+
+def _check_without_backbone(section: Teacher) -> list[str]:
+    """Of a rival that sees the pixels."""
+    problems, savi = [], section.savi
+    if section.image_width not in (None, section.image_size):
+        problems.append(
+            f"teacher.image_width: {section.image_width}, but the frames of {section.system} are square; nearest "
+            "valid: null"
+        )
+    if section.save != "whole":
+        problems.append(
+            f"teacher.save: {section.save}, but {section.system} has no frozen backbone to leave out; nearest valid: "
+            "whole"
+        )
+    if section.system == "savi" and savi.encoder_blocks:
+        if len(savi.encoder_blocks) != len(savi.encoder_channels):
+            problems.append(
+                f"teacher.savi.encoder_blocks: {len(savi.encoder_blocks)} stages, but teacher.savi.encoder_channels "
+                f"has {len(savi.encoder_channels)} widths; nearest valid: as many of both"
+            )
+        for width in savi.encoder_channels:
+            if width % 32:
+                problems.append(
+                    f"teacher.savi.encoder_channels: {width} is not a multiple of 32, the groups of the ResNet's "
+                    f"norms; nearest: {max(1, round(width / 32)) * 32}"
+                )
     return problems
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.config.fields import PositiveFloat, PositiveInt, Section, run_detail
-from pipeline.config.rivals import SOLV
+from pipeline.config.rivals import SOLV, STEVE, SAVi
 from pipeline.config.training import TeacherTraining
 
 SlotCount = Annotated[int, Field(ge=1, le=256)]  # labels are bytes
@@ -100,14 +100,31 @@ class Teacher(Model):
     """in tables"""
     checkpoint: str | None = None
     """a public file or a model folder; null: the stage `teacher` trains one"""
-    system: Literal["slotcontrast", "solv"] = "slotcontrast"
+    system: Literal["slotcontrast", "solv", "savi", "steve"] = "slotcontrast"
     """whose architecture and objective are trained; slotcontrast: VideoSAUR's and DINOSAUR's too"""
     solv: SOLV = SOLV()
+    savi: SAVi = SAVi()
+    steve: STEVE = STEVE()
     num_heads: PositiveInt | None = None
-    """attention heads of a public file's ViT; null: width / 64"""
+    """attention heads of a public file's ViT; null: width / 64; of STEVE's file its token decoder's; null: 4"""
+    predictor_heads: PositiveInt | None = None
+    """SAVi, STEVE: attention heads of the predictor; null: 4"""
+    num_iterations: PositiveInt | None = None
+    """SAVi, STEVE: of slot attention in every frame; null: 2, of a SAVi whose slot attention has no MLP 1"""
+    stochastic: bool = False
+    """whether the slots of a file of SlotFormer's SAVi are noisy, as those for CLEVRER are"""
     backbone: str | ViT = "vit_base_patch14_dinov2"
     """a timm name, or a ViT's dimensions"""
     train: TeacherTraining = TeacherTraining()
+
+    @property
+    def has_backbone(self) -> bool:
+        """Whether a frozen backbone is what it sees the frames through."""
+        return self.system in ("slotcontrast", "solv")
+
+    @property
+    def patch_size(self) -> int | None:
+        return super().patch_size if self.has_backbone else None
 
     @property
     def decoder_outputs(self) -> tuple[str, ...]:

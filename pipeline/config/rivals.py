@@ -11,6 +11,8 @@ from pydantic import Field
 
 from pipeline.config.fields import PositiveFloat, PositiveInt, Section
 
+Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
 
 class SOLV(Section):
     """SOLV (Aydemir et al. 2023); defaults are its authors'."""
@@ -32,3 +34,45 @@ class SOLV(Section):
     def window(self) -> int:
         """Frames that are looked at at once."""
         return 2 * self.half_window + 1
+
+
+class SAVi(Section):
+    """SAVi (Kipf et al. 2022), which starts from learned or drawn slots and gives the frame; defaults are SAVi-S's."""
+
+    encoder_channels: Widths = (32, 32, 32, 32)
+    """of each layer of the CNN, or of each stage of the ResNet, there in multiples of 32"""
+    encoder_blocks: tuple[PositiveInt, ...] = ()
+    """of each stage of a ResNet in place of the CNN; SAVi-L: [3, 4, 6, 3]"""
+    stride: PositiveInt = 1
+    """of the CNN's first layer, pixels; SAVi-M: 2"""
+    mlp_size: PositiveInt | None = None
+    """hidden size of slot attention's MLP; null: it has none"""
+    decoder_grid: PositiveInt = 8
+    """rows and columns that slots are broadcast to; layers double them until they are the input's"""
+    decoder_channels: Widths = (64, 64, 64, 64)
+    """of each of the decoder's layers"""
+
+
+class STEVE(Section):
+    """STEVE (Singh et al. 2022); defaults are its authors' for MOVi-E."""
+
+    stride: PositiveInt = 2
+    """pixels from one position of the masks to the next; the authors' at 64 pixels: 1"""
+    width: PositiveInt = 192
+    """of features and of the token decoder"""
+    cnn_width: PositiveInt = 64
+    """of the CNN's hidden layers"""
+    mlp_size: PositiveInt = 192
+    """hidden size of slot attention's MLP"""
+    vocabulary: PositiveInt = 4096
+    """tokens that there are"""
+    predictor_blocks: PositiveInt = 1
+    """transformer blocks from a frame's slots to the next frame's first ones"""
+    decoder_blocks: PositiveInt = 8
+    """transformer blocks of the token decoder"""
+    decoder_heads: PositiveInt = 4
+    """attention heads of such a block"""
+    temperature_steps: PositiveInt = 30_000
+    """steps until the dVAE's codes are as hard as they get"""
+    half_life: PositiveInt = 250_000
+    """steps in which the learning rates of encoder and token decoder halve; the dVAE's stays"""

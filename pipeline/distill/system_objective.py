@@ -34,6 +34,16 @@ def drawn_from(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def noise_seeds(clips: int) -> list[int]:
+    """A drawn seed for the slots of each clip."""
+    return torch.randint(2**62, (clips,)).tolist()
+
+
+def with_total(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Losses, and their sum as `total`."""
+    return {"total": torch.stack(list(losses.values())).sum(), **losses}
+
+
 class SystemObjective(TrainingObjective):
     """A system's own loss; a subclass says what it is in `losses`."""
 

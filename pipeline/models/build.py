@@ -26,6 +26,9 @@ from pipeline.models.exported import ONNX_FILE, is_exported, load_exported
 from pipeline.models.initialisation import WithoutDraws
 from pipeline.models.segmenter import Segmenter, SegmenterConfig, VideoSegmenter
 
+# Hints that only a config of this `teacher.system` gives, as its section has them in any case.
+BESIDE = {"backbone_weights": "solv", "image_size": "savi"}
+
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
@@ -189,9 +192,19 @@ def checkpoint_hints(config: Config) -> CheckpointHints:
     """What a config's `teacher` section says of a public file."""
     section = config.teacher
     weights = section.backbone_weights
-    lacking = section.system != "slotcontrast" and weights not in ("timm", "random")
+    lacking = section.system == "solv" and weights not in ("timm", "random")
+    default_size = type(section).model_fields["image_size"].default
+    sized = not section.has_backbone and section.image_size != default_size
     return CheckpointHints(
-        section.num_heads, section.num_slots, section.mean, section.std, weights if lacking else None
+        section.num_heads,
+        section.num_slots,
+        section.mean,
+        section.std,
+        weights if lacking else None,
+        predictor_heads=section.predictor_heads,
+        num_iterations=section.num_iterations,
+        image_size=section.image_size if sized else None,
+        stochastic=section.stochastic,
     )
 
 
@@ -209,8 +222,10 @@ def load_model(uri: str, hints: CheckpointHints) -> VideoSegmenter:
         try:
             return load_slot_model(path, **{**hints.to_dict(), "backbone_weights": backbone})
         except HintError as error:
-            system = " (beside teacher.system=solv)" if str(error).startswith("backbone_weights") else ""
-            raise ConfigError(f"teacher.{error}{system}") from None
+            system = BESIDE.get(str(error).partition(":")[0])
+            raise ConfigError(
+                f"teacher.{error}{f' (beside teacher.system={system})' if system else ''}"
+            ) from None
 
 
 def exported_file(uri: str) -> str | None:
@@ -240,8 +255,9 @@ def load_teacher(config: Config, uri: str) -> VideoSegmenter:
     model = load_model(uri, checkpoint_hints(config))
     if not model.teaches:
         raise ConfigError(
-            f"teacher.checkpoint: {uri} is a {type(model).__name__}, whose slots are not distilled; nearest valid: "
-            "a SlotContrast, VideoSAUR, DINOSAUR or SOLV file"
+            f"teacher.checkpoint: {uri} is a {type(model).__name__}, whose slots are not distilled (of a SAVi: "
+            "those that start from boxes, which clips don't have); nearest valid: a SlotContrast, VideoSAUR, DINOSAUR, "
+            "SOLV or STEVE file, or a SAVi with learned or drawn slots"
         )
     if config.targets.teacher_features and not isinstance(model, SlotModel):
         raise ConfigError(

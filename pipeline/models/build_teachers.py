@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,8 +12,10 @@ from pipeline.config import Config, ConfigError
 from pipeline.config.models import Teacher
 from pipeline.models.backbone import Backbone, original_positions
 from pipeline.models.build import backbone_config, build_backbone, build_model, seeded
+from pipeline.models.rivals.savi import SAVi, SAViConfig
 from pipeline.models.rivals.solv import SOLV, SOLVConfig
 from pipeline.models.rivals.solv_files import dinov2_positions
+from pipeline.models.rivals.steve import STEVE, STEVEConfig
 from pipeline.models.segmenter import VideoSegmenter
 
 
@@ -49,8 +52,37 @@ def _use_historical_positions(backbone: Backbone, source: str) -> None:
     vit.pos_embed.copy_(dinov2_positions(original_positions(backbone, source), backbone.grid, prefix))
 
 
+def build_savi(section: Teacher) -> SAVi:
+    settings = section.savi
+    values: dict[str, Any] = {**section.sizes, **settings.model_dump()}
+    config = SAViConfig(
+        **values,
+        image_size=section.image_size,
+        initializer="learned" if section.initial_slots == "learned" else "drawn",
+        num_iterations=section.num_iterations or (2 if settings.mlp_size else 1),
+        predictor_heads=section.predictor_heads or SAViConfig.predictor_heads,
+    )
+    return SAVi(config)
+
+
+def build_steve(section: Teacher) -> STEVE:
+    architecture = section.steve.model_dump(exclude={"temperature_steps", "half_life"})
+    values: dict[str, Any] = {**section.sizes, **architecture}
+    config = STEVEConfig(
+        **values,
+        image_size=section.image_size,
+        num_iterations=section.num_iterations or STEVEConfig.num_iterations,
+        predictor_heads=section.predictor_heads or STEVEConfig.predictor_heads,
+    )
+    return STEVE(config)
+
+
 # By `teacher.system`; those of SlotContrast's kind are `build_model`'s.
-BUILDERS: dict[str, Callable[[Teacher], VideoSegmenter]] = {"solv": build_solv}
+BUILDERS: dict[str, Callable[[Teacher], VideoSegmenter]] = {
+    "solv": build_solv,
+    "savi": build_savi,
+    "steve": build_steve,
+}
 
 
 def build_teacher(config: Config) -> VideoSegmenter:

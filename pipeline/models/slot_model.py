@@ -75,7 +75,8 @@ def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+def without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    """A block in which autocast casts nothing."""
     if not torch.amp.is_autocast_available(device):  # "meta"
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
@@ -222,7 +223,7 @@ class SlotModel(VideoSegmenter):
         state = self.initial_slots(len(features_BTPD)) if initial_slots is None else initial_slots
         # Slots go round and round, so that roundings of autocast would add up; and they are few, so that its casts
         # would take longer than it saves.
-        with _without_autocast(features_BTPD.device.type):
+        with without_autocast(features_BTPD.device.type):
             slots, attention = self._roll(features_BTPD.to(state.dtype), state, rollout)
         return torch.stack(slots, 1), torch.stack(attention, 1)
 

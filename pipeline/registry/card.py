@@ -78,8 +78,8 @@ def gather(
         if manifest.kind == "teacher"
         else (config.student, config.distill)
     )
-    backbone, weights = section.backbone, section.backbone_weights
-    cut = backbone_config(section).cut
+    backbone = section.backbone if manifest.kind == "student" or config.teacher.has_backbone else None
+    named = backbone if isinstance(backbone, str) else "a ViT of its own"
     return Facts(
         name=METHODS.get(manifest.tags.get("method", ""), "Student"),
         tags=manifest.tags,
@@ -89,7 +89,7 @@ def gather(
             "batch size": training.batch_size,
             "learning rate": training.learning_rate,
             "views": config.targets.views,
-            "backbone": (backbone if isinstance(backbone, str) else "a ViT of its own") + cut,
+            "backbone": "none" if backbone is None else named + backbone_config(section).cut,
             "input": f"{section.image_size} pixels",
         },
         clips=_read(ClipManifest, manifest.clips_uri),
@@ -98,7 +98,7 @@ def gather(
         scores=_beside(config, scored) if scored else (),
         licence=config.mlflow.weights_licence,
         backbone_licence=_backbone_licence(backbone)
-        if isinstance(backbone, str) and weights == "timm"
+        if isinstance(backbone, str) and section.backbone_weights == "timm"
         else "",
     )
 

@@ -26,7 +26,12 @@ from pipeline.models.rivals import solv
 from pipeline.models.rivals.solv_files import dinov2_positions
 
 SOLV = {**tiny_section(32, 32), "image_width": 48, "system": "solv", "num_slots": 4, "slot_size": 16}
-SYSTEMS = {"solv": {**SOLV, "solv": {"decoder_size": 16, "merging_epochs": 4}}}
+PIXELS = {"image_size": 16, "num_slots": 4, "slot_size": 16}
+SYSTEMS = {
+    "solv": {**SOLV, "solv": {"decoder_size": 16, "merging_epochs": 4}},
+    "savi": {**PIXELS, "system": "savi", "savi": {"encoder_channels": [8, 8], "decoder_channels": [8, 8]}},
+    "steve": {**PIXELS, "system": "steve", "steve": {"width": 16, "vocabulary": 16, "decoder_blocks": 1}},
+}
 SETTINGS = {"steps": 12, "checkpoint_every": 5, "precision": "fp32", "gradient_clip": 1.0}
 
 
@@ -159,7 +164,7 @@ def test_solv_needs_clips_of_a_window(tmp_path):
         ("teacher.feature_scale=auto", r"^teacher.feature_scale: auto, but solv has none"),
         ("teacher.image_width=50", r"^teacher.image_width: 50 is not a multiple .* nearest: 48 or 56"),
         ("teacher.backbone=test_convnext", "SOLV drops tokens of a plain ViT"),
-        ("teacher.system=slov", r"'slov' is not one of slotcontrast, solv; nearest: solv"),
+        ("teacher.system=slov", r"'slov' is not one of slotcontrast, solv.*; nearest: solv"),
     ],
 )
 def test_what_solv_can_not_be(tmp_path, override, message):

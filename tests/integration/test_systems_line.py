@@ -28,6 +28,14 @@ SYSTEMS = {
         "solv": {"decoder_size": 32},
         **{"num_slots": 4, "slot_size": 16},
     },
+    "savi": {
+        "savi": {"encoder_channels": [8, 8], "decoder_channels": [8, 8, 8]},
+        **{"image_size": 32, "num_slots": 4, "slot_size": 16},
+    },
+    "steve": {
+        "steve": {"width": 16, "cnn_width": 8, "vocabulary": 32, "decoder_blocks": 1},
+        **{"image_size": 32, "num_slots": 4, "slot_size": 16},
+    },
 }
 
 

@@ -92,7 +92,7 @@ def broadcast(slots_MD: Tensor, positions_HWD: Tensor) -> Tensor:
 
 def mixed(pictures_MNCHW: Tensor, logits_MNHW: Tensor) -> tuple[Tensor, Tensor]:
     """One picture `(M, 3, H, W)` of those of all slots, and masks `(M, N, H, W)`, softmax over slots."""
-    masks = logits_MNHW.softmax(1)
+    masks = logits_MNHW.float().softmax(1)  # also where autocast gives fewer bits
     return (pictures_MNCHW * masks.unsqueeze(2)).sum(1), masks
 
 

@@ -40,7 +40,7 @@ from pipeline.models.rivals.savi_layers import (
     two_layers,
 )
 from pipeline.models.rivals.savi_losses import flow_as_rgb, picture_loss
-from pipeline.models.slot_model import with_tuples
+from pipeline.models.slot_model import with_tuples, without_autocast
 
 KERNEL = 5  # side of all kernels but the ResNet's
 # Numbers that a first slot is made of, by what tells it; the others are made of nothing, or learned.
@@ -222,6 +222,7 @@ class SAVi(PixelSlots):
     def __init__(self, config: SAViConfig) -> None:
         super().__init__()
         self.config = config
+        self.teaches = not config.conditional  # clips have no boxes
         self.encoder = Encoder(config)
         self.initializer = Initializer(config)
         self.corrector = SlotAttention(config)
@@ -266,14 +267,15 @@ class SAVi(PixelSlots):
     def roll_out(self, features_BTPC: Tensor, state_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots `(B, T, N, d)`, attention `(B, T, N, P)` and predicted slots `(B, T, N, d)`, from the first slots."""
         slots, attention, predicted = [], [], []
-        keys, values = self.corrector.keys_and_values(features_BTPC)
-        for t in range(features_BTPC.shape[1]):
-            for _ in range(self.config.num_iterations):
-                state_BND, attention_BNP = self.corrector(state_BND, keys[:, t], values[:, t])
-            slots.append(state_BND)
-            attention.append(attention_BNP)
-            state_BND = self.predictor(state_BND)
-            predicted.append(state_BND)
+        with without_autocast(features_BTPC.device.type):
+            keys, values = self.corrector.keys_and_values(features_BTPC.to(state_BND.dtype))
+            for t in range(features_BTPC.shape[1]):
+                for _ in range(self.config.num_iterations):
+                    state_BND, attention_BNP = self.corrector(state_BND, keys[:, t], values[:, t])
+                slots.append(state_BND)
+                attention.append(attention_BNP)
+                state_BND = self.predictor(state_BND)
+                predicted.append(state_BND)
         return torch.stack(slots, 1), torch.stack(attention, 1), torch.stack(predicted, 1)
 
     def forward(
@@ -318,6 +320,16 @@ class SAVi(PixelSlots):
         target = flow_as_rgb(flow) if self.config.target == "flow" and flow is not None else video
         output = self(video, boxes=boxes, noise_seeds=noise_seeds)
         return {"reconstruction": picture_loss(output.reconstruction, target)}
+
+    @torch.no_grad()
+    def target_slots(self, video_BTCHW: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+        """The corrected ones.
+
+        Raises:
+            ValueError: a video of another size, or this SAVi is conditional.
+        """
+        initial_slots = self.initial_slots(len(video_BTCHW), noise_seeds)
+        return self.roll_out(self.features(video_BTCHW), initial_slots)[0]
 
     def begin(self, noise_seed: int, boxes: Tensor | None) -> Tensor:
         return self.initial_slots(1, [noise_seed], None if boxes is None else boxes[None])

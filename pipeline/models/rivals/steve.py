@@ -30,7 +30,7 @@ from pipeline.models.rivals.dvae import (
 )
 from pipeline.models.rivals.token_transformers import Predictor, TokenDecoder
 from pipeline.models.segmenter import VideoSegmenter
-from pipeline.models.slot_model import with_tuples
+from pipeline.models.slot_model import with_tuples, without_autocast
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,7 @@ class STEVE(VideoSegmenter):
 
     config: STEVEConfig
     mask_resizing = "nearest"
+    teaches = True
 
     def __init__(self, config: STEVEConfig) -> None:
         super().__init__()
@@ -272,10 +273,11 @@ class STEVE(VideoSegmenter):
     def roll_out(self, features_BTPD: Tensor, initial_slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots `(B, T, N, d)`, attention `(B, T, N, P)`, and what each next frame starts from `(B, T, N, d)`."""
         savi, state_BND, frames = self.steve_encoder.savi, initial_slots, []
-        for features_BPD in features_BTPD.unbind(1):
-            slots_BND, attention_BNP = savi(state_BND, features_BPD)
-            state_BND = savi.predictor(slots_BND)
-            frames.append((slots_BND, attention_BNP, state_BND))
+        with without_autocast(features_BTPD.device.type):
+            for features_BPD in features_BTPD.to(state_BND.dtype).unbind(1):
+                slots_BND, attention_BNP = savi(state_BND, features_BPD)
+                state_BND = savi.predictor(slots_BND)
+                frames.append((slots_BND, attention_BNP, state_BND))
         slots, attention, predicted = (torch.stack(part, 1) for part in zip(*frames, strict=True))
         return slots, attention, predicted
 
@@ -301,7 +303,7 @@ class STEVE(VideoSegmenter):
             initial_slots = self.initial_slots(len(video), noise_seeds)
         slots, attention, predicted = self.roll_out(features, initial_slots)
         shape = video.shape[:2]
-        logits = self.dvae.encoder(video.flatten(0, 1))
+        logits = self.dvae.encoder(video.flatten(0, 1)).float()  # also under autocast: draws are made of them
         tokens = hard_tokens(logits, None if draws is None else draws.hard)
         if draws is None:
             codes = one_hot_codes(tokens, self.config.vocabulary, self.config.token_side)
@@ -319,6 +321,12 @@ class STEVE(VideoSegmenter):
             dvae_logits=logits,
             dvae_reconstruction=self.dvae.decoder(codes).unflatten(0, shape),
         )
+
+    @torch.no_grad()
+    def target_slots(self, video_BTCHW: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+        """The corrected ones, from draws of these seeds."""
+        initial_slots = self.initial_slots(len(video_BTCHW), noise_seeds)
+        return self.roll_out(self.features(video_BTCHW), initial_slots)[0]
 
     @torch.no_grad()
     def generate(self, slots_BTND: Tensor) -> Tensor:

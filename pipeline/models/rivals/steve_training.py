@@ -40,10 +40,10 @@ def losses(output: STEVEOutput, video: Tensor) -> dict[str, Tensor]:
     `(B, T, 3, H, W)` in [0, 1].
     """
     frames = output.tokens.shape[0] * output.tokens.shape[1]
-    logits, tokens = output.reconstruction.flatten(0, 2), output.tokens.flatten()
+    logits, tokens = output.reconstruction.flatten(0, 2).float(), output.tokens.flatten()
     return {
         "cross_entropy": F.cross_entropy(logits, tokens, reduction="sum") / frames,
-        "dvae": F.mse_loss(output.dvae_reconstruction, video, reduction="sum") / frames,
+        "dvae": F.mse_loss(output.dvae_reconstruction.float(), video, reduction="sum") / frames,
     }
 
 

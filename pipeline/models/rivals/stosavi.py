@@ -217,6 +217,7 @@ class StoSAVi(PixelSlots):
     """The model; everything trains but a layer that is not used."""
 
     config: StoSAViConfig
+    teaches = True
 
     def __init__(self, config: StoSAViConfig) -> None:
         super().__init__()
@@ -342,6 +343,17 @@ class StoSAVi(PixelSlots):
         if self.config.stochastic and output.kernel_distribution is not None:
             losses["noise_prior"] = PRIOR_WEIGHT * noise_prior_loss(output.kernel_distribution)
         return losses
+
+    @torch.no_grad()
+    def target_slots(self, video_BTCHW: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+        """Those after slot attention; noise is drawn where the model is stochastic.
+
+        Raises:
+            ValueError: a video of another size.
+        """
+        draws = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
+        noise = self.noise(draws, video_BTCHW.shape[1])
+        return torch.stack(self.roll_out(self.features(video_BTCHW), State(), noise)[0]["slots"], 1)
 
     def begin(self, noise_seed: int, boxes: Tensor | None) -> State:
         return State(draws=torch.Generator().manual_seed(noise_seed))
