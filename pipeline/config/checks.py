@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.models import Model, ViT
@@ -62,13 +63,28 @@ def check_dataset(config: Config) -> list[str]:
             problems.append(
                 f"{key}: {name!r} is no generated split ({', '.join(GENERATED_SPLITS)}); nearest: {near}"
             )
-    problems += _check_splits(config.dataset)
+    problems += _check_splits(config.dataset) + _check_motion(config)
     if config.dataset.kind == "coco" and config.clips.clip_frames != 1:
         problems.append(
             f"clips.clip_frames: {config.clips.clip_frames} frames, but COCO's images are videos of one; "
             "nearest valid: 1"
         )
     return problems
+
+
+def _check_motion(config: Config) -> list[str]:
+    dataset, motion = config.dataset, config.clips.motion
+    if motion == "files" and dataset.motion is None:
+        return ["clips.motion: files needs dataset.motion, the folder of label images; nearest valid: flow"]
+    if motion != "files" and dataset.motion is not None:
+        return [f"dataset.motion: is not read with clips.motion={motion}; nearest valid: clips.motion=files"]
+    folder = Path(dataset.path or "", dataset.listed(dataset.split))
+    if dataset.kind == "videos" and folder in Path(dataset.motion or "").parents:
+        return [
+            f"dataset.motion: {dataset.motion!r} lies among the videos ({folder}), and would be taken for some; move "
+            "it beside them"
+        ]
+    return []
 
 
 def _check_splits(dataset: Dataset) -> list[str]:

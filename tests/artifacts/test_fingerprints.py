@@ -152,6 +152,7 @@ DECIDES = [
     ("clips.quality=50", ALL),
     ("clips.videos_per_shard=2", ALL),
     ("clips.pixel_aspect=stored", ALL),
+    ("clips.motion=flow", {"clips", *FROM_TEACHER}),  # of what is trained on alone
     ("dataset.seed=1", FROM_TEACHER),
     ("dataset.name=other", set()),
     ("teacher.train.steps=5000", {"teacher"}),
