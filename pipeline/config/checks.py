@@ -227,6 +227,13 @@ def _check_system(config: Config) -> list[str]:
             f"teacher.train.decoder_learning_rate: {section.train.decoder_learning_rate:g} is slot models' own, and "
             f"{section.system} is none; nearest valid: null"
         )
+    if section.uses_motion and config.clips.motion == "none":
+        problems.append(
+            f"clips.motion: none, but {section.system} learns from motion segments; nearest valid: flow (or masks, or "
+            "files of your own)"
+        )
+    if section.system == "diod" and section.save == "slim":
+        problems.append("teacher.save: slim, but diod has no frozen backbone; nearest valid: whole")
     if section.system == "solv" and config.clips.clip_frames < section.solv.window:
         problems.append(
             f"clips.clip_frames: {config.clips.clip_frames} frames are fewer than the window of {section.solv.window} "

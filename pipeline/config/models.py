@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.config.fields import PositiveFloat, PositiveInt, Section, run_detail
-from pipeline.config.rivals import SOLV
+from pipeline.config.rivals import DIOD, SOLV
 from pipeline.config.training import TeacherTraining
 
 SlotCount = Annotated[int, Field(ge=1, le=256)]  # labels are bytes
@@ -100,9 +100,10 @@ class Teacher(Model):
     """in tables"""
     checkpoint: str | None = None
     """a public file or a model folder; null: the stage `teacher` trains one"""
-    system: Literal["slotcontrast", "solv"] = "slotcontrast"
+    system: Literal["slotcontrast", "solv", "diod"] = "slotcontrast"
     """whose architecture and objective are trained; slotcontrast: VideoSAUR's and DINOSAUR's too"""
     solv: SOLV = SOLV()
+    diod: DIOD = DIOD()
     num_heads: PositiveInt | None = None
     """attention heads of a public file's ViT; null: width / 64"""
     backbone: str | ViT = "vit_base_patch14_dinov2"
@@ -110,6 +111,20 @@ class Teacher(Model):
     initialisation: Literal["default", "soft_kmeans", "fitted"] = "default"  # type: ignore[assignment]
     """of what trains; the paper's: default; fitted: soft_kmeans in the principal components of the clips' features"""
     train: TeacherTraining = TeacherTraining()
+
+    @property
+    def patch_size(self) -> int | None:
+        return None if self.system == "diod" else super().patch_size
+
+    @property
+    def uses_motion(self) -> bool:
+        """Whether it learns from motion segments, which others do without."""
+        return self.system == "diod"
+
+    @property
+    def title(self) -> str:
+        """What tables and tags call it."""
+        return f"{self.name} (uses motion)" if self.uses_motion else self.name
 
     @property
     def decoder_outputs(self) -> tuple[str, ...]:

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.config.models import Teacher
+from pipeline.distill.diod import DIODObjective
 from pipeline.distill.solv import SOLVObjective
 from pipeline.distill.system_objective import SystemObjective
 from pipeline.models.segmenter import VideoSegmenter
 
 # By `teacher.system`: from the model and the section to what it is trained for.
-OBJECTIVES: dict[str, Callable[[VideoSegmenter, Teacher], SystemObjective]] = {"solv": SOLVObjective.of}
+OBJECTIVES: dict[str, Callable[[VideoSegmenter, Teacher], SystemObjective]] = {
+    "solv": SOLVObjective.of,
+    "diod": DIODObjective.of,
+}

@@ -241,7 +241,7 @@ def load_teacher(config: Config, uri: str) -> VideoSegmenter:
     if not model.teaches:
         raise ConfigError(
             f"teacher.checkpoint: {uri} is a {type(model).__name__}, whose slots are not distilled; nearest valid: "
-            "a SlotContrast, VideoSAUR, DINOSAUR or SOLV file"
+            "a SlotContrast, VideoSAUR, DINOSAUR, SOLV or DIOD file"
         )
     if config.targets.teacher_features and not isinstance(model, SlotModel):
         raise ConfigError(

@@ -177,6 +177,7 @@ DECIDES = [
     ("student.image_width=448", STUDENT),
     ("teacher.image_width=448", {"teacher"}),
     ("teacher.solv.half_window=1", {"teacher"}),
+    ("teacher.diod.burn_in=0.5", {"teacher"}),
     ("student.cached_features=true", STUDENT),
     ("student.decoder_hidden_sizes=[8]", STUDENT),
     ("student.mean=[0,0,0]", STUDENT),
