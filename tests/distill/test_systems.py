@@ -200,7 +200,8 @@ def test_the_preset_is_the_authors():
 
 
 def test_diod_is_taught_by_its_average_after_the_burn_in(clips, tmp_path):
-    trainer = Trainer(run_of("diod", tmp_path, clips, "teacher.train.warmup_steps=4"), logger=Rates())
+    settings = "teacher.train.warmup_steps=4", "teacher.train.precision=bf16"
+    trainer = Trainer(run_of("diod", tmp_path, clips, *settings), logger=Rates())
     objective, model = trainer.objective, trainer.model
     weights = []
     own = objective.after_step
