@@ -12,8 +12,11 @@ from pipeline.clips.schema import clip_schema, encode_frame, encode_masks
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet, VideoEntry
 
 
-def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2):
-    """`videos` maps an id to `(frames (T, H, W, 3), masks [{object id: (H, W) bool}] or None)`."""
+def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2, motion=False):
+    """`videos` maps an id to `(frames (T, H, W, 3), masks [{object id: (H, W) bool}] or None)`.
+
+    With `motion`, the masks are also the motion segments.
+    """
     entries, rows = [], {}
     for number, (video_id, (frames, masks)) in enumerate(videos.items()):
         shard = f"shard-{number // videos_per_shard:05d}.parquet"
@@ -37,11 +40,15 @@ def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2):
                     "masks": None if masks is None else [encode_masks(m) for m in masks[part]],
                 }
             )
+            if motion:
+                shard_rows[-1]["motion"] = shard_rows[-1]["masks"]
+    schema = clip_schema("png", motion=motion)
     for shard, shard_rows in rows.items():
         with storage.atomic_write(storage.join(str(folder), SHARD_FOLDER, shard)) as file:
-            pq.write_table(pa.Table.from_pylist(shard_rows, clip_schema("png")), file, row_group_size=2)
+            pq.write_table(pa.Table.from_pylist(shard_rows, schema), file, row_group_size=2)
     shards = [{"name": shard, "rows": len(shard_rows)} for shard, shard_rows in rows.items()]
-    return publish_clips(str(folder), entries, shards, {"clip_frames": clip_frames})
+    settings = {"clip_frames": clip_frames, **({"motion": "masks"} if motion else {})}
+    return publish_clips(str(folder), entries, shards, settings)
 
 
 def publish_clips(uri, entries, shards, settings):

@@ -22,7 +22,12 @@ def declared(*groups):
 
 COMES_WITH = {"triton": "torch"}  # that is made for GPUs
 DEV = ["dependencies", "dev"]
-FOLDERS = {"pipeline": ["dependencies", "s3"], "jobs": ["dependencies"], "cluster": DEV, "benchmarks": DEV}
+FOLDERS = {
+    "pipeline": ["dependencies", "s3", "motion"],
+    "jobs": ["dependencies"],
+    "cluster": DEV,
+    "benchmarks": DEV,
+}
 
 
 @pytest.mark.parametrize(("folder", "groups"), [*FOLDERS.items(), ("demo", ["dependencies"])])

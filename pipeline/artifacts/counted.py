@@ -78,9 +78,12 @@ def counted_fields(values: Any) -> dict[str, Any]:
     return {key: value for key, (value, default) in known.items() if key in first or value != default}
 
 
-def clip_settings(config: Config) -> dict[str, Any]:
-    """Settings that decide what a clip set holds, beside its videos, which `dataset.splits` only chooses."""
-    return {**counted(config.clips), **later(config.dataset, but={"splits"})}
+def clip_settings(config: Config, split: str) -> dict[str, Any]:
+    """Settings that decide what a split's clip set holds, beside its videos.
+
+    `dataset.splits` only chooses these; what lies below `dataset.motion` is part of their contents.
+    """
+    return {**counted(config.clips_of(split)), **later(config.dataset, but={"splits", "motion"})}
 
 
 def training_settings(settings: Training, *, but: Iterable[str] = ()) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Artifacts:
         """The clip set of a split."""
         content = {
             "format": CLIPS_FORMAT,
-            "settings": clip_settings(self.config),
+            "settings": clip_settings(self.config, split),
             "decoder": _decoder(),
             "sources": [list(source) for source in self.library.sources(self.config, split)],
         }

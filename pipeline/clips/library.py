@@ -72,6 +72,8 @@ def artifacts_of(
 
 def _list(config: Config, split: str) -> list[VideoRef]:
     dataset = config.dataset
+    if config.clips_of(split).motion != "files":
+        dataset = dataset.model_copy(update={"motion": None})
     contents: dict[str, str] = {}
     if dataset.kind == "synthetic":
         folder = _generate(config, split)

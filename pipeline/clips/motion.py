@@ -71,7 +71,7 @@ def motion_segments(flow_THW2: np.ndarray) -> np.ndarray:
     steady = steady_frames(flow_THW2)
     segments = np.zeros(flow_THW2.shape[:3], np.int32)
     for t in np.flatnonzero(steady):
-        segments[t] = _segmented(flow_THW2[t].astype(np.float64))
+        segments[t] = segmented(flow_THW2[t])
     return segments
 
 
@@ -86,19 +86,26 @@ def steady_frames(flow_THW2: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
     _check(flow_THW2)
-    speed = np.linalg.norm(flow_THW2, axis=-1)
-    high, wide = (max(round(CORNER * side), 1) for side in speed.shape[1:])
-    corners = [
-        speed[:, y, x] for y in (slice(high), slice(-high, None)) for x in (slice(wide), slice(-wide, None))
-    ]
-    still = np.stack([corner.mean((1, 2)) < STILL for corner in corners]).sum(0) >= STEADY_CORNERS
+    still = np.array([is_still(flow_HW2) for flow_HW2 in flow_THW2])
     runs, _ = ndimage.label(still)
     return still & (np.bincount(runs)[runs] >= RUN)
 
 
-def _segmented(flow_HW2: np.ndarray) -> np.ndarray:
+def is_still(flow_HW2: np.ndarray) -> bool:
+    """Whether the camera hardly moves in one frame."""
+    speed = np.linalg.norm(flow_HW2, axis=-1)
+    high, wide = (max(round(CORNER * side), 1) for side in speed.shape)
+    corners = [
+        speed[y, x] for y in (slice(high), slice(-high, None)) for x in (slice(wide), slice(-wide, None))
+    ]
+    return sum(bool(corner.mean() < STILL) for corner in corners) >= STEADY_CORNERS
+
+
+def segmented(flow_HW2: np.ndarray) -> np.ndarray:
+    """The segments `(H, W)` int32 of one frame's flow, see `motion_segments`, steady or not."""
     from scipy import ndimage
 
+    flow_HW2 = flow_HW2.astype(np.float64)
     parts, count = ndimage.label(np.linalg.norm(flow_HW2, axis=-1) > FOREGROUND)
     slopes = [ndimage.sobel(flow_HW2[..., channel], axis) for channel in (0, 1) for axis in (0, 1)]
     edges = np.linalg.norm(slopes, axis=0) > EDGE

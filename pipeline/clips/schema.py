@@ -21,7 +21,9 @@ SHARD_KEY = b"slotmatch.shard"
 OBJECT = pa.struct([("object_id", pa.int32()), ("counts", pa.binary())])
 
 
-def clip_schema(codec: str) -> pa.Schema:
+def clip_schema(codec: str, *, motion: bool = False) -> pa.Schema:
+    """The table's schema; with `motion`, that of clips with motion segments."""
+    labels = pa.list_(pa.list_(OBJECT))  # per frame
     return pa.schema(
         [
             pa.field("video_id", pa.string(), nullable=False),
@@ -32,7 +34,8 @@ def clip_schema(codec: str) -> pa.Schema:
             pa.field("width", pa.int32(), nullable=False),
             pa.field("timestamps", pa.list_(pa.float64()), nullable=False),  # seconds
             pa.field("frames", pa.list_(pa.large_binary()), nullable=False),
-            pa.field("masks", pa.list_(pa.list_(OBJECT))),  # per frame; null: no annotation
+            pa.field("masks", labels),  # null: no annotation
+            *([pa.field("motion", labels, nullable=False)] if motion else []),
         ],
         metadata={CODEC_KEY: codec.encode()},
     )

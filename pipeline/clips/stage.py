@@ -15,6 +15,7 @@ from pipeline.artifacts.counted import clip_settings
 from pipeline.artifacts.identity import Artifact
 from pipeline.artifacts.manifests import BadVideoEntry, ClipManifest, DatasetEntry, ShardEntry
 from pipeline.artifacts.once import once
+from pipeline.clips.flow import check_flow
 from pipeline.clips.library import ClipLibrary, artifacts_of, check_disjoint, clip_files
 from pipeline.clips.sources import VideoRef
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, SOURCES_FILE
@@ -59,10 +60,12 @@ def shard_split(config: Config, split: str, library: ClipLibrary | None = None) 
     with their reasons, and how many shards were computed and reused.
 
     Raises:
+        ConfigError: `clips.motion` asks for flow, and OpenCV is not installed.
         FileNotFoundError: no videos.
         TooManyBadVideos: more than `clips.max_bad_fraction` of them were set aside.
     """
     library = library or ClipLibrary()
+    check_flow(config.clips_of(split).motion)
     videos = library.videos(config, split)
     clips = artifacts_of(config, library=library).clips_of(split)
     label = f"shard {split or 'videos'}"
@@ -110,7 +113,7 @@ class _Sharding:
             created=storage.timestamp(),
             split=self.split,
             dataset=DatasetEntry(kind=dataset.kind, name=dataset.title, path=dataset.path, split=self.split),
-            settings=clip_settings(self.config),
+            settings=clip_settings(self.config, self.split),
             sources=storage.fingerprint([(v.video_id, v.content) for v in self.videos]),
             videos=len(entries),
             clips=sum(e.clips for e in entries),
@@ -135,7 +138,8 @@ class _Sharding:
         rows = [{"name": n, "videos": [list(v) for v in g]} for n, g in groups.items() if n not in reports]
         with Progress(self.label, len(self.videos), "videos") as progress:
             progress.skip(sum(len(groups[name]) for name in reports))
-            for result in map_tasks(self.config, shard_task, rows, arguments=(folder, self.config.clips)):
+            settings = self.config.clips_of(self.split)
+            for result in map_tasks(self.config, shard_task, rows, arguments=(folder, settings)):
                 report = ShardReport.from_dict(result)
                 reports[report.name] = report
                 progress.advance(len(report.videos) + len(report.bad))

@@ -158,6 +158,7 @@ class ClipSet:
         self.manifest = ClipManifest.read(uri)
         self.fingerprint = self.manifest.fingerprint
         self.clip_frames = self.manifest.clip_frames
+        self.has_motion = self.manifest.settings.get("motion", "none") != "none"
         self.shards = self.manifest.shard_names
         self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
         self._videos: list[VideoEntry] | None = None
@@ -171,6 +172,25 @@ class ClipSet:
 
     def read_clip(self, shard: str, row: int, *, masks: bool = False) -> Clip:
         return to_clip(self.reader.row(shard, row, _columns(masks)), masks=masks)
+
+    def read_motion(self, shard: str, row: int) -> np.ndarray:
+        """A clip's motion segments, `(T, H, W)` uint8, numbered from 1 in each frame; 0 where nothing moves.
+
+        Raises:
+            ValueError: the clips have none.
+        """
+        if not self.has_motion:
+            raise ValueError(
+                f"{self.uri}: these clips have no motion segments; make some that do: clips.motion=flow (or masks, or "
+                "files of your own)"
+            )
+        values = self.reader.row(shard, row, ["height", "width", "motion"]).to_pylist()[0]
+        size = values["height"], values["width"]
+        segments = np.zeros((len(values["motion"]), *size), np.uint8)
+        for frame, objects in zip(segments, values["motion"], strict=True):
+            for number, mask in enumerate(decode_masks(objects, *size).values(), 1):
+                frame[mask] = number
+        return segments
 
     def iter_shard(self, shard: str, *, masks: bool = False) -> Iterator[Clip]:
         for row in self.reader.rows(shard, _columns(masks)):

@@ -72,6 +72,12 @@ def apply_view(frames_THWC: np.ndarray, view: View) -> np.ndarray:
     return np.ascontiguousarray(cropped.view("V3")[:, :, ::-1]).view(np.uint8)
 
 
+def labels_in_view(labels_THW: np.ndarray, view: View) -> np.ndarray:
+    """Labels where `apply_view` shows the pixels that they are of, `(T, h, w)`."""
+    cropped = labels_THW[:, view.top : view.top + view.height, view.left : view.left + view.width]
+    return np.ascontiguousarray(cropped[:, :, ::-1] if view.flip else cropped)
+
+
 def nearest_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Masks or labels `(…, h, w)` at another size: each pixel is the one under its centre ("nearest-exact")."""
     height, width = labels.shape[-2:]

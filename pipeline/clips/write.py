@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.artifacts.manifests import BadVideoEntry
+from pipeline.clips.flow import with_column
 from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_masks
 from pipeline.clips.sources import read_video
 from pipeline.clips.sources.base import BadVideo, Frame, VideoRef
@@ -56,7 +57,7 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> ShardRepor
     bad ones with reasons, rows and bytes. At most a row group is held in memory: each video's clips
     go to a temporary file first, and into the shard once the video has been read to its end.
     """
-    schema = clip_schema(settings.codec)
+    schema = clip_schema(settings.codec, motion=settings.motion != "none")
     good: list[VideoEntry] = []
     bad: list[BadVideoEntry] = []
     rows = 0
@@ -110,6 +111,7 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
         max_seconds=settings.max_seconds,
         square=settings.pixel_aspect == "square",
     )
+    frames = with_column(frames, settings.motion)
     rows: list[dict[str, Any]] = []
     pending = clips = full = total = 0
     shape: tuple[int, ...] | None = None
@@ -132,6 +134,8 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
                     "masks": [encode_masks(f.masks or {}) for f in group] if annotated else None,
                 }
             )
+            if settings.motion != "none":
+                rows[-1]["motion"] = [encode_masks(f.motion or {}) for f in group]
             clips, full, total = clips + 1, full + rows[-1]["full"], total + len(group)
             pending += sum(map(len, encoded))
             if pending >= limit:

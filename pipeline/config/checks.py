@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.models import Model, Teacher, ViT
@@ -62,13 +63,28 @@ def check_dataset(config: Config) -> list[str]:
             problems.append(
                 f"{key}: {name!r} is no generated split ({', '.join(GENERATED_SPLITS)}); nearest: {near}"
             )
-    problems += _check_splits(config.dataset)
+    problems += _check_splits(config.dataset) + _check_motion(config)
     if config.dataset.kind == "coco" and config.clips.clip_frames != 1:
         problems.append(
             f"clips.clip_frames: {config.clips.clip_frames} frames, but COCO's images are videos of one; "
             "nearest valid: 1"
         )
     return problems
+
+
+def _check_motion(config: Config) -> list[str]:
+    dataset, motion = config.dataset, config.clips.motion
+    if motion == "files" and dataset.motion is None:
+        return ["clips.motion: files needs dataset.motion, the folder of label images; nearest valid: flow"]
+    if motion != "files" and dataset.motion is not None:
+        return [f"dataset.motion: is not read with clips.motion={motion}; nearest valid: clips.motion=files"]
+    folder = Path(dataset.path or "", dataset.listed(dataset.split))
+    if dataset.kind == "videos" and folder in Path(dataset.motion or "").parents:
+        return [
+            f"dataset.motion: {dataset.motion!r} lies among the videos ({folder}), and would be taken for some; move "
+            "it beside them"
+        ]
+    return []
 
 
 def _check_splits(dataset: Dataset) -> list[str]:
@@ -213,6 +229,11 @@ def _check_system(config: Config) -> list[str]:
         )
     if not section.has_backbone:
         problems += _check_without_backbone(section)
+    if section.uses_motion and config.clips.motion == "none":
+        problems.append(
+            f"clips.motion: none, but {section.system} learns from motion segments; nearest valid: flow (or masks, or "
+            "files of your own)"
+        )
     if section.system == "solv" and config.clips.clip_frames < section.solv.window:
         problems.append(
             f"clips.clip_frames: {config.clips.clip_frames} frames are fewer than the window of {section.solv.window} "
@@ -225,7 +246,7 @@ def _check_system(config: Config) -> list[str]:
 def _check_without_backbone(section: Teacher) -> list[str]:
     """Of a rival that sees the pixels."""
     problems, savi = [], section.savi
-    if section.image_width not in (None, section.image_size):
+    if section.system != "diod" and section.image_width not in (None, section.image_size):
         problems.append(
             f"teacher.image_width: {section.image_width}, but the frames of {section.system} are square; nearest "
             "valid: null"

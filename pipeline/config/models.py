@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.config.fields import PositiveFloat, PositiveInt, Section, run_detail
-from pipeline.config.rivals import SOLV, STEVE, SAVi
+from pipeline.config.rivals import DIOD, SOLV, STEVE, SAVi
 from pipeline.config.training import TeacherTraining
 
 SlotCount = Annotated[int, Field(ge=1, le=256)]  # labels are bytes
@@ -100,11 +100,12 @@ class Teacher(Model):
     """in tables"""
     checkpoint: str | None = None
     """a public file or a model folder; null: the stage `teacher` trains one"""
-    system: Literal["slotcontrast", "solv", "savi", "steve"] = "slotcontrast"
+    system: Literal["slotcontrast", "solv", "savi", "steve", "diod"] = "slotcontrast"
     """whose architecture and objective are trained; slotcontrast: VideoSAUR's and DINOSAUR's too"""
     solv: SOLV = SOLV()
     savi: SAVi = SAVi()
     steve: STEVE = STEVE()
+    diod: DIOD = DIOD()
     num_heads: PositiveInt | None = None
     """attention heads of a public file's ViT; null: width / 64; of STEVE's file its token decoder's; null: 4"""
     predictor_heads: PositiveInt | None = None
@@ -121,6 +122,16 @@ class Teacher(Model):
     def has_backbone(self) -> bool:
         """Whether a frozen backbone is what it sees the frames through."""
         return self.system in ("slotcontrast", "solv")
+
+    @property
+    def uses_motion(self) -> bool:
+        """Whether it learns from motion segments, which others do without."""
+        return self.system == "diod"
+
+    @property
+    def title(self) -> str:
+        """What tables and tags call it."""
+        return f"{self.name} (uses motion)" if self.uses_motion else self.name
 
     @property
     def patch_size(self) -> int | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.config.fields import PositiveFloat, PositiveInt, Section
+from pipeline.config.fields import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
@@ -76,3 +76,26 @@ class STEVE(Section):
     """steps until the dVAE's codes are as hard as they get"""
     half_life: PositiveInt = 250_000
     """steps in which the learning rates of encoder and token decoder halve; the dVAE's stays"""
+
+
+class DIOD(Section):
+    """DIOD (Kara et al. 2024); defaults are its authors'."""
+
+    widths: tuple[PositiveInt, ...] = (64, 128, 256, 512)
+    """channels of the ResNet's stages"""
+    blocks: tuple[PositiveInt, ...] = (2, 2, 2, 2)
+    """blocks of each stage"""
+    burn_in: Fraction = 0.8
+    """share of the steps, the first ones, that learn from motion segments without a teacher"""
+    teacher_decay: Fraction = 0.996
+    """of the running average of the model that teaches it afterwards, in a step"""
+    confidence: Fraction = 0.9
+    """mean foreground that the teacher has to see over a segment, so that it counts"""
+    half_life: PositiveInt = 50_000
+    """steps in which the learning rate halves"""
+    smallest_segment: NonNegativeInt = 50
+    """pixels of the model's input; motion segments that have no more are dropped"""
+    colours: bool = True
+    """the taught model's frames are changed in colour, its teacher's are not"""
+    batch_statistics: bool = True
+    """batch norm by the statistics of the clip at hand, in inference too"""

@@ -78,6 +78,8 @@ class Dataset(Section):
     """of DAVIS"""
     masks: str = "masks"
     """of videos: sub-folder of label PNGs, masks/<video>/<frame>.png, optional"""
+    motion: str | None = None
+    """for clips.motion=files: a folder of label PNGs, <video>/<frame>.png, of any kind of data set"""
     seed: NonNegativeInt = 0
     """decides the views of each clip"""
     synthetic: Synthetic = Synthetic()
@@ -107,6 +109,8 @@ class Clips(Section):
     """of each video"""
     codec: Literal["jpeg", "png", "raw"] = "jpeg"
     """how frames are stored"""
+    motion: Literal["none", "flow", "masks", "files"] = "none"
+    """which pixels of what is trained on move, as DIOD needs: by optical flow, all masks, or from dataset.motion"""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """of JPEG"""
     videos_per_shard: PositiveInt = 16
@@ -287,6 +291,11 @@ class Config(Section):
     mlflow: MLflow = MLflow()
     ray: Ray = Ray()
     storage: Storage = Storage()
+
+    def clips_of(self, split: str) -> Clips:
+        """How the clips of a split are made: only those that are trained on have motion segments."""
+        trained_on = split == self.dataset.split
+        return self.clips if trained_on else self.clips.model_copy(update={"motion": "none"})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

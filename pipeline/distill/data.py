@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.clips.table import ClipSet, VideoEntry
-from pipeline.clips.views import View, apply_view, make_view, stable_hash
+from pipeline.clips.views import View, apply_view, labels_in_view, make_view, stable_hash
 from pipeline.config import Targets
 from pipeline.distill.frame_map import FrameMap
 from pipeline.models.pixels import send
@@ -83,6 +83,7 @@ class RawBatch:
     target_slots: torch.Tensor | None
     teacher_features: torch.Tensor | None
     samples: list[Sample]
+    motion: list[torch.Tensor] | None = None  # segments `(T, h, w)` uint8, 0 where nothing moves
 
     def to(self, device: torch.device) -> RawBatch:
         """On the device, features in fp32; they are sent as they were stored, and widened there.
@@ -112,6 +113,7 @@ class RawBatch:
         return replace(
             self,
             pixels=None if self.pixels is None else [function(clip) for clip in self.pixels],
+            motion=None if self.motion is None else [function(clip) for clip in self.motion],
             features=mapped(self.features),
             target_slots=mapped(self.target_slots),
             teacher_features=mapped(self.teacher_features),
@@ -141,6 +143,7 @@ class Loader:
         pixels: bool,
         features_uri: str | None = None,
         teacher_features: bool = False,
+        motion: bool = False,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
@@ -153,10 +156,12 @@ class Loader:
         Args:
             pixels: read frames; else features, of `features_uri` or, without it, of the targets.
             features_uri: a `FeatureSet` of the clips.
+            motion: read their motion segments too.
         """
         self.clips_uri, self.targets_uri, self.features_uri = clips_uri, targets_uri, features_uri
         self.sampler, self.recipe, self.dataset_seed = sampler, recipe, dataset_seed
         self.pixels, self.teacher_features = pixels, teacher_features
+        self.motion = motion
         self.rank, self.world_size = rank, world_size
         self.start, self.stop = start, stop
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -240,6 +245,13 @@ class Loader:
             views.append(view)
             if self.pixels:
                 pixels.append(torch.from_numpy(apply_view(self._frames(clips, sample), view)))
+        segments = None
+        if self.motion:
+            found_motion = [clips.read_motion(sample.video.shard, sample.row) for sample in samples]
+            segments = [
+                torch.from_numpy(labels_in_view(labels, view))
+                for labels, view in zip(found_motion, views, strict=True)
+            ]
         return RawBatch(
             views=views,
             pixels=pixels if self.pixels else None,
@@ -247,6 +259,7 @@ class Loader:
             target_slots=_stack([t.slots for t in cached]),
             teacher_features=_stack([t.teacher_features for t in cached]),
             samples=samples,
+            motion=segments,
         )
 
     def _frames(self, clips: ClipSet, sample: Sample) -> np.ndarray:

@@ -86,7 +86,7 @@ def distill(
         "clips": clips.fingerprint,
         "method": config.distill.method,
         "settings": artifacts.student_settings,
-        "teacher": config.teacher.name,  # also of a student without KD: it has that teacher's design
+        "teacher": config.teacher.title,  # also of a student without KD: it has that teacher's design
         "trained_on": config.dataset.title,
     }
     if config.distill.distils and inputs.targets_uri is not None:
@@ -113,6 +113,8 @@ def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[st
     features_uri = _features_uri(artifacts, config.teacher)
     run = Run.teacher(config, artifacts.teacher_run.uri, clips.uri, features_uri=features_uri)
     tags = {"clips": clips.fingerprint, "method": "teacher", "trained_on": config.dataset.title}
+    if config.teacher.uses_motion:
+        tags |= {"teacher": config.teacher.title, "motion": config.clips.motion}
     return _train(run, artifacts, tags)
 
 

@@ -18,12 +18,14 @@ class SystemBatch:
     """What a system learns from in a step.
 
     pixels: B clips of uint8 frames `(T, h, w, 3)` on the device, as their views show them. step: from 0 on. seed: of
-    all that is drawn in this step, another one for each worker.
+    all that is drawn in this step, another one for each worker. motion: of an objective that `needs_motion`, segments
+    `(T, h, w)` uint8 of each clip, 0 where nothing moves.
     """
 
     pixels: list[Tensor]
     step: int
     seed: int
+    motion: list[Tensor] | None = None
 
 
 @contextlib.contextmanager

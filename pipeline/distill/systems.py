@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.config.models import Teacher
+from pipeline.distill.diod import DIODObjective
 from pipeline.distill.savi import SAViObjective
 from pipeline.distill.solv import SOLVObjective
 from pipeline.distill.steve import STEVEObjective
@@ -19,4 +20,5 @@ OBJECTIVES: dict[str, Callable[[VideoSegmenter, Teacher], SystemObjective]] = {
     "solv": SOLVObjective.of,
     "savi": SAViObjective.of,
     "steve": STEVEObjective.of,
+    "diod": DIODObjective.of,
 }

@@ -252,6 +252,7 @@ class Trainer:
             pixels=not cached_features,
             features_uri=run.features_uri,
             teacher_features=run.terms.feature_kd > 0 and self.targets is not None,
+            motion=self.objective.needs_motion,
             rank=self.rank,
             world_size=self.world_size,
             start=self.step,
@@ -285,9 +286,8 @@ class Trainer:
         """What was read, as the objective takes it, with what a live teacher makes of it, on the device."""
         if isinstance(self.objective, SystemObjective):
             assert raw.pixels is not None
-            return SystemBatch(
-                raw.pixels, self.step, stable_hash(self.run.settings.seed, "step", self.step, self.rank)
-            )
+            seed = stable_hash(self.run.settings.seed, "step", self.step, self.rank)
+            return SystemBatch(raw.pixels, self.step, seed, raw.motion)
         assert isinstance(self.model, SlotModel)
         return slot_batch(self.model, raw, self.teacher, self.run.config.targets.rollout, self.device)
 

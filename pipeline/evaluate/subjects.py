@@ -91,7 +91,7 @@ def student_subject(run_uri: str) -> Subject:
 
 def teacher_subject(config: Config, teacher_uri: str) -> Subject:
     """The config's teacher; what a file was trained on is not known."""
-    tags = {"method": "teacher", "teacher": config.teacher.name}
+    tags = {"method": "teacher", "teacher": config.teacher.title}
     if config.teacher.checkpoint is None:
         tags["trained_on"] = config.dataset.title
     return Subject(model_uri=teacher_uri, hints=checkpoint_hints(config), tags=tags)

@@ -257,7 +257,7 @@ def load_teacher(config: Config, uri: str) -> VideoSegmenter:
         raise ConfigError(
             f"teacher.checkpoint: {uri} is a {type(model).__name__}, whose slots are not distilled (of a SAVi: "
             "those that start from boxes, which clips don't have); nearest valid: a SlotContrast, VideoSAUR, DINOSAUR, "
-            "SOLV or STEVE file, or a SAVi with learned or drawn slots"
+            "SOLV, STEVE or DIOD file, or a SAVi with learned or drawn slots"
         )
     if config.targets.teacher_features and not isinstance(model, SlotModel):
         raise ConfigError(

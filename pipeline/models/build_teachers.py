@@ -12,6 +12,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.config.models import Teacher
 from pipeline.models.backbone import Backbone, original_positions
 from pipeline.models.build import backbone_config, build_backbone, build_model, seeded
+from pipeline.models.rivals.diod import DIOD, STRIDE, DIODConfig
 from pipeline.models.rivals.savi import SAVi, SAViConfig
 from pipeline.models.rivals.solv import SOLV, SOLVConfig
 from pipeline.models.rivals.solv_files import dinov2_positions
@@ -77,11 +78,34 @@ def build_steve(section: Teacher) -> STEVE:
     return STEVE(config)
 
 
+def build_diod(section: Teacher) -> DIOD:
+    settings, sides = section.diod, (section.image_size, section.image_width or section.image_size)
+    for key, side in zip(("image_size", "image_width"), sides, strict=True):
+        if side % STRIDE:
+            nearest = -(-side // STRIDE) * STRIDE
+            raise ValueError(
+                f"{key}: {side} is no multiple of {STRIDE}, as DIOD's input is; nearest valid: {nearest}"
+            )
+    return DIOD(
+        DIODConfig(
+            grid=(sides[0] // STRIDE, sides[1] // STRIDE),
+            num_slots=section.sizes["num_slots"],
+            slot_size=section.sizes["slot_size"],
+            widths=settings.widths,
+            blocks=settings.blocks,
+            mean=section.mean,
+            std=section.std,
+            batch_statistics=settings.batch_statistics,
+        )
+    )
+
+
 # By `teacher.system`; those of SlotContrast's kind are `build_model`'s.
 BUILDERS: dict[str, Callable[[Teacher], VideoSegmenter]] = {
     "solv": build_solv,
     "savi": build_savi,
     "steve": build_steve,
+    "diod": build_diod,
 }
 
 

@@ -90,24 +90,8 @@ def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int | None, place
     norm, first, _, last = cast(
         tuple[nn.Module, nn.Linear, nn.Module, nn.Linear], tuple(model.encoder.output_transform.layers)
     )
-    normalised_CPF = norm(model.scaled(features_CPF.to(model.device, torch.float32))).cpu()
-    flat = normalised_CPF.flatten(0, 1).double()
-    mean = flat.mean(0)
-    covariance = (flat - mean).T @ (flat - mean) / len(flat)
-    variances, components = torch.linalg.eigh(covariance)  # rising
-    room = model.config.slot_size - PLACES
-    kept = min(room, len(covariance))
-    axes = components[:, -kept:].flip(1).T * (kept / variances[-kept:].sum()).sqrt()
-    places = _places(model.grid).double()
-    # Each frame has the same places, so that their mean over frames is all that the products need.
-    products = (normalised_CPF.double().mean(0) - mean).T @ places / len(places)
-    steady = covariance + 0.01 * torch.eye(len(covariance), dtype=torch.double)
-    told = torch.linalg.solve(steady, products).T
-    told = told * place_scale / (told @ covariance * told).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
-    # Of which sign they are is LAPACK's choice.
-    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    unused = axes.new_zeros(room - kept, len(covariance))  # slots of more numbers than features have
-    linear, mean = torch.cat([axes, unused, told]).round(decimals=DECIMALS), mean.round(decimals=DECIMALS)
+    normalised_CPF = norm(model.scaled(features_CPF.to(model.device, torch.float32))).cpu().double()
+    linear, mean = _components_and_places(normalised_CPF, model.config.slot_size, model.grid, place_scale)
     unit = torch.eye(len(mean), dtype=torch.double)
     first.weight.copy_(torch.cat([unit, -unit]))
     first.bias.copy_(torch.cat([-mean, mean]))
@@ -118,11 +102,32 @@ def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int | None, place
         compared.weight[:, -PLACES:] = 0
     if seed is None:
         return
-    points = (flat - mean) @ linear.T
+    points = (normalised_CPF.flatten(0, 1) - mean) @ linear.T
     sample = points[:: max(1, len(points) // KMEANS_POINTS)].numpy()
     centres, _ = kmeans2(sample, model.config.num_slots, iter=30, minit="++", seed=seed, missing="warn")
     slots = torch.from_numpy(centres).round(decimals=DECIMALS)
     model.initializer.slots.copy_(slots.view_as(model.initializer.slots))
+
+
+def _components_and_places(
+    features_CPF: Tensor, size: int, grid: Grid, place_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The rows `(size, F)` of a linear map of features without their mean, and that mean `(F,)`; see `fit_start`."""
+    flat = features_CPF.flatten(0, 1)
+    mean = flat.mean(0)
+    covariance = (flat - mean).T @ (flat - mean) / len(flat)
+    variances, components = torch.linalg.eigh(covariance)  # rising
+    kept = min(size - PLACES, len(covariance))
+    axes = components[:, -kept:].flip(1).T * (kept / variances[-kept:].sum()).sqrt()
+    # Of which sign they are is LAPACK's choice.
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    unused = axes.new_zeros(size - PLACES - kept, len(covariance))  # slots of more numbers than features have
+    places = _places(grid).double()
+    # Each frame has the same places, so that their mean over frames is all that the products need.
+    products = (features_CPF.mean(0) - mean).T @ places / len(places)
+    told = torch.linalg.solve(covariance + 0.01 * torch.eye(len(covariance), dtype=torch.double), products).T
+    told = told * place_scale / (told @ covariance * told).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
+    return torch.cat([axes, unused, told]).round(decimals=DECIMALS), mean.round(decimals=DECIMALS)
 
 
 def _places(grid: Grid) -> Tensor:

@@ -15,9 +15,11 @@ from training_runs import TRAINING, make_targets, student_run
 from pipeline import storage
 from pipeline.artifacts.subjects import model_identity
 from pipeline.config import ConfigError, load_config, resolve_config, with_overrides
+from pipeline.distill.diod import recoloured
 from pipeline.distill.run import Run, build
 from pipeline.distill.system_objective import SystemBatch
 from pipeline.distill.trainer import NoLogger, Trainer
+from pipeline.evaluate.subjects import teacher_subject
 from pipeline.models import load_slot_model, save_slot_model
 from pipeline.models.backbone import Backbone, BackboneConfig
 from pipeline.models.build import checkpoint_hints, load_teacher
@@ -27,10 +29,12 @@ from pipeline.models.rivals.solv_files import dinov2_positions
 
 SOLV = {**tiny_section(32, 32), "image_width": 48, "system": "solv", "num_slots": 4, "slot_size": 16}
 PIXELS = {"image_size": 16, "num_slots": 4, "slot_size": 16}
+DIOD = {"image_size": 32, "image_width": 48, "system": "diod", "num_slots": 4, "slot_size": 16}
 SYSTEMS = {
     "solv": {**SOLV, "solv": {"decoder_size": 16, "merging_epochs": 4}},
     "savi": {**PIXELS, "system": "savi", "savi": {"encoder_channels": [8, 8], "decoder_channels": [8, 8]}},
     "steve": {**PIXELS, "system": "steve", "steve": {"width": 16, "vocabulary": 16, "decoder_blocks": 1}},
+    "diod": {**DIOD, "diod": {"widths": [4, 8], "blocks": [1, 1], "burn_in": 0.5, "smallest_segment": 4}},
 }
 SETTINGS = {"steps": 12, "checkpoint_every": 5, "precision": "fp32", "gradient_clip": 1.0}
 
@@ -39,13 +43,13 @@ SETTINGS = {"steps": 12, "checkpoint_every": 5, "precision": "fp32", "gradient_c
 def clips(tmp_path_factory):
     rng = np.random.default_rng(0)
     videos = {f"v{i}": random_video(rng, 12) for i in range(5)}
-    return make_clip_set(tmp_path_factory.mktemp("clips"), videos, clip_frames=6).uri
+    return make_clip_set(tmp_path_factory.mktemp("clips"), videos, clip_frames=6, motion=True).uri
 
 
 def config_of(system, root, *overrides, clip_frames=6):
     values = {
         "storage": {"root": str(root)},
-        "clips": {"clip_frames": clip_frames},
+        "clips": {"clip_frames": clip_frames, "motion": "masks"},
         "teacher": {**SYSTEMS[system], "train": {**TRAINING, **SETTINGS}},
         "student": tiny_section(32, 32),
     }
@@ -195,9 +199,116 @@ def test_the_preset_is_the_authors():
     assert (config.distill.method, config.distill.matching) == ("slotmatch_hungarian", "frame")
 
 
+# --- DIOD --------------------------------------------------------------------------------------------------
+
+
+def test_diod_is_taught_by_its_average_after_the_burn_in(clips, tmp_path):
+    settings = "teacher.train.warmup_steps=4", "teacher.train.precision=bf16"
+    trainer = Trainer(run_of("diod", tmp_path, clips, *settings), logger=Rates())
+    objective, model = trainer.objective, trainer.model
+    weights = []
+    own = objective.after_step
+
+    def after_step(step):
+        before = {name: value.clone() for name, value in objective.average.state_dict().items()}
+        own(step)
+        weights.append((before, {name: value.clone() for name, value in model.state_dict().items()}))
+
+    objective.after_step = after_step
+    history = trainer.train().history
+    assert ["teacher" in row for row in history] == [False] * 6 + [True] * 6
+    np.testing.assert_allclose(
+        trainer.logger.rates, [0.002 * min(n / 4, 1) * 0.5 ** (n / 50_000) for n in range(1, 13)]
+    )
+    name = "decoder.conv6.weight"
+    torch.testing.assert_close(weights[6][0][name], weights[5][1][name], rtol=0, atol=0)
+    expected = 0.996 * weights[11][0][name] + 0.004 * weights[11][1][name]
+    torch.testing.assert_close(objective.average.state_dict()[name], expected)
+    assert not any(p.requires_grad for p in objective.heads.parameters())
+
+
+def test_diods_segments_are_shown_as_its_pixels_are(clips, tmp_path):
+    """Crops, flips and sizes: pixels that say where the segments are arrive where these do."""
+    views = ("targets.views=8", "targets.crop=random", "targets.min_scale=0.5")
+    trainer = Trainer(run_of("diod", tmp_path, clips, "teacher.diod.smallest_segment=0", *views))
+    with trainer.loader() as loader:
+        raw, _ = next(iter(loader))
+    for sample, view, motion in zip(raw.samples, raw.views, raw.motion, strict=True):
+        labels = trainer.clips.read_motion(sample.video.shard, sample.row)
+        expected = labels[:, view.top : view.top + view.height, view.left : view.left + view.width]
+        np.testing.assert_array_equal(motion, expected[..., ::-1] if view.flip else expected)
+    large = torch.zeros(1, 24, 24, dtype=torch.uint8)
+    large[:, 6:12, :8], large[:, 20:, 20:] = 3, 1
+    rows, columns = (torch.arange(32) * 24 // 32), (torch.arange(48) * 24 // 48)
+    found = trainer.objective.segments([large])
+    torch.testing.assert_close(found[0], large[:, rows][:, :, columns].long())
+    small = replace_setting(trainer.objective, smallest_segment=8 * 16).segments([large])
+    assert small.unique().tolist() == [0]
+    assert replace_setting(trainer.objective, smallest_segment=8 * 16 - 1).segments(
+        [large]
+    ).unique().tolist() == [0, 3]
+
+
+def replace_setting(objective, **values):
+    objective.settings = objective.settings.model_copy(update=values)
+    return objective
+
+
+def test_diod_needs_motion_segments(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^clips.motion: none, but diod learns from motion .* nearest valid: flow"
+    ):
+        config_of("diod", tmp_path, "clips.motion=none")
+    rng = np.random.default_rng(0)
+    still = make_clip_set(tmp_path / "clips", {"v": random_video(rng, 6)}, clip_frames=6).uri
+    with pytest.raises(ValueError, match=r"no motion segments; make some that do: clips.motion=flow"):
+        Trainer(run_of("diod", tmp_path, still)).train()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.num_slots=1", r"^teacher.system=diod: num_slots: 1, but DIOD.* nearest valid: 2$"),
+        ("teacher.image_width=50", r"image_width: 50 is no multiple of 4, .* nearest valid: 52"),
+        ("teacher.save=slim", r"^teacher.save: slim, but diod has no frozen backbone to leave out"),
+    ],
+)
+def test_what_diod_can_not_be(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        build_teacher(config_of("diod", tmp_path, override))
+
+
+def test_diods_colours_are_one_change_for_all_frames():
+    clip = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8).expand(3, -1, -1, -1)
+    drawn = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        drawn.append(recoloured(clip))
+        assert drawn[-1].dtype == torch.uint8
+        assert all(torch.equal(frame, drawn[-1][0]) for frame in drawn[-1])
+    assert len({tuple(change.flatten().tolist()) for change in drawn}) > 3
+
+
+@torch.no_grad()
+def test_diods_targets_do_not_depend_on_the_batch(tmp_path):
+    model = build_teacher(config_of("diod", tmp_path)).eval()
+    video = torch.randn(2, 6, 3, 32, 48)
+    slots = model.target_slots(video, [0, 0])
+    torch.testing.assert_close(slots[1:], model.target_slots(video[1:], [0]))
+    torch.testing.assert_close(slots[1:], model(video[1:]).slots)
+
+
+def test_rows_of_diod_say_that_it_uses_motion(tmp_path):
+    config = config_of("diod", tmp_path, "teacher.name=DIOD")
+    assert teacher_subject(config, "model").tags["teacher"] == "DIOD (uses motion)"
+    assert config_of("solv", tmp_path).teacher.title == "SlotContrast"
+
+
 # --- as teachers -------------------------------------------------------------------------------------------
 
-MATCHED = ("distill.method=slotmatch_hungarian", "distill.matching=frame", "distill.precision=fp32")
+# Without the contrast, whose pull outweighs the teacher's in the first steps.
+MATCHED = ("distill.method=slotmatch_hungarian", "distill.matching=frame", "distill.alpha=0")
+MATCHED += ("distill.precision=fp32",)
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)

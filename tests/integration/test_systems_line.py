@@ -36,12 +36,17 @@ SYSTEMS = {
         "steve": {"width": 16, "cnn_width": 8, "vocabulary": 32, "decoder_blocks": 1},
         **{"image_size": 32, "num_slots": 4, "slot_size": 16},
     },
+    "diod": {
+        **{"image_size": 32, "num_slots": 5, "slot_size": 16},
+        "diod": {"widths": [4, 8], "blocks": [1, 1], "burn_in": 0.5, "smallest_segment": 10},
+    },
 }
 
 
 def config_of(system, folder):
     """The demo's, with the system's preset laid over it, and over both what makes it small."""
     values = {
+        "clips": {"motion": "masks"} if system == "diod" else {},
         "dataset": {"synthetic": {"videos": 6, "validation_videos": 2, "frames": 9, "size": 48}},
         "teacher": {**SYSTEMS[system], "train": {**TRAINING, "steps": 30}},
         "student": {**tiny_section(24, 48, (32,)), "initialisation": "default"},
@@ -79,7 +84,7 @@ def test_a_system_from_videos_to_segments(system, local_ray, tmp_path):
 
     report(config, latency_runs=1)
     text = (tmp_path / "root" / "report" / "report.md").read_text()
-    assert f"| {config.teacher.name} (teacher) |" in text
+    assert f"| {config.teacher.title} (teacher) |" in text
 
     versions = [register(config), register_run(config, trained["uri"], None, contend=False)]
     video = next((tmp_path / "root" / "generated").rglob("*.mp4"))

@@ -12,6 +12,7 @@ from pipeline.clips.sources import coco, davis, movi, videos, webdataset, ytvis
 from pipeline.clips.sources.base import BadVideo, Frame, FrameIterator, VideoRef
 from pipeline.clips.sources.files import HashMemo
 from pipeline.clips.sources.frames import resample
+from pipeline.clips.sources.motion_files import with_motion, with_motion_files
 from pipeline.config import ConfigError, Dataset, NamedSplit, parse_split
 from pipeline.log import is_storable, printable
 
@@ -70,7 +71,12 @@ def list_videos(
         found = _part_by_name(named, dataset.splits[named], found)
     if not found[part]:
         raise FileNotFoundError(f"no video: {split!r} is empty, {place} has {len(found)}")
-    return found[part]
+    if dataset.motion is None:
+        return found[part]
+    memo = HashMemo(memo_uri and memo_uri.replace(".json", "-motion.json"))
+    found = with_motion_files(found[part], dataset.motion, memo)
+    memo.save()
+    return found
 
 
 def _part_by_name(name: str, split: NamedSplit, found: list[VideoRef]) -> list[VideoRef]:
@@ -156,4 +162,6 @@ def read_video(
         frames = _SOURCES[video.kind].read(video, short_side)
     else:
         frames = videos.read(video, short_side, square=square)
+    if "motion" in video.details:
+        frames = with_motion(frames, video)
     yield from resample(frames, fps, max_seconds)

@@ -40,13 +40,14 @@ class Frame(NamedTuple):
     """Pixels `(H, W, 3)` uint8, the time in seconds, and masks by object id (None: no annotation).
 
     Layouts without a clock count frames instead of seconds. `orientation` is EXIF's, which the pixels have been
-    turned by.
+    turned by. `motion`: masks of what moves (None: nobody has looked), whose numbers mean nothing in other frames.
     """
 
     pixels: np.ndarray
     seconds: float
     masks: dict[int, np.ndarray] | None
     orientation: int = 1
+    motion: dict[int, np.ndarray] | None = None
 
 
 class BadVideo(Exception):

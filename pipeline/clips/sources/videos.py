@@ -8,7 +8,7 @@ is background and 255 is void, or in a video without any other label an object.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,10 @@ def read(video: VideoRef, short_side: int | None, *, square: bool = True) -> Fra
     else:
         stored = read_file(video, short_side, square=square)
     frames = fitted(stored, short_side)
-    yield from _with_masks(frames, video) if video.details.get("masks") else frames
+    if folder := video.details.get("masks"):
+        yield from (frame._replace(masks=masks) for frame, masks in with_labels_of(folder, frames, video))
+    else:
+        yield from frames
 
 
 def is_folder(video: VideoRef) -> bool:
@@ -166,37 +169,44 @@ def is_folder(video: VideoRef) -> bool:
     return bool(video.details.get("folder")) or os.path.isdir(video.path)
 
 
-def _with_masks(frames: FrameIterator, video: VideoRef) -> FrameIterator:
-    """Frames with the masks of a folder's label images, one each in order."""
-    folder = video.details["masks"]
+def with_labels_of(
+    folder: str, frames: FrameIterator, video: VideoRef, what: str = "masks"
+) -> Iterator[tuple[Frame, dict[int, np.ndarray]]]:
+    """Frames, each with the masks of a folder's label images, one each in order.
+
+    Raises:
+        BadVideo: they can't be read, or don't fit the frames; it calls them `what`.
+    """
     names = _images(folder)
     if not names and (others := storage.list_names(folder)):
         raise BadVideo(
-            f"its masks are in a format that is not read ({printable(others[0])}, …); save them as PNG"
+            f"its {what} are in a format that is not read ({printable(others[0])}, …); save them as PNG"
         )
     one_object = is_one_object(only_void(_read_labels(folder, name)) for name in names)
     count = 0
     for frame in frames:
         if count >= len(names):
-            raise BadVideo(f"has more frames than masks ({len(names)})")
-        yield frame._replace(masks=_read_masks(video, names[count], frame, one_object))
+            raise BadVideo(f"has more frames than {what} ({len(names)})")
+        yield frame, _read_masks(video, folder, names[count], frame, one_object)
         count += 1
     if count != len(names):
-        raise BadVideo(f"has {count} frames but {len(names)} masks")
+        raise BadVideo(f"has {count} frames but {len(names)} {what}")
 
 
 def _read_labels(folder: str, name: str) -> np.ndarray:
     return decode_labels(read_whole(storage.join(folder, name), f"mask {name}"), name)
 
 
-def _read_masks(video: VideoRef, name: str, frame: Frame, one_object: bool) -> dict[int, np.ndarray]:
+def _read_masks(
+    video: VideoRef, folder: str, name: str, frame: Frame, one_object: bool
+) -> dict[int, np.ndarray]:
     """Masks (H, W) bool at a frame's size, of a label image that may have another one of the same shape.
 
     Where a pixel's centre falls between two of the label image, Pillow takes another one than `nearest_resize`: it
     stays Pillow, as what is written under a fingerprint does.
     """
     size = frame.pixels.shape[:2]
-    labels = as_shown(_read_labels(video.details["masks"], name), size, frame.orientation)
+    labels = as_shown(_read_labels(folder, name), size, frame.orientation)
     (mask_height, mask_width), (height, width) = labels.shape, size
     if not fits(labels.shape, size) and not _is_of_other_pixels(video, labels.shape, size):
         raise BadVideo(f"mask {name} is {mask_width}x{mask_height}, its frame {width}x{height} pixels")
@@ -206,7 +216,7 @@ def _read_masks(video: VideoRef, name: str, frame: Frame, one_object: bool) -> d
 
 def _is_of_other_pixels(video: VideoRef, mask: Sequence[int], frame: Sequence[int]) -> bool:
     """Whether a mask is so much wider than its frame because one has the stored pixels, and the other square ones."""
-    if is_folder(video):
+    if is_folder(video) or video.kind != "videos":
         return False
     aspect = float(outline(video).aspect)
     return any(fits((mask[0], mask[1] * stretch), frame) for stretch in (aspect, 1 / aspect))

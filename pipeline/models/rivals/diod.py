@@ -290,6 +290,7 @@ class DIOD(VideoSegmenter):
 
     config: DIODConfig
     frame_resizing, mask_resizing = "bilinear", "nearest"
+    teaches = True
 
     def __init__(self, config: DIODConfig) -> None:
         super().__init__()
@@ -348,6 +349,11 @@ class DIOD(VideoSegmenter):
         features = self.fc2(F.relu(self.fc1(self.LN(self.encoder_cnn.encoder_pos(maps)))))
         slots, masks = self.slot_attention(features, slots)
         return maps, features, slots, masks, (memory, slots[:, -1])
+
+    @torch.no_grad()
+    def target_slots(self, video_BTCHW: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+        """Each clip by itself, as batch norm's statistics are its frames', from the fixed slots; nothing is drawn."""
+        return torch.cat([self._segmented(clip[None], None)[2] for clip in video_BTCHW])
 
     @torch.no_grad()
     def stream(

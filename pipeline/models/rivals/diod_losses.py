@@ -8,6 +8,8 @@ Shapes: B clips, T frames, N slots of which the last is the background, K object
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,16 +47,37 @@ def diod_losses(
     """
     _check_motion(video, motion)
     assert motion is not None
-    output = model(video)
+    output = _widened(model(video))
     objects = objects_of(motion, model.grid)
-    if teacher is None:
-        return _total(output, video, objects, {"mask": mask_loss(output.masks, objects)})
     with torch.no_grad():
-        seen = teacher(video if teacher_video is None else teacher_video)
-    labels = pseudo_labels(seen.masks.unflatten(-1, model.grid), confidence=confidence)
+        seen = (
+            None if teacher is None else _widened(teacher(video if teacher_video is None else teacher_video))
+        )
+    # In bf16 a matching and the confidence in an object would be coarse.
+    with torch.autocast(video.device.type, enabled=False):
+        return _losses(output, video, objects, seen, model.grid, confidence)
+
+
+def _widened(output: DIODOutput) -> DIODOutput:
+    """What the losses look at, in fp32."""
+    assert output.reconstruction is not None
+    return replace(
+        output,
+        masks=output.masks.float(),
+        foreground=output.foreground.float(),
+        reconstruction=output.reconstruction.float(),
+    )
+
+
+def _losses(
+    output: DIODOutput, video: Tensor, objects: Tensor, seen: DIODOutput | None, grid: Grid, confidence: float
+) -> dict[str, Tensor]:
+    if seen is None:
+        return _total(output, video, objects, {"mask": mask_loss(output.masks, objects)})
+    labels = pseudo_labels(seen.masks.unflatten(-1, grid), confidence=confidence)
     believed = {
         "mask": mask_loss(output.masks, objects, seen.foreground, confidence),
-        "teacher": mask_loss(output.masks, objects_of(labels, model.grid), seen.foreground, confidence),
+        "teacher": mask_loss(output.masks, objects_of(labels, grid), seen.foreground, confidence),
     }
     passed = objects * confident(objects, seen.foreground, confidence)[1].unsqueeze(-1)
     return _total(output, video, passed, believed)

@@ -30,9 +30,9 @@ def drawn_tokens(frames: int, patches: int, seed: int, share: float = 0.5) -> Te
     return draws.topk(int(share * patches), dim=1).indices.sort(dim=1).values
 
 
-def diod_learning_rate(step: int) -> float:
-    """Of DIOD's rate (5e-4, Adam) the share at a step, counted from 1: up for 3,000, halved with each 50,000."""
-    return min(step / 3_000, 1.0) * 0.5 ** (step / 50_000)
+def diod_learning_rate(step: int, warmup: int = 3_000, half_life: int = 50_000) -> float:
+    """Of DIOD's rate (5e-4, Adam) the share at a step, counted from 1: up, and halved with each `half_life` steps."""
+    return min(step / max(warmup, 1), 1.0) * 0.5 ** (step / half_life)
 
 
 def steve_temperature(step: int, steps: int = 30_000) -> float:
