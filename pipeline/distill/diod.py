@@ -57,17 +57,20 @@ class DIODObjective(SystemObjective):
             follow(self.average, self.model, self.settings.teacher_decay if step + 1 > self.burn_in else 0.0)
 
     def losses(self, batch: SystemBatch) -> dict[str, Tensor]:
-        motion = None if batch.motion is None else self.segments(batch.motion)
+        """Those of `diod_losses`, and `moving`, the share of pixels that have a motion segment."""
+        assert batch.motion is not None
+        motion = self.segments(batch.motion)
         losses = partial(diod_losses, self.model, motion=motion, confidence=self.settings.confidence)
         video = self.model.prepare(batch.pixels)
+        moving = {"moving": (motion > 0).float().mean()}
         if batch.step < self.burn_in:
-            return losses(video)
+            return losses(video) | moving
         own = (
             self.model.prepare([recoloured(clip) for clip in batch.pixels])
             if self.settings.colours
             else video
         )
-        return losses(own, teacher=self.average, teacher_video=video)
+        return losses(own, teacher=self.average, teacher_video=video) | moving
 
     def segments(self, motion: list[Tensor]) -> Tensor:
         """Motion segments at the input's size, `(B, T, H, W)`, without the small ones."""

@@ -217,6 +217,7 @@ def test_diod_is_taught_by_its_average_after_the_burn_in(clips, tmp_path):
     objective.after_step = after_step
     history = trainer.train().history
     assert ["teacher" in row for row in history] == [False] * 6 + [True] * 6
+    assert all(0 < row["moving"] < 0.5 for row in history)
     np.testing.assert_allclose(
         trainer.logger.rates, [0.002 * min(n / 4, 1) * 0.5 ** (n / 50_000) for n in range(1, 13)]
     )
