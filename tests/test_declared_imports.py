@@ -20,7 +20,7 @@ def declared(*groups):
     }
 
 
-COMES_WITH = {"triton": "torch"}  # that is made for GPUs
+COMES_WITH = {"triton": "torch", "torchvision": "timm"}  # triton: with the torch that is made for GPUs
 DEV = ["dependencies", "dev"]
 FOLDERS = {
     "pipeline": ["dependencies", "s3", "motion"],
