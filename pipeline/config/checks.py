@@ -63,7 +63,9 @@ def check_dataset(config: Config) -> list[str]:
             problems.append(
                 f"{key}: {name!r} is no generated split ({', '.join(GENERATED_SPLITS)}); nearest: {near}"
             )
-    problems += _check_splits(config.dataset) + _check_motion(config)
+    problems += _check_splits(config.dataset)
+    if not problems:  # it has to know the folder of the split
+        problems += _check_motion(config)
     if config.dataset.kind == "coco" and config.clips.clip_frames != 1:
         problems.append(
             f"clips.clip_frames: {config.clips.clip_frames} frames, but COCO's images are videos of one; "

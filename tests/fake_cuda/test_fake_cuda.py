@@ -21,7 +21,7 @@ ERRORS = {  # mistakes planted in the pipeline, and what is said, as by a GPU
 }
 WAITS = {
     "a number read in each step": "read of a number, distill/trainer.py:train",
-    "a tensor made in each step": "copy of unpinned memory to the device, distill/trainer.py:batch",
+    "a tensor made in each step": "copy of unpinned memory to the device, distill/batches.py:slot_batch",
 }
 LOGGED = ["read of a number, distill/trainer.py:diverged", "copy to the host, distill/step.py:read_values"]
 RARER_TRAINING = ("fp32", "plain decoder", "mse", "feature KD", "feature KD, live", "slot map")
