@@ -390,3 +390,13 @@ def test_slots_of_two_sizes_need_a_map():
     with pytest.raises(ConfigError, match="slot_size: 64 differs"):
         resolve_config({}, sizes)
     assert resolve_config({}, [*sizes, "distill.slot_map=true"]).student.slot_size == 64
+
+
+@pytest.mark.parametrize("system", ["solv", "savi", "steve", "diod"])
+def test_a_system_lies_over_the_setting_of_davis_for_two_cores(system):
+    """Whatever that sets of slot models alone is set back; what its student or bound can't have beside it is said."""
+    preset = CONFIGS / "systems" / f"{system}.yaml"
+    of_student = ["student.initialisation=default", "distill.initial_slots_from_teacher=null"]
+    config = load_config(CONFIGS / "davis_small.yaml", of_student, presets=[preset])
+    assert (config.teacher.system, config.teacher.feature_scale) == (system, 1)
+    assert config.teacher.train.decoder_learning_rate is None
