@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from dataclasses import asdict
+from pathlib import PurePosixPath
 
 from pipeline import storage
 from pipeline.artifacts.identity import Artifact, Artifacts
@@ -213,12 +215,17 @@ def _check_apart(
     (key, split), (other_key, other_split) = one, other
     if split is None or other_split is None or split == other_split:
         return  # the same one twice is refused, unless nothing is trained on it
-    listed = artifacts.config.dataset.listed
-    if listed(split) != listed(other_split):
+    dataset = artifacts.config.dataset
+    folders = [PurePosixPath(dataset.listed(part)) for part in (other_split, split)]
+    nested = dataset.kind == "videos" and any(a in b.parents for a, b in itertools.permutations(folders))
+    if folders[0] != folders[1] and not nested:
         return  # video ids are unique in a split only
     ids = [
-        {video for video, _ in artifacts.library.sources(artifacts.config, part)}
-        for part in (other_split, split)
+        {
+            str(folder / video) if nested else video
+            for video, _ in artifacts.library.sources(artifacts.config, part)
+        }
+        for folder, part in zip(folders, (other_split, split), strict=True)
     ]
     if both := sorted(ids[0] & ids[1]):
         raise ConfigError(

@@ -15,6 +15,8 @@ from pipeline.config.sections import GENERATED_SPLITS, Config, Dataset, NamedSpl
 from pipeline.config.training import Training, equal_shares
 from pipeline.log import has_password
 
+PLACES = 5  # numbers of a slot that a fitted start needs for its place, as `pipeline.models.initialisation` has them
+
 
 def check_secrets(config: Config) -> list[str]:
     """A config is printed, stored beside every result and shown by MLflow: no place for a password."""
@@ -80,8 +82,13 @@ def _check_motion(config: Config) -> list[str]:
         return ["clips.motion: files needs dataset.motion, the folder of label images; nearest valid: flow"]
     if motion != "files" and dataset.motion is not None:
         return [f"dataset.motion: is not read with clips.motion={motion}; nearest valid: clips.motion=files"]
-    folder = Path(dataset.path or "", dataset.listed(dataset.split))
-    if dataset.kind == "videos" and folder in Path(dataset.motion or "").parents:
+    if dataset.kind != "videos" or dataset.motion is None:
+        return []
+    try:
+        folder = Path(dataset.path or "", dataset.listed(dataset.split))
+    except ValueError:  # of dataset.split, which `check_dataset` says
+        return []
+    if folder in Path(dataset.motion).parents:
         return [
             f"dataset.motion: {dataset.motion!r} lies among the videos ({folder}), and would be taken for some; move "
             "it beside them"
@@ -206,6 +213,24 @@ def _check_distill(config: Config) -> list[str]:
     return problems
 
 
+def _check_fitted(name: str, model: Model, slot_size: int) -> list[str]:
+    """What `fit_start` would refuse when the run begins, after all that it waits for."""
+    if model.initialisation != "fitted":
+        return []
+    problems = []
+    if model.initial_slots == "random":
+        problems.append(
+            f"{name}.initialisation: fitted needs initial slots that are learned ({name}.initial_slots: random); "
+            "nearest valid: soft_kmeans"
+        )
+    if slot_size <= PLACES:
+        problems.append(
+            f"{name}.slot_size: {slot_size} numbers leave {name}.initialisation=fitted nothing beside the {PLACES} of "
+            f"the place; nearest valid: {-(-(PLACES + 1) // 4) * 4}"
+        )
+    return problems
+
+
 def _check_system(config: Config) -> list[str]:
     """Of a rival that is trained here."""
     section, problems = config.teacher, []
@@ -305,6 +330,11 @@ def check_combinations(config: Config) -> list[str]:
         ("teacher.train", config.teacher.train, config.teacher),
         ("distill", config.distill, config.student),
     ]
+    sizes = config.teacher.sizes
+    own = config.teacher.checkpoint is None and config.teacher.system == "slotcontrast"
+    if own:
+        problems += _check_fitted("teacher", config.teacher, sizes["slot_size"])
+    problems += _check_fitted("student", config.student, config.student.slot_size or sizes["slot_size"])
     for name, train, model in runs:
         problems += _check_workers(name, train)
         if train.alpha and not model.predictor:

@@ -178,7 +178,7 @@ def _explain(error: Any, model: type[Section]) -> str:
     if kind == "missing" and len(location) == 1:
         return f"{key}: is missing; give {key}=…"
     if kind == "missing":
-        return f"{key}: is missing (needed beside {', '.join(value) if isinstance(value, dict) else value!r})"
+        return f"{key}: is missing (needed beside {', '.join(map(str, value)) if isinstance(value, dict) else value!r})"
     message = error["msg"].removeprefix("Input should be ").split(", unable")[0]
     return f"{key}: {value!r} is not {message}"
 

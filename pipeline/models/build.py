@@ -201,6 +201,7 @@ def checkpoint_hints(config: Config) -> CheckpointHints:
         section.mean,
         section.std,
         weights if lacking else None,
+        batch_statistics=False if section.system == "diod" and not section.diod.batch_statistics else None,
         predictor_heads=section.predictor_heads,
         num_iterations=section.num_iterations,
         image_size=section.image_size if sized else None,

@@ -67,11 +67,17 @@ class CheckpointHints:
 
         Raises:
             TypeError: names that are no hints.
+            ValueError: sizes and counts below 1.
         """
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if isinstance(arguments.get("backbone_weights"), Path):
             arguments["backbone_weights"] = str(arguments["backbone_weights"])
-        return cls(**arguments)
+        hints = cls(**arguments)
+        for name in ("num_heads", "predictor_heads", "num_iterations", "image_size"):
+            value = getattr(hints, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}; nearest valid: 1")
+        return hints
 
 
 class Shapes:

@@ -141,3 +141,32 @@ def test_the_shipped_davis_setting_splits_val_by_hash():
     names = by_hash(f"video {i}" for i in range(20))
     assert names[dataset.splits["validation"].part] == names[:8]
     assert names[dataset.splits["test"].part] == names[8:]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shared"),
+    [
+        ({"split": ""}, "'test' and dataset.split '' share 3"),
+        (
+            {"split": "some", "splits": {"some": {"of": "", "skip": 1}}},
+            "'test' and dataset.split 'some' share",
+        ),
+    ],
+)
+def test_a_folder_within_the_one_that_is_trained_on_is_not_held_out(chosen, shared, tmp_path):
+    for folder in ("train", "val", "test"):
+        for letter in "abc":
+            storage.write_bytes(str(tmp_path / "videos" / folder / f"{letter}.mp4"), b"x")
+    config = resolve_config(
+        {
+            "dataset": {"kind": "videos", "path": str(tmp_path / "videos"), **chosen},
+            "evaluate": {"split": "val"},
+            "evidence": {"split": "test"},
+            "storage": {"root": str(tmp_path / "runs")},
+        }
+    )
+    check_disjoint(artifacts_of(config))  # the folder for evaluation is left out of what is trained on
+    with pytest.raises(ConfigError, match=shared):
+        check_held_out(artifacts_of(config))
+    apart = config.model_copy(update={"dataset": config.dataset.model_copy(update={"split": "train"})})
+    check_held_out(artifacts_of(apart))

@@ -4,7 +4,8 @@ import pytest
 import yaml
 from places import CONFIGS
 
-from pipeline.config import Config, ConfigError, ViT, load_config, resolve_config
+from pipeline.config import Config, ConfigError, ViT, checks, load_config, resolve_config
+from pipeline.models import initialisation
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
@@ -349,6 +350,17 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
             "teacher.cached_features: teacher.train.similarity: 0.1 is made of the backbone's attention keys",
         ),
         (["distill.method=feature_kd"], "feature_kd needs the teacher's features: cache them"),
+        (
+            ["student.initialisation=fitted", "student.initial_slots=random"],
+            "student.initialisation: fitted needs initial slots that are learned",
+        ),
+        (["student.initialisation=fitted", "student.slot_size=4"], "nearest valid: 8"),
+        (
+            ["teacher.initialisation=fitted", "teacher.initial_slots=random"],
+            "teacher.initialisation: fitted needs",
+        ),
+        (["dataset.split=train[abc]"], "dataset.split: 'train[abc]' is no split or slice"),
+        (["dataset.splits={a: {off: val}}"], "dataset.splits.a.of: is missing"),
         (["distill.method=slotmach"], "nearest: slotmatch"),
         (["teacher.train.similarity=0.1"], "use teacher.decoder=slot_mixer"),
         (["teacher.train.reconstruction=0"], "leaves nothing to train for"),
@@ -364,8 +376,27 @@ def test_what_can_not_be_combined_says_what_to_do(overrides, message):
     assert message in str(error.value)
 
 
+def test_a_fitted_start_is_not_asked_of_a_teacher_that_is_there():
+    overrides = ["teacher.checkpoint=a", "teacher.initialisation=fitted", "teacher.initial_slots=random"]
+    assert resolve_config({}, overrides).teacher.initialisation == "fitted"
+
+
+def test_places_are_as_the_start_has_them():
+    assert checks.PLACES == initialisation.PLACES
+
+
 def test_slots_of_two_sizes_need_a_map():
     sizes = ["teacher.slot_size=128", "student.slot_size=64"]
     with pytest.raises(ConfigError, match="slot_size: 64 differs"):
         resolve_config({}, sizes)
     assert resolve_config({}, [*sizes, "distill.slot_map=true"]).student.slot_size == 64
+
+
+@pytest.mark.parametrize("system", ["solv", "savi", "steve", "diod"])
+def test_a_system_lies_over_the_setting_of_davis_for_two_cores(system):
+    """Whatever that sets of slot models alone is set back; what its student or bound can't have beside it is said."""
+    preset = CONFIGS / "systems" / f"{system}.yaml"
+    of_student = ["student.initialisation=default", "distill.initial_slots_from_teacher=null"]
+    config = load_config(CONFIGS / "davis_small.yaml", of_student, presets=[preset])
+    assert (config.teacher.system, config.teacher.feature_scale) == (system, 1)
+    assert config.teacher.train.decoder_learning_rate is None
