@@ -167,12 +167,32 @@ def _decoder_rate(run: Run) -> float:
     return 1.0 if own is None else own / run.settings.learning_rate
 
 
+def _check_components(student: SlotModel, teacher: SlotModel) -> None:
+    """A fitted student that has its teacher's initial slots: they lie in the components of the teacher's features.
+
+    Raises:
+        ConfigError: the student's features are known to be others.
+    """
+    own, other = student.config.backbone, teacher.config.backbone
+    sizes = [model.encoder.backbone.feature_size for model in (student, teacher)]
+    named = own.name and other.name and own.name != other.name
+    if named or own.blocks != other.blocks or sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"student.initialisation: fitted, with initial slots from the teacher, which lie in the features of "
+            f"{other.label} and not of {own.label}; nearest valid: soft_kmeans, or "
+            "distill.initial_slots_from_teacher=false"
+        )
+
+
 def _build_student(run: Run) -> tuple[TrainingObjective, VideoSegmenter | None]:
     config, settings = run.config, run.config.distill
     teacher = None
     if run.teacher_uri is not None:
         teacher = load_teacher(config, run.teacher_uri).requires_grad_(False)
     student = build_student(config, teacher=teacher or run.teacher_config, seed=settings.seed)
+    if config.student.initialisation == "fitted" and run.has_teachers_slots:
+        assert isinstance(teacher, SlotModel)
+        _check_components(student, teacher)
     student.decoder.fast = settings.fast_decoder
     try:
         with seeded(settings.seed):

@@ -296,6 +296,18 @@ def test_a_fitted_student_keeps_the_slots_that_it_has_from_its_teacher(root):
     assert all(torch.equal(projections[0][key], projections[1][key]) for key in projections[0])
 
 
+def test_a_fitted_student_of_other_features_does_not_take_its_teachers_slots(root):
+    settings = (
+        "distill.initial_slots_from_teacher=true",
+        "distill.method=no_kd",
+        "student.backbone_blocks=1",
+    )
+    config = make_config(root, *SHORT, "student.initialisation=fitted", *settings)
+    run = student_run(config, f"{root}/other", f"{root}/clips", teacher_uri=f"{root}/teacher/model")
+    with pytest.raises(ConfigError, match=r"student\.initialisation: fitted.*nearest valid: soft_kmeans"):
+        Trainer(run)
+
+
 def test_drawn_slots_have_no_fitted_start():
     with pytest.raises(ValueError, match="learned"):
         fit_start(tiny_model(3, 12, initializer="random"), torch.randn(2, 4, 16), seed=0)
