@@ -11,8 +11,8 @@ from pipeline.config import Config, ConfigError, Distill, Model, TeacherTraining
 from pipeline.distill.objective import TrainingObjective
 from pipeline.distill.step import Objective, Terms
 from pipeline.distill.systems import OBJECTIVES
-from pipeline.models import BackboneSource, SlotModel, SlotModelConfig, VideoSegmenter
-from pipeline.models.build import build_student, load_teacher, seeded, student_sizes
+from pipeline.models import BackboneSource, SlotModel, VideoSegmenter
+from pipeline.models.build import build_student, copies_initial_slots, load_teacher, seeded
 from pipeline.models.build_teachers import build_teacher
 from pipeline.models.segmenter import SegmenterConfig
 from pipeline.models.slim import STORE_FOLDER
@@ -36,9 +36,7 @@ class Run:
     uri: str
     clips_uri: str
     targets_uri: str | None = None
-    features_uri: str | None = (
-        None  # of stored features of the backbone, which are read instead of the frames
-    )
+    features_uri: str | None = None  # of the backbone's stored features, which are read instead of the frames
     teacher_uri: str | None = None
     teacher_config: SegmenterConfig | None = None  # gives the sizes that the student leaves open
     views: int | None = None  # that each clip has; None: a new one in every epoch
@@ -112,12 +110,9 @@ class Run:
     @property
     def has_teachers_slots(self) -> bool:
         """Whether its initial slots are a teacher's, as `build_student` copies them."""
-        if self.teacher_uri is None or not isinstance(self.teacher_config, SlotModelConfig):
+        if self.teacher_uri is None or self.teacher_config is None:
             return False
-        same_size = (
-            student_sizes(self.config, self.teacher_config)["slot_size"] == self.teacher_config.slot_size
-        )
-        return same_size and self.config.distill.initial_slots_from_teacher is not False
+        return copies_initial_slots(self.config, self.teacher_config)
 
     @property
     def label(self) -> str:

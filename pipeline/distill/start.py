@@ -30,7 +30,7 @@ def settle_start(run: Run, model: VideoSegmenter, loader: Loader) -> None:
 
     The first worker measures, and the others take its numbers. Cached features and the backbone's own give the same.
     """
-    section = run.config.student if run.kind == "student" else run.config.teacher
+    section = run.section
     auto, fitted = section.feature_scale == "auto", section.initialisation == "fitted"
     if not auto and not fitted:
         return

@@ -151,6 +151,13 @@ def student_sizes(config: Config, teacher: SegmenterConfig | None) -> dict[str, 
     return sizes
 
 
+def copies_initial_slots(config: Config, teacher: SegmenterConfig) -> bool:
+    """Whether a student whose teacher is at hand starts from that one's initial slots."""
+    same_size = student_sizes(config, teacher)["slot_size"] == teacher.slot_size
+    may = config.distill.initial_slots_from_teacher is not False
+    return isinstance(teacher, SlotModelConfig) and same_size and may
+
+
 def build_student(
     config: Config, *, teacher: VideoSegmenter | SegmenterConfig | None, seed: int
 ) -> SlotModel:
@@ -178,7 +185,7 @@ def build_student(
             f"distill.initial_slots_from_teacher: {type(teacher).__name__} starts its frames in another way than "
             "students do; leave it out"
         )
-    if isinstance(teacher, SlotModel) and same_size and copies is not False:
+    if isinstance(teacher, SlotModel) and copies_initial_slots(config, teacher.config):
         if student.config.initializer != teacher.config.initializer:
             raise ConfigError(
                 f"student.initial_slots: {student.config.initializer!r} differs from the teacher's "

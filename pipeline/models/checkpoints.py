@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models.files import check_finite, check_state_dict, read_checkpoint_file
+from pipeline.models.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_finite,
+    check_state_dict,
+    read_checkpoint_file,
+)
 from pipeline.models.flax_files import EMBEDDED_CONFIG
 from pipeline.models.hints import CheckpointHints
 from pipeline.models.initialisation import WithoutDraws
@@ -30,8 +36,6 @@ from pipeline.models.slim import (
 from pipeline.models.slot_files import plain_names, without_training_heads
 from pipeline.models.systems import SYSTEMS, System, model_of, of_content, of_model, parse_config
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 

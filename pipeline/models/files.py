@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.models.flax_files import is_flax, read_flax
 
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # of a model folder
+
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or a PyTorch file, without running any pickled code.

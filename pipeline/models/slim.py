@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.models.backbone import Backbone, load_backbone_weights, read_state_dict
+from pipeline.models.files import CONFIG_FILE
 
 CONFIG_KEY = "frozen_backbone"  # of a slim model's config.json
 STORE_FOLDER = "backbones"  # below a storage.root
@@ -112,7 +113,7 @@ def _keep(frozen: Mapping[str, Tensor], place: str) -> None:
 
 def read_frozen_backbone(folder: str | Path) -> FrozenBackbone | None:
     """What the config of a local model folder says of weights that the folder lacks; None of a whole model."""
-    values = json.loads((Path(folder) / "config.json").read_text()).get(CONFIG_KEY)
+    values = json.loads((Path(folder) / CONFIG_FILE).read_text()).get(CONFIG_KEY)
     return None if values is None else FrozenBackbone.from_dict(values)
 
 
