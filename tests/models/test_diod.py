@@ -2,10 +2,12 @@
 
 import json
 
+import golden_numbers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_numbers import numbers
 from places import GOLDEN
 
 from pipeline.models import load_slot_model, save_public_checkpoint, save_slot_model
@@ -19,8 +21,7 @@ FILE, TEACHER = GOLDEN / "rivals" / "diod_tiny.ckpt", GOLDEN / "rivals" / "diod_
 
 @pytest.fixture(scope="module")
 def golden():
-    arrays = np.load(GOLDEN / "rivals" / "diod_tiny.npz")
-    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return numbers("rivals/diod_tiny")
 
 
 @pytest.fixture
@@ -29,8 +30,7 @@ def model():
 
 
 def close(value, expected, name=""):
-    value = value.reshape(expected.shape)
-    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}")
+    golden_numbers.close(value.reshape(expected.shape), expected, name)
 
 
 def close_losses(model, losses, golden, kind):

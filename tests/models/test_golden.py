@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_numbers import numbers
 from places import GOLDEN
 
 from pipeline.losses import feature_reconstruction_loss, slot_contrastive_loss
@@ -16,14 +17,9 @@ OUTPUTS = ("slots", "attention", "masks", "reconstruction", "backbone_features")
 HEADS = 3  # of the tiny ViT: the one thing that a checkpoint's shapes don't tell
 
 
-def read(name):
-    arrays = np.load(GOLDEN / f"{name}.npz")
-    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
 @pytest.fixture(scope="module")
 def golden():
-    return read("slotcontrast_tiny")
+    return numbers("slotcontrast_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,7 @@ def test_slotcontrast_losses_and_gradient(golden, model):
 @torch.no_grad()
 def test_videosaur():
     """Drawn slots (given), no MLP in slot attention, the slot mixer with F + P outputs."""
-    golden = read("videosaur_tiny")
+    golden = numbers("videosaur_tiny")
     model = load_slot_model(GOLDEN / "videosaur_tiny.ckpt", num_heads=HEADS, num_slots=4)
     keys = []  # of the last block's attention: what temporal similarity is about
     model.encoder.backbone.model.blocks[-1].attn.qkv.register_forward_hook(

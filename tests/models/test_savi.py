@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 import torch
+from golden_numbers import close, numbers
 from places import GOLDEN
 
 from pipeline.models import HintError, load_slot_model, save_public_checkpoint, save_slot_model
@@ -26,11 +27,6 @@ FILES = {name: GOLDEN / "rivals" / f"savi_{name}_tiny.flax" for name in HINTS}
 each_kind = pytest.mark.parametrize("kind", HINTS)
 
 
-def numbers(kind):
-    arrays = np.load(FILES[kind].with_suffix(".npz"))
-    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
 def load(kind, **hints):
     return load_slot_model(FILES[kind], **{**HINTS[kind], **hints})
 
@@ -45,17 +41,13 @@ def start(golden, kind):
     }[kind]
 
 
-def close(value, expected, name=""):
-    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}")
-
-
 # --- the public implementation's numbers ---------------------------------------------------------------
 
 
 @each_kind
 def test_a_training_step(kind):
     """Slots, masks, loss, gradient, and how far the first step of clipped Adam goes."""
-    golden, model = numbers(kind), load(kind)
+    golden, model = numbers(f"rivals/savi_{kind}_tiny"), load(kind)
     output = model(golden["video"], **start(golden, kind))
     for name in {"features", "attention", "slots", "slots_predicted", "reconstruction"} & golden.keys():
         close(getattr(output, name), golden[name], name)
@@ -79,7 +71,7 @@ def test_a_training_step(kind):
 @torch.no_grad()
 @each_kind
 def test_labels(kind):
-    golden, model = numbers(kind), load(kind)
+    golden, model = numbers(f"rivals/savi_{kind}_tiny"), load(kind)
     masks = model(golden["video"], **start(golden, kind)).masks
     for clip, expected in zip(masks, golden["hard_masks"], strict=True):
         labels = model.label_maps(clip, (32, 32))
@@ -90,13 +82,15 @@ def test_labels(kind):
 
 
 def test_losses_by_name():
-    golden, model = numbers("conditional"), load("conditional")
+    golden, model = numbers("rivals/savi_conditional_tiny"), load("conditional")
     losses = model.losses(golden["video"], flow=golden["flow_pixels"], boxes=golden["boxes"])
     assert {name: loss.item() for name, loss in losses.items()} == {
         "reconstruction": pytest.approx(golden["loss"].item(), rel=1e-5)
     }
-    losses = load("learned").losses(numbers("learned")["video"])
-    assert losses["reconstruction"].item() == pytest.approx(numbers("learned")["loss"].item(), rel=1e-5)
+    losses = load("learned").losses(numbers("rivals/savi_learned_tiny")["video"])
+    assert losses["reconstruction"].item() == pytest.approx(
+        numbers("rivals/savi_learned_tiny")["loss"].item(), rel=1e-5
+    )
 
 
 # --- flow, schedule --------------------------------------------------------------------------------------
@@ -104,7 +98,7 @@ def test_losses_by_name():
 
 @pytest.mark.parametrize("kind", ["conditional", "resnet"])
 def test_flow_as_the_authors_draw_it(kind):
-    golden = numbers(kind)
+    golden = numbers(f"rivals/savi_{kind}_tiny")
     assert torch.equal(flow_as_rgb(golden["flow_pixels"]), golden["target"])
 
 
@@ -136,7 +130,7 @@ def frames(length=5, size=(40, 30)):
 @each_kind
 @pytest.mark.parametrize("lengths", [[1] * 5, [2, 3]])
 def test_a_stream_does_not_depend_on_its_chunks(kind, lengths):
-    golden, model = numbers(kind), load(kind)
+    golden, model = numbers(f"rivals/savi_{kind}_tiny"), load(kind)
     boxes = {"boxes": golden["boxes"][0, 0]} if model.config.conditional else {}
     whole = frames()
     chunks = np.split(whole, np.cumsum(lengths)[:-1])
@@ -163,7 +157,7 @@ def test_frames_are_in_0_to_1():
 @each_kind
 @pytest.mark.parametrize("layout", ["folder", "file.flax", "file.ckpt"])
 def test_a_model_survives_being_saved(kind, layout, tmp_path):
-    golden, model = numbers(kind), load(kind)
+    golden, model = numbers(f"rivals/savi_{kind}_tiny"), load(kind)
     (save_slot_model if layout == "folder" else save_public_checkpoint)(model, tmp_path / layout)
     loaded = load_slot_model(tmp_path / layout)
     assert loaded.config == model.config
@@ -268,7 +262,7 @@ def test_the_published_sizes_tell_the_strides(channels, stride, tmp_path):
 
 
 def test_boxes_must_be_given_where_slots_are_made_of_them():
-    golden, model = numbers("conditional"), load("conditional")
+    golden, model = numbers("rivals/savi_conditional_tiny"), load("conditional")
     for attempt in (
         lambda: model(golden["video"]),
         lambda: next(model.stream([frames()])),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_numbers import close, numbers
 from places import GOLDEN
 
 from pipeline.losses import feature_reconstruction_loss
@@ -23,17 +24,12 @@ HINTS = {"num_heads": 3, "backbone_weights": VIT}  # what its file does not tell
 
 @pytest.fixture(scope="module")
 def golden():
-    arrays = np.load(GOLDEN / "rivals" / "solv_tiny.npz")
-    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return numbers("rivals/solv_tiny")
 
 
 @pytest.fixture(scope="module")
 def model():
     return load_slot_model(FILE, **HINTS)
-
-
-def close(value, expected, name=""):
-    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}")
 
 
 def same_partition(one, other):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from golden_numbers import close, numbers
 from places import GOLDEN
 
 from pipeline.models import HintError, load_slot_model, save_public_checkpoint, save_slot_model
@@ -31,8 +32,7 @@ TINY = STEVEConfig(
 
 @pytest.fixture(scope="module")
 def golden():
-    arrays = np.load(GOLDEN / "rivals" / "steve_tiny.npz")
-    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return numbers("rivals/steve_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,6 @@ def model():
 def new():
     torch.manual_seed(0)
     return STEVE(TINY).eval()
-
-
-def close(value, expected, name=""):
-    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}")
 
 
 def as_drawn(golden, model):

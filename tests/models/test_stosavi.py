@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from golden_numbers import close, numbers
 from places import GOLDEN
 
 from pipeline.models import HintError, load_slot_model, save_public_checkpoint, save_slot_model
@@ -13,17 +14,8 @@ FILES = {name: GOLDEN / "rivals" / f"stosavi_{name}_tiny.pth" for name in HINTS}
 each_kind = pytest.mark.parametrize("kind", HINTS)
 
 
-def numbers(kind):
-    arrays = np.load(FILES[kind].with_suffix(".npz"))
-    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
 def load(kind, **hints):
     return load_slot_model(FILES[kind], **HINTS[kind], **hints)
-
-
-def close(value, expected, name=""):
-    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}")
 
 
 # --- the public implementation's numbers ---------------------------------------------------------------
@@ -31,7 +23,7 @@ def close(value, expected, name=""):
 
 @each_kind
 def test_a_training_step(kind):
-    golden, model = numbers(kind), load(kind)
+    golden, model = numbers(f"rivals/stosavi_{kind}_tiny"), load(kind)
     output = model(golden["video"], noise=golden.get("noise"))
     for name in ("slots", "slots_predicted", "kernel_distribution", "reconstruction"):
         close(getattr(output, name), golden[name], name)
@@ -77,7 +69,7 @@ def test_frames_are_in_minus_1_to_1():
 @each_kind
 @pytest.mark.parametrize("layout", ["folder", "file.pth"])
 def test_a_model_survives_being_saved(kind, layout, tmp_path):
-    golden, model = numbers(kind), load(kind)
+    golden, model = numbers(f"rivals/stosavi_{kind}_tiny"), load(kind)
     (save_slot_model if layout == "folder" else save_public_checkpoint)(model, tmp_path / layout)
     loaded = load_slot_model(tmp_path / layout)
     assert loaded.config == model.config
@@ -126,7 +118,7 @@ def test_other_sizes_are_read_off_the_shapes(settings, tmp_path):
 
 def test_errors_name_the_way_out():
     model = load("mlp")
-    video = numbers("mlp")["video"]
+    video = numbers("rivals/stosavi_mlp_tiny")["video"]
     with pytest.raises(ValueError, match="is stochastic: pass noise_seeds or noise"):
         model(video)
     with pytest.raises(
