@@ -84,10 +84,7 @@ def _check_motion(config: Config) -> list[str]:
         return [f"dataset.motion: is not read with clips.motion={motion}; nearest valid: clips.motion=files"]
     if dataset.kind != "videos" or dataset.motion is None:
         return []
-    try:
-        folder = Path(dataset.path or "", dataset.listed(dataset.split))
-    except ValueError:  # of dataset.split, which `check_dataset` says
-        return []
+    folder = Path(dataset.path or "", dataset.listed(dataset.split))
     if folder in Path(dataset.motion).parents:
         return [
             f"dataset.motion: {dataset.motion!r} lies among the videos ({folder}), and would be taken for some; move "

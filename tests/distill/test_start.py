@@ -12,7 +12,7 @@ from training_runs import make_clips, make_config, make_targets, student_run
 
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
-from pipeline.config import ConfigError, resolve_config
+from pipeline.config import ConfigError, checks, resolve_config
 from pipeline.distill.checkpoint import latest_checkpoint
 from pipeline.distill.run import Run
 from pipeline.distill.start import spread_samples, unit_variance_scale
@@ -306,6 +306,11 @@ def test_a_fitted_student_of_other_features_does_not_take_its_teachers_slots(roo
     run = student_run(config, f"{root}/other", f"{root}/clips", teacher_uri=f"{root}/teacher/model")
     with pytest.raises(ConfigError, match=r"student\.initialisation: fitted.*nearest valid: soft_kmeans"):
         Trainer(run)
+
+
+def test_the_config_knows_how_many_numbers_the_place_takes():
+    """It can't ask the models, which come after it and load PyTorch."""
+    assert checks.PLACES == PLACES
 
 
 def test_drawn_slots_have_no_fitted_start():
