@@ -82,6 +82,10 @@ class FaultProxy:
     def count(self, method, query=""):
         return sum(m == method and query in path for m, path in self.requests)
 
+    def count_sent(self, length):
+        with self._lock:
+            self.sent += length
+
     def draw(self, method, path, length):
         """The fault that a request with a body of `length` bytes suffers; None: none."""
         with self._lock:
@@ -164,8 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("cut in answer", "stall in answer"):
             self.wfile.write(content[: len(content) // 2])
             return self.cut() if fault == "cut in answer" else self.stall()
+        self.proxy.count_sent(len(content))  # before the client has it all, and may count anew
         self.wfile.write(content)
-        self.proxy.sent += len(content)
         return None
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do
