@@ -19,16 +19,17 @@ from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.compute import OneRay, best_device, gpus_to_use, one_ray, ray_session
 from pipeline.config import Config, ConfigError, with_overrides
+from pipeline.config.protocols import PRESETS
 from pipeline.distill.stage import distill, run_files, train_teacher
+from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.records import Evaluation
-from pipeline.evaluate.scoring import SCORES, score_table
+from pipeline.evaluate.scoring import SCORES, model_predictor, score_table
 from pipeline.evaluate.stage import score_subjects
 from pipeline.evaluate.subjects import student_subject, teacher_subject, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import CheckpointHints, load_slot_model
 from pipeline.models.build import checkpoint_hints, load_model, load_teacher
-from pipeline.models.segmenter import Segmenter
 from pipeline.registry.stage import CHAMPION, pull, register_run
 from pipeline.report.gallery import GROUND_TRUTH, video_panel
 from pipeline.segment.figures import comparison, to_png
@@ -224,13 +225,14 @@ def comparison_strip(config: Config, clips_uri: str, models: dict[str, str], pat
     clips = ClipSet(clips_uri)
     video = clips.videos[0]
     hints = {"teacher": checkpoint_hints(config)}  # students are folders, which need none
-    rows: dict[str, Segmenter | None] = {
-        name: load_model(uri, hints.get(name, CheckpointHints())).to(best_device())
-        for name, uri in models.items()
-    }
+    protocol = PRESETS["slotcontrast"]
+    rows: dict[str, Predictor | None] = {}
+    for name, uri in models.items():
+        model = load_model(uri, hints.get(name, CheckpointHints())).to(best_device())
+        rows[name] = model_predictor(model, video.video_id, protocol)
     if video.annotated:
         rows[GROUND_TRUTH] = None
-    panel = video_panel(clips, video, rows, video.video_id)
+    panel = video_panel(clips, video, rows, video.video_id, protocol)
     picture = comparison([panel], reference=list(models)[-1], columns=6, across=1, width=1000)
     storage.write_bytes(str(path), to_png(picture))
     return path

@@ -198,8 +198,10 @@ class Evidence(Section):
     """whose masks are scored, with tables for each; []: evaluate.masks alone"""
     claims: tuple[str, ...] = ()
     """orderings to hold against the scores: SlotMatch > no KD"""
+    pictures: tuple[str, ...] = ()
+    """settings whose first seeds are drawn on videos of that split, which the last setting's scores choose"""
     document: str | None = None
-    """a Markdown file whose marked block is replaced by the tables"""
+    """a Markdown file whose marked block is replaced by the tables; FILE.md#NAME: its block of that name"""
 
 
 class Evaluate(Section):

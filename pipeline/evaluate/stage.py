@@ -127,14 +127,18 @@ class ScoreTask:
         (subject, uri), videos = self.work[row["subject"]], self.by_shard[row["shard"]]
 
         def predictor(video: VideoEntry) -> Predictor:
-            model = self._model(subject)
-            if subject.baseline is None:
-                return model_predictor(model, video.video_id, self.protocol)
-            assert isinstance(model, SlotModel)  # see `feature_subjects`
-            return feature_kmeans(model, subject.num_slots)
+            return subject_predictor(subject, self._model(subject), video.video_id, self.protocol)
 
         _score_shard(self.clips, videos, predictor, self.protocol, _rows_uri(uri, row))
         return {"videos": len(videos)}
+
+
+def subject_predictor(subject: Subject, model: Segmenter, video_id: str, protocol: Protocol) -> Predictor:
+    """Labels of what needs a model: its own, or those of k-means on its features."""
+    if subject.baseline is None:
+        return model_predictor(model, video_id, protocol)
+    assert isinstance(model, SlotModel)  # see `feature_subjects`
+    return feature_kmeans(model, subject.num_slots)
 
 
 def score_baseline(

@@ -12,7 +12,8 @@ from pipeline.clips.schema import Clip
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.clips.views import View, apply_view, nearest_resize
 from pipeline.compute import best_device
-from pipeline.config.protocols import PRESETS, Protocol
+from pipeline.config.protocols import Protocol
+from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.records import METHODS
 from pipeline.evaluate.scoring import model_predictor, recorded_protocol, samples, view_of
 from pipeline.models.build import open_model
@@ -28,25 +29,24 @@ GROUND_TRUTH = "Ground truth"
 def video_panel(
     clips: ClipSet,
     video: VideoEntry,
-    rows: Mapping[str, Segmenter | None],
-    title: str = "",
-    protocol: Protocol = PRESETS["slotcontrast"],
+    rows: Mapping[str, Predictor | None],
+    title: str,
+    protocol: Protocol,
 ) -> Panel:
     """A video over a row for each model, as the protocol has them: its crop, roll-out, masks and clips.
 
-    A row without a model is the ground truth: objects by number, -1 where there is none. Of a long video only
-    the first frames are shown.
+    A row of None is the ground truth: objects by number, -1 where there is none. Of a long video only the first frames
+    are shown.
     """
     view = view_of(protocol, video.height, video.width)
     scale = min(1.0, MAX_SIDE / max(view.height, view.width))
     size = (max(1, round(scale * view.height)), max(1, round(scale * view.width)))
     frames, objects = _read(clips, video, view, size)
     labels = {}
-    for name, model in rows.items():
-        if model is None:
+    for name, predict in rows.items():
+        if predict is None:
             labels[name] = objects
             continue
-        predict = model_predictor(model, video.video_id, protocol)
         labels[name] = np.concatenate(
             [
                 chunk
@@ -57,6 +57,12 @@ def video_panel(
     # Clips of a protocol leave a shorter tail out.
     length = min(map(len, labels.values()), default=len(frames))
     return Panel(frames[:length], {name: row[:length] for name, row in labels.items()}, title)
+
+
+def panel_title(video_id: str, scores: Mapping[str, Mapping[str, float]]) -> str:
+    """A video's name over the scores that it has, by row."""
+    of_rows = (f"{name} {100 * of.get(video_id, math.nan):.1f}" for name, of in scores.items())
+    return f"{video_id}\n{', '.join(of_rows)}"
 
 
 def _first_clips(clips: ClipSet, video: VideoEntry, *, masks: bool = False) -> Iterator[Clip]:
@@ -125,14 +131,14 @@ class Gallery:
         video = next((v for v in self.clips.videos if v.video_id == video_id), None)
         if video is None:
             raise NothingToShow(f"{self.clips.uri} has no video {video_id!r}")
-        models = {name: None if name == GROUND_TRUTH else self._model(name) for name in rows}
-        scores = [
-            f"{name} {100 * self.scores(name).get(video_id, math.nan):.1f}"
-            for name, model in models.items()
-            if model is not None
-        ]
-        title = f"{video_id}\n{', '.join(scores)}{note}"
-        return video_panel(self.clips, video, models, title, self.protocol)
+        predictors = {
+            name: None
+            if name == GROUND_TRUTH
+            else model_predictor(self._model(name), video_id, self.protocol)
+            for name in rows
+        }
+        title = panel_title(video_id, {name: self.scores(name) for name in rows if name != GROUND_TRUTH})
+        return video_panel(self.clips, video, predictors, title + note, self.protocol)
 
     @property
     def protocol(self) -> Protocol:

@@ -19,7 +19,7 @@ import torch
 
 from pipeline import storage
 from pipeline.artifacts.identity import Artifacts
-from pipeline.artifacts.manifests import RunManifest, SweepManifest
+from pipeline.artifacts.manifests import RunManifest, SweepManifest, TrialEntry
 from pipeline.clips.library import artifacts_of, check_held_out, open_clips
 from pipeline.clips.stage import shard_split
 from pipeline.compute import one_ray
@@ -53,6 +53,7 @@ from pipeline.report.render import Page, Picture, markdown
 from pipeline.report.scores import SAMPLE_STD, score_columns
 from pipeline.sweep.comparisons import PerVideo, Scored, claim_table, compare
 from pipeline.sweep.curves import curve_chart, curve_table, read_curves
+from pipeline.sweep.gallery import Shown, frames_pictures
 from pipeline.sweep.page import sweep_chart
 from pipeline.sweep.results import Result
 from pipeline.sweep.settings import TEACHER, Setting, check_evidence
@@ -85,51 +86,73 @@ def evidence(config: Config) -> dict[str, Any]:
         masks = config.evidence.masks or (choose_protocol(config.evaluate).masks,)
         # Trivial segmentations have one kind of masks.
         scored = [_score(artifacts, manifest, kind, baselines=kind == masks[0]) for kind in masks]
-    return _write(config, manifest, scored)
+        frames = _frames(artifacts, manifest, scored[0]) if config.evidence.pictures else []
+    return _write(config, manifest, scored, frames)
 
 
 @dataclass(frozen=True)
 class MaskScores:
     """What was scored on the test split by one kind of masks; scores are fractions of 1.
 
-    others: of baselines and of the teacher, by name. evaluation: the teacher's.
+    others: of baselines and of the teacher, by name. found: everything that was scored, and how, by name.
     """
 
     masks: str
     students: Scored
     others: Mapping[str, Mapping[str, float]]
-    evaluation: Evaluation
+    found: Mapping[str, tuple[Subject, Evaluation]]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The teacher's."""
+        return self.found[TEACHER][1]
 
 
 def _score(artifacts: Artifacts, manifest: SweepManifest, masks: str, *, baselines: bool) -> MaskScores:
     """Scores each setting's seeds on the test split, the teacher, and trivial segmentations if they are asked for."""
-    config = artifacts.config
-    overrides = {"evaluate.split": config.evidence.split, "evaluate.masks": masks}
-    test = artifacts.of(with_overrides(config, overrides))
-    finished = [trial for trial in manifest.trials if trial.status == "finished"]
+    test = _on_test_split(artifacts, masks)
+    finished = _finished(manifest)
+    students = {_title(trial): student_subject(trial.run) for trial in finished}
     teacher_uri = artifacts.require_teacher()
-    titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
-    students = {title: student_subject(run) for run, title in titles.items()}
-    teacher = {TEACHER: teacher_subject(config, teacher_uri)}
+    teacher = {TEACHER: teacher_subject(artifacts.config, teacher_uri)}
     trivial: dict[str, Subject] = {}
     if baselines:
-        trivial = baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)
-        if config.evaluate.feature_kmeans:
+        trivial = baseline_subjects(load_teacher(artifacts.config, teacher_uri).config.num_slots)
+        if artifacts.config.evaluate.feature_kmeans:
             of_settings: dict[str, Subject] = {}
             for trial in finished:
-                of_settings.setdefault(trial.setting, students[titles[trial.run]])
+                of_settings.setdefault(trial.setting, students[_title(trial)])
             trivial |= feature_subjects(teacher | of_settings)
-    found = score_subjects(test, open_clips(test.evaluation_clips), {**trivial, **teacher, **students})
+    subjects = {**trivial, **teacher, **students}
+    found = score_subjects(test, open_clips(test.evaluation_clips), subjects)
     results = []
     for name, values in {trial.setting: trial.values for trial in manifest.trials}.items():
-        scores = {trial.seed: found[titles[trial.run]].scores for trial in finished if trial.setting == name}
+        scores = {trial.seed: found[_title(trial)].scores for trial in finished if trial.setting == name}
         results.append(Result(Setting(name, values), scores))
     per_video: dict[tuple[str, int | None], PerVideo] = {
-        (trial.setting, trial.seed): found[titles[trial.run]].per_video() for trial in finished
+        (trial.setting, trial.seed): found[_title(trial)].per_video() for trial in finished
     }
     per_video[TEACHER, None] = found[TEACHER].per_video()
     others = {name: found[name].scores for name in (*trivial, TEACHER)}
-    return MaskScores(masks, Scored(results, found[TEACHER].scores, per_video), others, found[TEACHER])
+    return MaskScores(
+        masks,
+        Scored(results, found[TEACHER].scores, per_video),
+        others,
+        {name: (subject, found[name]) for name, subject in subjects.items()},
+    )
+
+
+def _on_test_split(artifacts: Artifacts, masks: str) -> Artifacts:
+    overrides = {"evaluate.split": artifacts.config.evidence.split, "evaluate.masks": masks}
+    return artifacts.of(with_overrides(artifacts.config, overrides))
+
+
+def _finished(manifest: SweepManifest) -> list[TrialEntry]:
+    return [trial for trial in manifest.trials if trial.status == "finished"]
+
+
+def _title(trial: TrialEntry) -> str:
+    return f"{trial.setting}, seed {trial.seed}"
 
 
 def setting_table(
@@ -201,6 +224,23 @@ def _pictures(config: Config, manifest: SweepManifest, scored: Sequence[MaskScor
     return pictures
 
 
+def _frames(artifacts: Artifacts, manifest: SweepManifest, scored: MaskScores) -> list[Picture]:
+    """Frames of the test split under k-means on the teacher's features, the teacher and `evidence.pictures`."""
+    rows = {
+        name: name for name, (one, _) in scored.found.items() if one.features is not None and TEACHER in name
+    }
+    rows[TEACHER] = TEACHER
+    first_seeds = {trial.setting: _title(trial) for trial in reversed(_finished(manifest))}
+    rows |= {name: first_seeds[name] for name in artifacts.config.evidence.pictures if name in first_seeds}
+    shown = {}
+    for row, name in rows.items():
+        subject, evaluation = scored.found[name]
+        videos = evaluation.per_video()
+        shown[row] = Shown(subject, {video: one["video_mbo"] for video, one in videos.items()})
+    test = _on_test_split(artifacts, scored.masks)
+    return frames_pictures(open_clips(test.evaluation_clips), choose_protocol(test.config.evaluate), shown)
+
+
 def _intro(config: Config, manifest: SweepManifest, scored: MaskScores) -> str:
     seeds = sorted({trial.seed for trial in manifest.trials})
     noise = f"{_noise(config, scored):.1f} points of {TITLES[config.evaluate.score]}"
@@ -220,12 +260,14 @@ def _noise(config: Config, scored: MaskScores) -> float:
 
 def _precisions(manifest: SweepManifest) -> str:
     """In which the runs computed."""
-    runs = [RunManifest.read(trial.run) for trial in manifest.trials if trial.status == "finished"]
+    runs = [RunManifest.read(trial.run) for trial in _finished(manifest)]
     return " and ".join(sorted({run.tags.get("precision", "fp32") for run in runs}))
 
 
-def _write(config: Config, manifest: SweepManifest, scored: Sequence[MaskScores]) -> dict[str, Any]:
-    tables, pictures = _tables(config, manifest, scored), _pictures(config, manifest, scored)
+def _write(
+    config: Config, manifest: SweepManifest, scored: Sequence[MaskScores], frames: Sequence[Picture]
+) -> dict[str, Any]:
+    tables, pictures = _tables(config, manifest, scored), [*_pictures(config, manifest, scored), *frames]
     page = markdown(Page("Evidence", [_intro(config, manifest, scored[0])], tables, pictures, []))
     folder = storage.join(storage.absolute(config.storage.root), "evidence", manifest.fingerprint)
     for picture in pictures:
@@ -234,7 +276,7 @@ def _write(config: Config, manifest: SweepManifest, scored: Sequence[MaskScores]
     for table in tables:
         print(plain_text(table), end="\n\n", flush=True)
     if config.evidence.document:
-        update_document(Path(config.evidence.document), page, pictures)
+        update_document(config.evidence.document, page, pictures)
     comparisons = compare(config.evidence.claims, scored[0].students, config.evidence.scores)
     return {
         "uri": folder,
@@ -246,24 +288,27 @@ def _write(config: Config, manifest: SweepManifest, scored: Sequence[MaskScores]
     }
 
 
-def update_document(document: Path, page: str, pictures: Sequence[Picture]) -> None:
-    """Puts the tables between a document's two marks, and the pictures beside it, named after it.
+def update_document(document: str, page: str, pictures: Sequence[Picture]) -> None:
+    """Puts the tables between two marks of a document, and the pictures beside it, named after it.
+
+    `FILE.md#NAME` has marks of that name, for documents of several blocks.
 
     Raises:
         ValueError: the document has no such marks.
     """
-    old = document.read_text(encoding="utf-8")
-    for picture in pictures:
-        page = page.replace(f"]({picture.link})", f"]({_beside(document, picture)})")
+    file, _, block = document.partition("#")
+    path, name = Path(file), f"evidence {block}".strip()
+    begin, end = BEGIN.replace("evidence", name), END.replace("evidence", name)
+    old = path.read_text(encoding="utf-8")
+    stem = f"{path.stem}-{block}" if block else path.stem
+    links = {picture.link: picture.link.replace("evidence", stem, 1) for picture in pictures}
+    for link, beside in links.items():
+        page = page.replace(f"]({link})", f"]({beside})")
     body = re.sub(r"^#", "##", page.split("\n", 2)[2], flags=re.MULTILINE).strip()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(old):
-        raise ValueError(f"evidence.document: {document} has no {BEGIN} … {END}")
-    document.write_text(pattern.sub(lambda _: f"{BEGIN}\n{body}\n{END}", old), encoding="utf-8")
+        raise ValueError(f"evidence.document: {path} has no {begin} … {end}")
+    path.write_text(pattern.sub(lambda _: f"{begin}\n{body}\n{end}", old), encoding="utf-8")
     for picture in pictures:
-        document.with_name(_beside(document, picture)).write_bytes(picture.content)
-    log(f"evidence: wrote {document}")
-
-
-def _beside(document: Path, picture: Picture) -> str:
-    return picture.link.replace("evidence", document.stem, 1)
+        path.with_name(links[picture.link]).write_bytes(picture.content)
+    log(f"evidence: wrote {path}")

@@ -136,6 +136,11 @@ def check_evidence(config: Config) -> None:
         problems.append(
             f"evidence.split: {config.evidence.split!r} was trained or chosen on (dataset.split, evaluate.split)"
         )
+    problems += [
+        f"evidence.pictures: {name!r} is no setting of this sweep ({', '.join(sorted(names - {TEACHER}))})"
+        for name in config.evidence.pictures
+        if name not in names - {TEACHER}
+    ]
     for claim in config.evidence.claims:
         try:
             unknown = [side for side in parse_claim(claim) if side not in names]

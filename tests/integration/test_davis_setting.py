@@ -77,6 +77,7 @@ def test_methods_on_a_test_part_of_davis(config, local_ray, capfd):
         "evidence.png",
         "evidence-attention.png",
         "evidence-curves.png",
+        "evidence-frames.png",
     }
 
     manifest = SweepManifest.read(storage.join(config.storage.root, "sweeps", found["sweep"]))

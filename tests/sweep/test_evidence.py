@@ -136,7 +136,7 @@ def test_no_kd_and_slotmatch_have_five_seeds_on_davis():
     assert {name for name, count in counts.items() if count == 5} == five
     assert {count for name, count in counts.items() if name not in five} == {3}
     # Students that the choice of beta has trained are not trained again.
-    chosen = [t.config for t in plan_trials(davis_config("davis_beta")) if t.config.distill.beta == 0.2]
+    chosen = [t.config for t in plan_trials(davis_config("davis_beta")) if t.config.distill.beta == 2]
     again = [t.config for t in plan_trials(davis_config("davis_small")) if t.setting.name == "SlotMatch"]
     assert [c.distill for c in chosen] == [c.distill for c in again if c.distill.seed in (0, 1)]
 
@@ -147,6 +147,7 @@ def test_no_kd_and_slotmatch_have_five_seeds_on_davis():
         ("evidence.split=validation", "'validation' was trained or chosen on"),
         ("evidence.split=", "evidence.split: is not set"),
         ("evidence.claims=[SlotMatch > no kd]", "'no kd' is no setting of this sweep"),
+        ("evidence.pictures=[teacher]", "evidence.pictures: 'teacher' is no setting of this sweep"),
         ("evidence.claims=[SlotMatch]", "evidence.claims: 'SlotMatch' is not of the form"),
     ],
 )
@@ -161,7 +162,7 @@ def test_the_documents_own_words_stay(tmp_path):
     document.write_text(f"# What we saw\n\nBefore.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
     page = "# Evidence\n\nintro\n\n## Scores\n\n![Scores](evidence.png)\n![Curves](evidence-curves.png)\n"
     pictures = [Picture(f"{n}".encode(), f"{n}.png", "", "") for n in ("evidence", "evidence-curves")]
-    update_document(document, page, pictures)
+    update_document(str(document), page, pictures)
     text = document.read_text()
     assert "old" not in text
     assert text.startswith("# What we saw\n\nBefore.\n")
@@ -172,4 +173,17 @@ def test_the_documents_own_words_stay(tmp_path):
     assert (tmp_path / "real-curves.png").read_bytes() == b"evidence-curves"
     document.write_text("no marks")
     with pytest.raises(ValueError, match="has no <!-- evidence: begin -->"):
-        update_document(document, "# Evidence\n\nintro\n", [])
+        update_document(str(document), "# Evidence\n\nintro\n", [])
+
+
+def test_one_of_a_documents_blocks(tmp_path):
+    document = tmp_path / "page.md"
+    block = "<!-- evidence real: begin -->\nold\n<!-- evidence real: end -->"
+    document.write_text(f"{BEGIN}\nthe other\n{END}\n{block}\n")
+    page = "# Evidence\n\nintro\n\n![Scores](evidence.png)\n"
+    update_document(f"{document}#real", page, [Picture(b"png", "evidence.png", "", "")])
+    text = document.read_text()
+    assert text.startswith(f"{BEGIN}\nthe other\n{END}\n")
+    assert "![Scores](page-real.png)" in text
+    assert "old" not in text
+    assert (tmp_path / "page-real.png").read_bytes() == b"png"

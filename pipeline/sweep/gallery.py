@@ -1,0 +1,81 @@
+"""What the evidence's models see on the test split: the same frames under each, median and worst videos.
+
+Videos are chosen by the scores of one setting alone, never by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.clips.table import ClipSet
+from pipeline.compute import best_device
+from pipeline.config.protocols import Protocol
+from pipeline.evaluate.baselines import Predictor
+from pipeline.evaluate.scoring import TITLES
+from pipeline.evaluate.stage import subject_predictor
+from pipeline.evaluate.subjects import Subject
+from pipeline.models.build import open_model
+from pipeline.report.gallery import GROUND_TRUTH, MAX_FRAMES, panel_title, video_panel
+from pipeline.report.render import Picture
+from pipeline.report.select import nearest_to_quantiles, worst_videos
+from pipeline.segment.figures import comparison, to_png
+
+WORST = 4
+SCORE = "video_mbo"
+_MAX_BYTES = 300_000  # each: documents are kept with the code
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row of the pictures: what makes its masks, and its score of each video (a fraction of 1)."""
+
+    subject: Subject
+    scores: Mapping[str, float]
+
+
+def frames_pictures(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown]) -> list[Picture]:
+    """The two videos nearest to the median of the last row's scores, and those with its lowest ones."""
+    ours = list(rows)[-1]
+    scores = rows[ours].scores
+    median = nearest_to_quantiles(scores, (0.5, 0.5))
+    worst = [video for video in worst_videos(scores, WORST + len(median)) if video not in median][:WORST]
+    chosen = f"{TITLES[SCORE]} of {ours}"
+    seen = (
+        f"Not picked by hand. The first {MAX_FRAMES} frames of a video are shown; a colour is one slot for all of "
+        "them, and slots of different rows are matched for their colours alone."
+    )
+    parts = {
+        "evidence-frames.png": (
+            "Frames of the test split",
+            f"The videos nearest to the median {chosen}.",
+            median,
+        ),
+        "evidence-worst.png": (
+            "Where it fails",
+            f"The videos with the lowest {chosen}, the worst first.",
+            worst,
+        ),
+    }
+    return [
+        Picture(_draw(clips, protocol, rows, videos), link, title, f"{which} {seen}")
+        for link, (title, which, videos) in parts.items()
+        if videos
+    ]
+
+
+def _draw(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown], videos: Sequence[str]) -> bytes:
+    entries = {video.video_id: video for video in clips.videos}
+    models = {
+        name: open_model(row.subject.model_uri, row.subject.hints, best_device())
+        for name, row in rows.items()
+        if row.subject.model_uri is not None
+    }
+    panels = []
+    for video in videos:
+        predictors: dict[str, Predictor | None] = {GROUND_TRUTH: None}
+        for name, model in models.items():
+            predictors[name] = subject_predictor(rows[name].subject, model, video, protocol)
+        title = panel_title(video, {name: rows[name].scores for name in models})
+        panels.append(video_panel(clips, entries[video], predictors, title, protocol))
+    return to_png(comparison(panels, reference=list(rows)[-1]), _MAX_BYTES)
