@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from pipeline import storage
 from pipeline.artifacts.identity import Artifacts
@@ -24,6 +25,7 @@ from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.compute import best_device, map_tasks, one_ray
 from pipeline.config import Config
 from pipeline.config.protocols import Protocol, choose_protocol
+from pipeline.evaluate.backbones import SharedBackbones
 from pipeline.evaluate.baselines import BASELINES, Predictor, feature_kmeans
 from pipeline.evaluate.degenerate import score_warnings
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
@@ -115,12 +117,15 @@ class ScoreTask:
         self.protocol = protocol
         self.device = best_device()
         self.models: dict[tuple[str, CheckpointHints], Segmenter] = {}
+        self.backbones = SharedBackbones()
 
     def _model(self, subject: Subject) -> Segmenter:
         assert subject.model_uri is not None
         key = (subject.model_uri, subject.hints)
         if key not in self.models:
             self.models[key] = open_model(*key, self.device)
+            if isinstance(model := self.models[key], torch.nn.Module):
+                self.backbones.share(model)
         return self.models[key]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -201,8 +206,9 @@ class _Scoring:
         with one_ray(), Progress("evaluate", total, "videos") as progress:
             progress.skip(done)
             for task, own in rows.items():
-                # The largest first: one that begins last leaves the other processes idle.
-                own.sort(key=lambda row: -len(by_shard[row["shard"]]))
+                # The largest first: one that begins last leaves the other processes idle. A shard's subjects follow
+                # each other, as they may share its features.
+                own.sort(key=lambda row: (-len(by_shard[row["shard"]]), row["shard"]))
                 for row in map_tasks(self.config, task, own, arguments=arguments):
                     progress.advance(row["videos"])
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class Backbone(nn.Module):
         self.config = config
         self.model = _create(config)
         self._map: int | None = None  # which of a model's maps is read; None: its patch tokens
+        # Knows features of these pixels, or has them computed: set where many models see the same frames.
+        self.remember: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         self.eval()
         if _is_transformer(self.model):
             self.whole_depth = len(self.model.blocks)  # before it is cut short
@@ -108,6 +110,11 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images_MCHW: Tensor) -> Tensor:
+        return (
+            self._compute(images_MCHW) if self.remember is None else self.remember(images_MCHW, self._compute)
+        )
+
+    def _compute(self, images_MCHW: Tensor) -> Tensor:
         if self._map is not None:
             return self._resampled(self._read_map(images_MCHW).flatten(2).transpose(1, 2))
         tokens = self.model.forward_features(images_MCHW)

@@ -3,16 +3,21 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 from clip_sets import random_clips
 from tiny_models import tiny_model
 
 from pipeline.clips.library import artifacts_of
 from pipeline.config import resolve_config
+from pipeline.config.protocols import PRESETS
 from pipeline.evaluate import stage
+from pipeline.evaluate.backbones import SharedBackbones
 from pipeline.evaluate.stage import ScoreTask, score_baseline, score_subjects
 from pipeline.evaluate.subjects import Subject, baseline_subjects, feature_subjects
 from pipeline.models import SlotModel, save_slot_model
+from pipeline.models.backbone import Backbone
 
 
 @pytest.fixture
@@ -107,3 +112,54 @@ def test_another_backbone_of_another_setting_is_named_after_it(tmp_path):
         "k-means on the student's features",
         "k-means on the student's features (b)",
     ]
+
+
+def test_students_of_one_backbone_compute_its_features_once(tmp_path, monkeypatch):
+    """And have the scores that they have alone; one whose backbone has other weights shares nothing."""
+    clips = random_clips(tmp_path / "clips", {"a": 5, "b": 5})
+    models = {
+        "first": tiny_model(4, 16, seed=1),
+        "second": tiny_model(4, 16, seed=2),
+        "other": tiny_model(4, 16),
+    }
+    models["second"].encoder.backbone.load_state_dict(models["first"].encoder.backbone.state_dict())
+    with torch.no_grad():
+        models["other"].encoder.backbone.model.patch_embed.proj.weight *= 2
+    work = []
+    for name, model in models.items():
+        save_slot_model(model, tmp_path / name)
+        work.append((Subject(str(tmp_path / name)), str(tmp_path / "scores" / name)))
+    computed = []
+    compute = Backbone._compute
+    monkeypatch.setattr(Backbone, "_compute", lambda self, x: computed.append(len(x)) or compute(self, x))
+
+    together = ScoreTask(clips.uri, work, PRESETS["slotcontrast"])
+    frames = []
+    for index, name in enumerate(models):
+        computed.clear()
+        for shard in clips.shards:
+            together({"subject": index, "shard": shard})
+        frames.append(sum(computed))
+        alone = ScoreTask(
+            clips.uri, [(work[index][0], str(tmp_path / "alone" / name))], PRESETS["slotcontrast"]
+        )
+        for shard in clips.shards:
+            alone({"subject": 0, "shard": shard})
+        written = [path for path in (tmp_path / "alone" / name).rglob("*") if path.is_file()]
+        assert len(written) == len(clips.shards)
+        for file in written:
+            beside = tmp_path / "scores" / name / file.relative_to(tmp_path / "alone" / name)
+            assert pq.read_table(file).equals(pq.read_table(beside))
+    assert frames == [10, 0, 10]
+    shared = {id(model.encoder.backbone) for model in together.models.values()}
+    assert len(shared) == 2
+
+
+def test_features_beyond_the_limit_are_forgotten():
+    model = tiny_model(4, 16)
+    pixels = torch.rand(3, 1, 3, 32, 32)
+    alone = [model.encoder.backbone(x) for x in pixels]
+    SharedBackbones(limit=2 * alone[0].nbytes).share(model)
+    for _ in range(2):
+        for x, expected in zip(pixels, alone, strict=True):
+            assert torch.equal(model.encoder.backbone(x), expected)
