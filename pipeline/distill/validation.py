@@ -8,6 +8,7 @@ import torch.distributed as dist
 from pipeline.clips.table import ClipSet
 from pipeline.config import ConfigError, Evaluate
 from pipeline.config.protocols import choose_protocol
+from pipeline.evaluate.backbones import VALIDATION_LIMIT, FeatureMemory, remembering
 from pipeline.evaluate.scoring import SCORES, VideoScore, mean_scores, model_predictor, score_video
 from pipeline.models import VideoSegmenter
 
@@ -28,6 +29,7 @@ class Validation:
                 f"{max(1, self.protocol.clip_frames)} frames to score; use validate_every=0"
             )
         count = min(settings.validation_videos, len(usable))
+        self.memory = FeatureMemory(VALIDATION_LIMIT)
         self.videos = [usable[i] for i in np.linspace(0, len(usable) - 1, count).round().astype(int)]
 
     def scores(self, model: VideoSegmenter, rank: int, world_size: int) -> dict[str, float]:
@@ -35,12 +37,13 @@ class Validation:
 
         Every worker must call this; each looks at its share of the videos.
         """
-        own = [
-            score_video(
-                self.clips, video, model_predictor(model, video.video_id, self.protocol), self.protocol
-            )
-            for video in self.videos[rank::world_size]
-        ]
+        with remembering(model, self.memory):
+            own = [
+                score_video(
+                    self.clips, video, model_predictor(model, video.video_id, self.protocol), self.protocol
+                )
+                for video in self.videos[rank::world_size]
+            ]
         if world_size > 1:
             shares: list[list[VideoScore] | None] = [None] * world_size
             dist.all_gather_object(shares, own)

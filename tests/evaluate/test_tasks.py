@@ -13,7 +13,7 @@ from pipeline.clips.library import artifacts_of
 from pipeline.config import resolve_config
 from pipeline.config.protocols import PRESETS
 from pipeline.evaluate import stage
-from pipeline.evaluate.backbones import SharedBackbones
+from pipeline.evaluate.backbones import FeatureMemory, remembering
 from pipeline.evaluate.stage import ScoreTask, score_baseline, score_subjects
 from pipeline.evaluate.subjects import Subject, baseline_subjects, feature_subjects
 from pipeline.models import SlotModel, save_slot_model
@@ -159,7 +159,8 @@ def test_features_beyond_the_limit_are_forgotten():
     model = tiny_model(4, 16)
     pixels = torch.rand(3, 1, 3, 32, 32)
     alone = [model.encoder.backbone(x) for x in pixels]
-    SharedBackbones(limit=2 * alone[0].nbytes).share(model)
-    for _ in range(2):
-        for x, expected in zip(pixels, alone, strict=True):
-            assert torch.equal(model.encoder.backbone(x), expected)
+    with remembering(model, FeatureMemory(limit=2 * alone[0].nbytes)):
+        for _ in range(2):
+            for x, expected in zip(pixels, alone, strict=True):
+                assert torch.equal(model.encoder.backbone(x), expected)
+    assert model.encoder.backbone.remember is None
