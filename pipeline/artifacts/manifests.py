@@ -183,6 +183,11 @@ class Rules(Part):
     ignore_overlaps: bool = False
     rollout: str = "forward"
     masks: str = "decoder"
+    mask_stride: int = 1
+    objects: str = "all"
+    min_object_area: int = 0
+    min_objects: int = 0
+    matched: bool = False
     clips: str = ""  # the clip set's fingerprint
     videos: int = 0
     video_ids: str = ""  # a fingerprint of them

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.models import Model, Teacher, ViT
+from pipeline.config.protocols import choose_protocol
 from pipeline.config.sections import GENERATED_SPLITS, Config, Dataset, NamedSplit, parse_split
 from pipeline.config.training import Training, equal_shares
 from pipeline.log import has_password
@@ -344,6 +345,12 @@ def check_combinations(config: Config) -> list[str]:
         training = training or "train"
     if trains and config.evaluate.split == training != "":
         problems.append(f"evaluate.split: {config.evaluate.split!r} is the training split (dataset.split)")
+    rules = choose_protocol(config.evaluate)
+    if rules.mask_size and rules.mask_stride > 1:
+        problems.append(
+            f"evaluate.mask_size: {rules.mask_size}, but evaluate.mask_stride ({rules.mask_stride}) also says how "
+            f"large masks are (protocol {rules.name}); use evaluate.mask_stride=1, or evaluate.mask_size=0"
+        )
     if config.clips.clip_frames < 2 and (config.distill.alpha or config.teacher.train.alpha):
         problems.append(
             "clips.clip_frames: 1 leaves no neighbouring frames for the contrastive loss; use alpha=0"

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: FG-ARI and mBO of models and trivial baselines over a clip set with masks, on Ray Data.
+"""Stage `evaluate`: scores of models and trivial baselines over a clip set with masks, on Ray Data.
 
 The unit of work is a subject and a shard; its rows are written as they are made, so that a job that was
 killed goes on with what is missing. An evaluation is a published folder: one Parquet row a video, and the
@@ -220,7 +220,10 @@ class _Scoring:
         try:
             means = mean_scores(scores)
         except ValueError as error:
-            raise ValueError(f"{self.clips.uri} can't be scored under {rules.in_words}: {error}") from error
+            way_out = "; try evaluate.min_objects=0 evaluate.min_object_area=0" if rules.min_objects else ""
+            raise ValueError(
+                f"{self.clips.uri} can't be scored under {rules.in_words}: {error}{way_out}"
+            ) from error
         if means["slots_in_use"] < 2 and subject.baseline is None:
             used = means["slots_in_use"]
             log(f"evaluate: WARNING, {name} uses {used:.1f} slots on average: its slots have collapsed")
@@ -247,7 +250,9 @@ def _annotated_videos(clips: ClipSet) -> dict[str, list[VideoEntry]]:
 
 def _write_rows(uri: str, scores: list[VideoScore]) -> None:
     with storage.atomic_write(uri) as file:
-        pq.write_table(pa.Table.from_pylist([asdict(s) for s in scores]), file)
+        # What only some protocols score has no column under the others.
+        rows = [{k: v for k, v in asdict(score).items() if v is not None} for score in scores]
+        pq.write_table(pa.Table.from_pylist(rows), file)
 
 
 def _read_rows(uri: str) -> list[VideoScore]:

@@ -368,6 +368,10 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
         (["dataset.kind=synthetic", "evaluate.split=train"], "'train' is the training split"),
         (["evaluate.protocol=slotcontrst"], "evaluate.protocol: 'slotcontrst' "),
         (["evaluate.protocol=slotcontrst"], "nearest: slotcontrast"),
+        (
+            ["evaluate.protocol=diod", "evaluate.mask_size=64"],
+            "use evaluate.mask_stride=1, or evaluate.mask_size=0",
+        ),
     ],
 )
 def test_what_can_not_be_combined_says_what_to_do(overrides, message):
