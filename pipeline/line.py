@@ -23,7 +23,7 @@ from pipeline.distill.stage import distill, run_files, train_teacher
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES, score_table
 from pipeline.evaluate.stage import score_subjects
-from pipeline.evaluate.subjects import student_subject, teacher_subject, trivial_subjects
+from pipeline.evaluate.subjects import run_subject, teacher_subject, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import CheckpointHints, load_slot_model
@@ -189,7 +189,7 @@ def _evaluate(artifacts: Artifacts, teacher_uri: str, runs: dict[str, str]) -> d
     _title(5, f"score them on {clips.manifest.videos} videos that nobody trained on")
     slots = load_teacher(config, teacher_uri).config.num_slots
     models = {"teacher": teacher_subject(config, teacher_uri)}
-    models |= {name: student_subject(uri) for name, uri in runs.items()}
+    models |= {name: run_subject(uri) for name, uri in runs.items()}
     return score_subjects(artifacts, clips, trivial_subjects(config, slots, models) | models)
 
 

@@ -32,7 +32,7 @@ from pipeline.evaluate.subjects import (
     Subject,
     baseline_subjects,
     feature_subjects,
-    student_subject,
+    run_subject,
     teacher_subject,
 )
 from pipeline.evaluate.table import (
@@ -109,7 +109,7 @@ def _score(artifacts: Artifacts, manifest: SweepManifest, masks: str, *, baselin
     finished = [trial for trial in manifest.trials if trial.status == "finished"]
     teacher_uri = artifacts.require_teacher()
     titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
-    students = {title: student_subject(run) for run, title in titles.items()}
+    students = {title: run_subject(run) for run, title in titles.items()}
     teacher = {TEACHER: teacher_subject(config, teacher_uri)}
     trivial: dict[str, Subject] = {}
     if baselines:
