@@ -18,8 +18,9 @@ from pipeline.clips.library import ClipLibrary, artifacts_of, open_clips, requir
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.compute import OneRay, best_device, gpus_to_use, one_ray, ray_session
-from pipeline.config import Config, ConfigError, with_overrides
+from pipeline.config import Config, ConfigError
 from pipeline.distill.stage import distill, run_files, train_teacher
+from pipeline.distill.students import students_of
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES, score_table
 from pipeline.evaluate.stage import score_subjects
@@ -37,8 +38,6 @@ from pipeline.sweep.stage import sweep_places
 from pipeline.sweep.trials import concurrent_trials
 from pipeline.targets.stage import cache
 
-NO_KD = "student, no KD"
-SLOTMATCH = "SlotMatch"
 _T = TypeVar("_T")
 
 
@@ -87,14 +86,6 @@ def run(config: Config) -> dict[str, Any]:
         "versions": [r["version"] for r in registered],
         "overlay": shown.segmented["overlay"],
         "comparison": str(shown.comparison),
-    }
-
-
-def students_of(config: Config) -> dict[str, Config]:
-    """The line's students by their names: one without distillation, one with SlotMatch."""
-    return {
-        NO_KD: with_overrides(config, {"distill.method": "no_kd", "distill.name": NO_KD}),
-        SLOTMATCH: with_overrides(config, {"distill.name": config.distill.name or SLOTMATCH}),
     }
 
 

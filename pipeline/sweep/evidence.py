@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,9 +45,9 @@ from pipeline.evaluate.table import (
     one_decimal,
     plain_text,
 )
-from pipeline.log import log
 from pipeline.models.build import load_teacher
 from pipeline.report.charts import chart_png
+from pipeline.report.document import update_document
 from pipeline.report.render import Page, Picture, markdown
 from pipeline.report.scores import SAMPLE_STD, score_columns
 from pipeline.sweep.comparisons import PerVideo, Scored, claim_table, compare
@@ -60,7 +59,6 @@ from pipeline.sweep.stage import sweep
 
 PAGE, PLOT, CURVES = "evidence.md", "evidence.png", "evidence-curves.png"
 MASKS = {"decoder": "the decoder", "attention": "slot attention"}
-BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 
 
 def evidence(config: Config) -> dict[str, Any]:
@@ -234,7 +232,7 @@ def _write(config: Config, manifest: SweepManifest, scored: Sequence[MaskScores]
     for table in tables:
         print(plain_text(table), end="\n\n", flush=True)
     if config.evidence.document:
-        update_document(Path(config.evidence.document), page, pictures)
+        update_document("evidence", Path(config.evidence.document), page, pictures)
     comparisons = compare(config.evidence.claims, scored[0].students, config.evidence.scores)
     return {
         "uri": folder,
@@ -244,26 +242,3 @@ def _write(config: Config, manifest: SweepManifest, scored: Sequence[MaskScores]
         "table": storage.join(folder, PAGE),
         "plot": storage.join(folder, PLOT),
     }
-
-
-def update_document(document: Path, page: str, pictures: Sequence[Picture]) -> None:
-    """Puts the tables between a document's two marks, and the pictures beside it, named after it.
-
-    Raises:
-        ValueError: the document has no such marks.
-    """
-    old = document.read_text(encoding="utf-8")
-    for picture in pictures:
-        page = page.replace(f"]({picture.link})", f"]({_beside(document, picture)})")
-    body = re.sub(r"^#", "##", page.split("\n", 2)[2], flags=re.MULTILINE).strip()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(old):
-        raise ValueError(f"evidence.document: {document} has no {BEGIN} … {END}")
-    document.write_text(pattern.sub(lambda _: f"{BEGIN}\n{body}\n{END}", old), encoding="utf-8")
-    for picture in pictures:
-        document.with_name(_beside(document, picture)).write_bytes(picture.content)
-    log(f"evidence: wrote {document}")
-
-
-def _beside(document: Path, picture: Picture) -> str:
-    return picture.link.replace("evidence", document.stem, 1)

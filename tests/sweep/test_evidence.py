@@ -8,9 +8,7 @@ import pytest
 from places import CONFIGS
 
 from pipeline.config import ConfigError, load_config
-from pipeline.report.render import Picture
 from pipeline.sweep.comparisons import Comparison, Scored, bootstrap, compare
-from pipeline.sweep.evidence import BEGIN, END, update_document
 from pipeline.sweep.results import Result
 from pipeline.sweep.settings import Setting, check_evidence, parse_claim, plan_trials
 
@@ -154,22 +152,3 @@ def test_evidence_that_can_not_be_had_is_refused(override, message):
     with pytest.raises(ConfigError) as error:
         check_evidence(evidence_config(override))
     assert message in str(error.value)
-
-
-def test_the_documents_own_words_stay(tmp_path):
-    document = tmp_path / "real.md"
-    document.write_text(f"# What we saw\n\nBefore.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
-    page = "# Evidence\n\nintro\n\n## Scores\n\n![Scores](evidence.png)\n![Curves](evidence-curves.png)\n"
-    pictures = [Picture(f"{n}".encode(), f"{n}.png", "", "") for n in ("evidence", "evidence-curves")]
-    update_document(document, page, pictures)
-    text = document.read_text()
-    assert "old" not in text
-    assert text.startswith("# What we saw\n\nBefore.\n")
-    assert text.endswith("After.\n")
-    assert "### Scores" in text
-    assert "![Scores](real.png)\n![Curves](real-curves.png)" in text, "two documents may lie side by side"
-    assert (tmp_path / "real.png").read_bytes() == b"evidence"
-    assert (tmp_path / "real-curves.png").read_bytes() == b"evidence-curves"
-    document.write_text("no marks")
-    with pytest.raises(ValueError, match="has no <!-- evidence: begin -->"):
-        update_document(document, "# Evidence\n\nintro\n", [])
