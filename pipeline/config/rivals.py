@@ -1,6 +1,7 @@
 """The keys that a rival system adds to `teacher`: a section each, which only `teacher.system` of its name uses.
 
-Sizes, backbone, normalisation and what is common to all training are where SlotContrast has them.
+Sizes, backbone, normalisation and what is common to all training are where SlotContrast has them. And the keys of
+`jobs.rivals`, which compares such systems.
 """
 
 from __future__ import annotations
@@ -99,3 +100,16 @@ class DIOD(Section):
     """the taught model's frames are changed in colour, its teacher's are not"""
     batch_statistics: bool = True
     """batch norm by the statistics of the clip at hand, in inference too"""
+
+
+class Rivals(Section):
+    """Which systems `jobs.rivals` trains on a config's videos, and scores beside its own models."""
+
+    systems: dict[str, str] = Field(default={})
+    """the preset of each by a short name: {solv: configs/systems/demo_solv.yaml}"""
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    """each is trained from every one of them (teacher.train.seed)"""
+    train: tuple[str, ...] | None = None
+    """what to train now, [solv, diod:0] is SOLV from all seeds and DIOD from one; null: all; []: nothing, only score"""
+    document: str | None = None
+    """a Markdown file whose marked block is replaced by the table"""

@@ -21,6 +21,7 @@ from pipeline.config.fields import (
     run_detail,
 )
 from pipeline.config.models import Student, Teacher
+from pipeline.config.rivals import Rivals
 from pipeline.config.training import Distill
 
 GENERATED_SPLITS = ("train", "validation", "test")
@@ -299,6 +300,7 @@ class Config(Section):
     distill: Distill = Distill()
     sweep: Sweep = Sweep()
     evidence: Evidence = Evidence()
+    rivals: Rivals = Rivals()
     evaluate: Evaluate = Evaluate()
     mlflow: MLflow = MLflow()
     ray: Ray = Ray()

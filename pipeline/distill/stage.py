@@ -112,9 +112,17 @@ def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[st
     clips = open_clips(artifacts.clips)
     features_uri = _features_uri(artifacts, config.teacher)
     run = Run.teacher(config, artifacts.teacher_run.uri, clips.uri, features_uri=features_uri)
-    tags = {"clips": clips.fingerprint, "method": "teacher", "trained_on": config.dataset.title}
+    tags = {
+        "clips": clips.fingerprint,
+        "method": "teacher",
+        "settings": artifacts.teacher_settings,
+        "teacher": config.teacher.title,
+        "trained_on": config.dataset.title,
+    }
+    if config.teacher.system != "slotcontrast":
+        tags["system"] = config.teacher.system
     if config.teacher.uses_motion:
-        tags |= {"teacher": config.teacher.title, "motion": config.clips.motion}
+        tags["motion"] = config.clips.motion
     return _train(run, artifacts, tags)
 
 

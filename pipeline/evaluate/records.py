@@ -40,6 +40,8 @@ METHODS = {
     "other": "Model",  # of which nobody knows how it was trained
     "baseline": "Trivial baseline",
 }
+# The systems that the paper compares with, as in the tag `system`, and what tables call them.
+RIVALS = {"savi": "SAVi", "steve": "STEVE", "solv": "SOLV", "diod": "DIOD (uses motion)"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Record:
     dataset: str  # the data set's name: "MOVi-E"
     trained_on: str  # the same, of what the model was trained on; "" where that is not known
     teacher: str  # the kind of teacher: "SlotContrast"; "" where there is none
+    system: str  # of models of another architecture than slot models its name, a key of RIVALS or "stosavi"; else ""
     beta: float | None
     seed: int | None
     steps: int | None
@@ -234,6 +237,7 @@ def _record(run: Any) -> Record:
         dataset=tags["dataset"],
         trained_on=tags.get("trained_on", ""),
         teacher=tags.get("teacher", ""),
+        system=tags.get("system", ""),
         beta=number("beta", float),
         seed=number("seed", int),
         steps=number("steps", int),

@@ -30,7 +30,7 @@ from pipeline.evaluate.baselines import BASELINES, Predictor, feature_kmeans
 from pipeline.evaluate.degenerate import score_warnings
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
 from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_table, score_videos
-from pipeline.evaluate.subjects import Subject, named_model, own_models, trivial_subjects
+from pipeline.evaluate.subjects import Subject, named_model, of_its_system, own_models, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
 from pipeline.models import CheckpointHints, SlotModel
@@ -54,8 +54,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     name, subject = next(iter(models.items()))
     assert subject.model_uri is not None
     # Also without baselines: a file of which the config says too little is refused before Ray starts.
-    slots = open_model(subject.model_uri, subject.hints, best_device()).config.num_slots
-    baselines = trivial_subjects(config, slots, models)
+    opened = open_model(subject.model_uri, subject.hints, best_device()).config
+    models[name] = of_its_system(subject, opened)
+    baselines = trivial_subjects(config, opened.num_slots, models)
     clips = open_clips(artifacts.evaluation_clips)
     results = score_subjects(artifacts, clips, {**baselines, **models})
     protocol = results[name].protocol

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
@@ -19,6 +19,7 @@ from pipeline.log import log
 from pipeline.models import CheckpointHints, SlotModel
 from pipeline.models.build import checkpoint_hints, exported_file, load_model
 from pipeline.models.export import hash_weights
+from pipeline.models.segmenter import SegmenterConfig
 from pipeline.tracking.versions import fetch_model
 
 
@@ -77,24 +78,38 @@ def finished_student(artifacts: Artifacts) -> str:
 
 
 # Of a run's tags, with its scores.
-RECORDED = ("method", "beta", "seed", "steps", "settings", "teacher", "trained_on", "precision")
+RECORDED = ("method", "beta", "seed", "steps", "settings", "teacher", "system", "trained_on", "precision")
 
 
 def _recorded(tags: dict[str, str]) -> dict[str, str]:
     return {key: tags[key] for key in RECORDED if key in tags}
 
 
-def student_subject(run_uri: str) -> Subject:
+def run_subject(run_uri: str) -> Subject:
+    """The model of a finished run, a student's or a teacher's."""
     tags = RunManifest.read(run_uri).tags
     return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER), tags=_recorded(tags))
 
 
 def teacher_subject(config: Config, teacher_uri: str) -> Subject:
     """The config's teacher; what a file was trained on is not known."""
-    tags = {"method": "teacher", "teacher": config.teacher.title}
+    tags = {"method": "teacher", "teacher": config.teacher.title, **_system_tag(config.teacher.system)}
     if config.teacher.checkpoint is None:
         tags["trained_on"] = config.dataset.title
+        run_uri = teacher_uri.removesuffix(f"/{MODEL_FOLDER}")
+        if storage.is_complete(run_uri):
+            tags = {**run_subject(run_uri).tags, **tags}
     return Subject(model_uri=teacher_uri, hints=checkpoint_hints(config), tags=tags)
+
+
+def _system_tag(system: str | None) -> dict[str, str]:
+    """What tells a record that its model is no slot model."""
+    return {"system": system} if system not in (None, "slotcontrast") else {}
+
+
+def of_its_system(subject: Subject, config: SegmenterConfig) -> Subject:
+    """A model that has been opened, with a tag that says which system it is of, if it is no slot model."""
+    return replace(subject, tags={**subject.tags, **_system_tag(config.to_dict().get("system"))})
 
 
 def baseline_subjects(num_slots: int) -> dict[str, Subject]:
@@ -153,7 +168,7 @@ def _features_of(model: SlotModel) -> dict[str, Any]:
 def own_models(artifacts: Artifacts) -> dict[str, Subject]:
     """The student of a config and, where there is one, its teacher."""
     config = artifacts.config
-    models = {config.distill.name or "student": student_subject(finished_student(artifacts))}
+    models = {config.distill.name or "student": run_subject(finished_student(artifacts))}
     if config.evaluate.teacher and storage.exists(artifacts.teacher.uri):
         models["teacher"] = teacher_subject(config, artifacts.teacher.uri)
     return models

@@ -221,6 +221,7 @@ RUN_DETAILS = [
     "student.save=slim",
     "teacher.save=slim",
     "sweep.max_concurrent=1",
+    "rivals.seeds=[7]",
     "storage.cache=elsewhere",
     "storage.cache_gb=0",
     *(
