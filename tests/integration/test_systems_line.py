@@ -108,7 +108,8 @@ def test_a_system_from_videos_to_segments(system, local_ray, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_rivals_are_trained_once_and_stand_beside_each_other(local_ray, tmp_path):
+def test_rivals_are_trained_once_and_stand_beside_each_other(tmp_path):
+    """Without Ray, as one CPU needs none."""
     presets = {}
     for system in ("savi", "diod"):
         values = yaml.safe_load((CONFIGS / "systems" / f"{system}.yaml").read_text())
@@ -119,8 +120,8 @@ def test_rivals_are_trained_once_and_stand_beside_each_other(local_ray, tmp_path
         (tmp_path / f"{system}.yaml").write_text(yaml.safe_dump(values))
     document = tmp_path / "page.md"
     document.write_text("# Mine\n\n<!-- rivals: begin -->\n<!-- rivals: end -->\n")
-    rival_keys = {"rivals.systems": presets, "rivals.seeds": [0, 1], "rivals.document": str(document)}
-    config = with_overrides(config_of(tmp_path), rival_keys)
+    keys = {"rivals.systems": presets, "rivals.seeds": [0, 1], "rivals.document": str(document)}
+    config = with_overrides(config_of(tmp_path), {**keys, "ray.num_cpus": 1})
     first = rivals(with_overrides(config, {"rivals.train": ["savi:0"]}))
     assert first["missing"] == ["SAVi, 1 of 2 seeds", "DIOD (uses motion), 2 of 2 seeds"]
     assert "| DIOD (uses motion) | – |" in document.read_text()
