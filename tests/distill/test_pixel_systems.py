@@ -166,7 +166,6 @@ def test_files_that_can_not_teach(file, said, message):
         ("steve", "teacher.image_size=18", "image_size: 18 is no multiple .* nearest valid: 20"),
         ("steve", "teacher.steve.decoder_heads=3", "width: 16 is no multiple .* nearest valid: 18"),
         ("savi", "teacher.image_width=32", "^teacher.image_width: 32, but the frames of savi are square"),
-        ("steve", "teacher.save=slim", "^teacher.save: slim, but steve has no frozen backbone"),
         (
             "savi",
             "teacher.savi.encoder_blocks=[1]",
@@ -174,7 +173,6 @@ def test_files_that_can_not_teach(file, said, message):
         ),
         ("savi", "teacher.savi.encoder_blocks=[1, 1]", "encoder_channels: 8 is not a multiple of 32"),
         ("savi", "teacher.savi.decoder_channels=[]", "teacher.savi.decoder_channels"),
-        ("steve", "teacher.cached_features=true", "^teacher.cached_features: steve is trained on the frames"),
     ],
 )
 def test_what_they_can_not_be(tmp_path, system, override, message):
