@@ -21,6 +21,7 @@ from pipeline.distill.run import OnValidation, Run, build
 from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
 from pipeline.log import log
+from pipeline.models.build import teacher_title
 from pipeline.targets.stage import cache_features, target_files
 from pipeline.tracking.client import optional
 from pipeline.tracking.datasets import log_training_data
@@ -86,7 +87,7 @@ def distill(
         "clips": clips.fingerprint,
         "method": config.distill.method,
         "settings": artifacts.student_settings,
-        "teacher": config.teacher.title,  # also of a student without KD: it has that teacher's design
+        "teacher": teacher_title(config, artifacts.teacher_config),  # without KD: whose design it has
         "trained_on": config.dataset.title,
     }
     if config.distill.distils and inputs.targets_uri is not None:

@@ -32,7 +32,7 @@ from pipeline.evaluate.subjects import Subject, named_model, own_models, trivial
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
 from pipeline.models import CheckpointHints, SlotModel
-from pipeline.models.build import open_model
+from pipeline.models.build import open_model, title_of
 from pipeline.models.segmenter import Segmenter
 
 ROWS_FOLDER = "rows"  # what each shard's videos scored, until the whole is published
@@ -52,8 +52,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     name, subject = next(iter(models.items()))
     assert subject.model_uri is not None
     # Also without baselines: a file of which the config says too little is refused before Ray starts.
-    slots = open_model(subject.model_uri, subject.hints, best_device()).config.num_slots
-    baselines = trivial_subjects(config, slots, models)
+    model = open_model(subject.model_uri, subject.hints, best_device()).config
+    if config.evaluate.model:
+        name = title_of(name, model)
+        models = {name: subject}
+    baselines = trivial_subjects(config, model.num_slots, models)
     clips = open_clips(artifacts.evaluation_clips)
     results = score_subjects(artifacts, clips, {**baselines, **models})
     protocol = results[name].protocol

@@ -17,8 +17,9 @@ from pipeline.config import Config, ConfigError
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.log import log
 from pipeline.models import CheckpointHints, SlotModel
-from pipeline.models.build import checkpoint_hints, exported_file, load_model
+from pipeline.models.build import checkpoint_hints, exported_file, load_model, teacher_title
 from pipeline.models.export import hash_weights
+from pipeline.models.segmenter import SegmenterConfig
 from pipeline.tracking.versions import fetch_model
 
 
@@ -89,9 +90,13 @@ def student_subject(run_uri: str) -> Subject:
     return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER), tags=_recorded(tags))
 
 
-def teacher_subject(config: Config, teacher_uri: str) -> Subject:
-    """The config's teacher; what a file was trained on is not known."""
-    tags = {"method": "teacher", "teacher": config.teacher.title}
+def teacher_subject(config: Config, teacher_uri: str, model: SegmenterConfig | None = None) -> Subject:
+    """The config's teacher; what a file was trained on is not known.
+
+    Args:
+        model: its own config, as far as it is known.
+    """
+    tags = {"method": "teacher", "teacher": teacher_title(config, model)}
     if config.teacher.checkpoint is None:
         tags["trained_on"] = config.dataset.title
     return Subject(model_uri=teacher_uri, hints=checkpoint_hints(config), tags=tags)
@@ -155,7 +160,7 @@ def own_models(artifacts: Artifacts) -> dict[str, Subject]:
     config = artifacts.config
     models = {config.distill.name or "student": student_subject(finished_student(artifacts))}
     if config.evaluate.teacher and storage.exists(artifacts.teacher.uri):
-        models["teacher"] = teacher_subject(config, artifacts.teacher.uri)
+        models["teacher"] = teacher_subject(config, artifacts.teacher.uri, artifacts.teacher_config)
     return models
 
 

@@ -110,7 +110,7 @@ def _score(artifacts: Artifacts, manifest: SweepManifest, masks: str, *, baselin
     teacher_uri = artifacts.require_teacher()
     titles = {trial.run: f"{trial.setting}, seed {trial.seed}" for trial in finished}
     students = {title: student_subject(run) for run, title in titles.items()}
-    teacher = {TEACHER: teacher_subject(config, teacher_uri)}
+    teacher = {TEACHER: teacher_subject(config, teacher_uri, artifacts.teacher_config)}
     trivial: dict[str, Subject] = {}
     if baselines:
         trivial = baseline_subjects(load_teacher(config, teacher_uri).config.num_slots)

@@ -14,8 +14,10 @@ from pipeline.distill.run import build
 from pipeline.distill.system_objective import SystemBatch
 from pipeline.distill.trainer import Trainer
 from pipeline.models import load_slot_model
-from pipeline.models.build import load_teacher
+from pipeline.models.build import checkpoint_hints, load_teacher
 from pipeline.models.build_teachers import build_teacher
+from pipeline.models.rivals import savi_files
+from pipeline.models.rivals.savi import SAVi, SAViConfig
 
 PIXELS = ("savi", "steve")
 FILES = GOLDEN / "rivals"
@@ -140,7 +142,11 @@ def test_public_files_teach(file, said):
 @pytest.mark.parametrize(
     ("file", "said", "message"),
     [
-        ("savi_learned_tiny.flax", [], r"^teacher.image_size: must be given.*\(beside teacher.system=savi\)"),
+        (
+            "savi_learned_tiny.flax",
+            [],
+            r"^teacher.image_size: must be given.*\(beside teacher.system=savi; .*\)$",
+        ),
         ("savi_gaussian_tiny.flax", ["teacher.image_size=32"], r"^teacher.num_slots: must be given"),
         ("steve_tiny.pt", [], r"^teacher.num_slots: must be given"),
         (
@@ -154,6 +160,27 @@ def test_files_that_can_not_teach(file, said, message):
     config = resolve_config({}, [f"teacher.checkpoint={FILES / file}", "teacher.system=savi", *said])
     with pytest.raises(ConfigError, match=message):
         load_teacher(config, str(FILES / file))
+
+
+def test_a_size_that_is_the_default_is_said_by_both_sides():
+    """336 pixels by themselves are what every config says, and so are nothing said of a file."""
+    values = {"image_size": 336, "stride": 4, "encoder_channels": (8, 8), "num_slots": 2, "slot_size": 8}
+    model = SAVi(SAViConfig(**values, decoder_grid=84, decoder_channels=(8, 8)))
+    file = FILES / "savi_learned_tiny.flax"
+    said = [f"teacher.checkpoint={file}", "teacher.system=savi", "teacher.image_size=336"]
+    config = resolve_config({}, said)
+    with pytest.raises(
+        ConfigError, match=r"^teacher.image_size: must be given.* an equal teacher.image_width\)$"
+    ):
+        load_teacher(config, str(file))
+    config = resolve_config({}, [*said, "teacher.image_width=336"])
+    assert (
+        savi_files.read(savi_files.written(model), checkpoint_hints(config), "savi.flax")[0] == model.config
+    )
+    with pytest.raises(
+        ValueError, match=r"^image_size: 336, but a decoder of 4 layers .* nearest valid: 32$"
+    ):
+        load_teacher(config, str(file))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from training_runs import TRAINING, make_targets, student_run
 
 from pipeline import storage
 from pipeline.artifacts.subjects import model_identity
+from pipeline.clips.library import artifacts_of
 from pipeline.config import ConfigError, load_config, resolve_config, with_overrides
 from pipeline.config.models import Teacher
 from pipeline.config.rivals import ALL_USE, RIVALS
@@ -22,6 +24,7 @@ from pipeline.distill.run import Run, build
 from pipeline.distill.system_objective import SystemBatch
 from pipeline.distill.systems import OBJECTIVES
 from pipeline.distill.trainer import NoLogger, Trainer
+from pipeline.evaluate import stage as evaluation
 from pipeline.evaluate.subjects import teacher_subject
 from pipeline.models import load_slot_model, save_slot_model
 from pipeline.models.backbone import Backbone, BackboneConfig
@@ -321,10 +324,39 @@ def test_diods_targets_do_not_depend_on_the_batch(tmp_path):
     torch.testing.assert_close(slots[1:], model(video[1:]).slots)
 
 
-def test_rows_of_diod_say_that_it_uses_motion(tmp_path):
+def test_rows_of_diod_say_that_it_uses_motion(clips, tmp_path):
+    """By what the config says of a teacher that is to be trained, by what a file is of one that is there."""
     config = config_of("diod", tmp_path, "teacher.name=DIOD")
     assert teacher_subject(config, "model").tags["teacher"] == "DIOD (uses motion)"
     assert config_of("solv", tmp_path).teacher.title == "SlotContrast"
+    for file, name in (("diod_tiny.ckpt", "mine (uses motion)"), ("stosavi_mlp_tiny.pth", "mine")):
+        there = resolve_config({"teacher": {"checkpoint": str(GOLDEN / "rivals" / file), "name": "mine"}})
+        artifacts = artifacts_of(there, clips)
+        subject = teacher_subject(there, artifacts.teacher.uri, artifacts.teacher_config)
+        assert subject.tags["teacher"] == name
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("diod_tiny.ckpt", "diod_tiny.ckpt (uses motion)"), ("stosavi_mlp_tiny.pth", "stosavi_mlp_tiny.pth")],
+)
+def test_a_file_that_is_scored_is_named_by_what_it_is(file, name, monkeypatch):
+    """The config need not say `teacher.system`."""
+    seen = []
+
+    def scored(artifacts, clips, subjects):
+        seen.extend(subjects)
+        raise Stopped
+
+    monkeypatch.setattr(evaluation, "artifacts_of", lambda config: SimpleNamespace(evaluation_clips=None))
+    monkeypatch.setattr(evaluation, "open_clips", lambda clips: None)
+    monkeypatch.setattr(evaluation, "score_subjects", scored)
+    model = str(GOLDEN / "rivals" / file)
+    with pytest.raises(Stopped):
+        evaluation.evaluate(
+            resolve_config({"evaluate": {"model": model, "split": "val", "baselines": False}})
+        )
+    assert seen == [name]
 
 
 # --- as teachers -------------------------------------------------------------------------------------------
