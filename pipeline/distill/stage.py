@@ -16,9 +16,9 @@ from pipeline.artifacts.once import is_whole, once, require_files
 from pipeline.artifacts.subjects import model_files
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
 from pipeline.config import Config, ConfigError, Model
+from pipeline.distill.hooks import Outcome
 from pipeline.distill.ray_train import fit, machines
 from pipeline.distill.run import OnValidation, Run, build
-from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
 from pipeline.log import log
 from pipeline.models.build import teacher_title
