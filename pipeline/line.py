@@ -179,10 +179,10 @@ def _evaluate(artifacts: Artifacts, teacher_uri: str, runs: dict[str, str]) -> d
         return {}
     clips = open_clips(artifacts.evaluation_clips)
     _title(5, f"score them on {clips.manifest.videos} videos that nobody trained on")
-    slots = load_teacher(config, teacher_uri).config.num_slots
-    models = {"teacher": teacher_subject(config, teacher_uri)}
+    teacher = load_teacher(config, teacher_uri).config
+    models = {"teacher": teacher_subject(config, teacher_uri, teacher)}
     models |= {name: run_subject(uri) for name, uri in runs.items()}
-    return score_subjects(artifacts, clips, trivial_subjects(config, slots, models) | models)
+    return score_subjects(artifacts, clips, trivial_subjects(config, teacher.num_slots, models) | models)
 
 
 @dataclass(frozen=True)

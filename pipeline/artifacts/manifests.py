@@ -100,6 +100,7 @@ class ClipManifest(Manifest):
     dataset: DatasetEntry | None = None  # None: made by a version that did not record it
     settings: dict[str, Any]  # of `clips.*`, as far as they decide the content
     sources: str = ""  # a fingerprint of the videos
+    flow: str | None = None  # what computed it, of clips.motion=flow; decides nothing
     videos: int = 0
     clips: int = 0
     frames: int = 0

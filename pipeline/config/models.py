@@ -131,7 +131,7 @@ class Teacher(Model):
     @property
     def title(self) -> str:
         """What tables and tags call it."""
-        return f"{self.name} (uses motion)" if self.uses_motion else self.name
+        return using_motion(self.name) if self.uses_motion else self.name
 
     @property
     def patch_size(self) -> int | None:
@@ -149,6 +149,11 @@ class Teacher(Model):
         Not defaults of the keys themselves, which would count as said of every public file.
         """
         return {"num_slots": self.num_slots or 15, "slot_size": self.slot_size or 128}
+
+
+def using_motion(name: str) -> str:
+    """The name of a model that learned from motion segments."""
+    return f"{name} (uses motion)"
 
 
 class Student(Model):

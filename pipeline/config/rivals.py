@@ -1,12 +1,13 @@
 """The keys that a rival system adds to `teacher`: a section each, which only `teacher.system` of its name uses.
 
-Sizes, backbone, normalisation and what is common to all training are where SlotContrast has them. And the keys of
-`jobs.rivals`, which compares such systems.
+Sizes, backbone, normalisation and what is common to all training are where SlotContrast has them; `RIVALS` says
+which of these each system uses. And the keys of `jobs.rivals`, which compares such systems.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -113,3 +114,36 @@ class Rivals(Section):
     """what to train now, [solv, diod:0] is SOLV from all seeds and DIOD from one; null: all; []: nothing, only score"""
     document: str | None = None
     """a Markdown file whose marked block is replaced by the table"""
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What of `teacher` a system that is trained here uses, beside what all of them do and its own section.
+
+    keys: of `teacher`. training: of `teacher.train`.
+    """
+
+    keys: frozenset[str]
+    training: frozenset[str] = frozenset({"warmup_steps"})
+
+
+# Which weights and slots there are, and what decides the run, whatever it trains.
+ALL_USE = frozenset(
+    {"name", "checkpoint", "system", "image_size", "image_width", "num_slots", "slot_size", "train"}
+)
+# The number of shares that a contrast has counts as workers in a run's name, also where nothing is contrasted.
+ALL_TRAIN_WITH = frozenset(
+    {"steps", "batch_size", "learning_rate", "gradient_clip", "seed", "workers", "precision", "contrast"}
+)
+# What says of a term or a warm-up that there is none, though it is not the default: no harm in saying it.
+NONE_OF_IT: dict[str, Any] = {"alpha": 0, "warmup_steps": 0}
+
+# By `teacher.system`, as its builder (`pipeline/models/build_teachers.py`) and its objective (`pipeline/distill/`) do.
+RIVALS = {
+    "solv": Uses(
+        frozenset({"backbone", "backbone_weights", "backbone_blocks", "mean", "std", "save"}), frozenset()
+    ),
+    "savi": Uses(frozenset({"initial_slots", "num_iterations", "predictor_heads"})),
+    "steve": Uses(frozenset({"num_iterations", "predictor_heads"})),
+    "diod": Uses(frozenset({"mean", "std"})),
+}

@@ -16,11 +16,12 @@ from pipeline.artifacts.once import is_whole, once, require_files
 from pipeline.artifacts.subjects import model_files
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
 from pipeline.config import Config, ConfigError, Model
+from pipeline.distill.hooks import Outcome
 from pipeline.distill.ray_train import fit, machines
 from pipeline.distill.run import OnValidation, Run, build
-from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
 from pipeline.log import log
+from pipeline.models.build import teacher_title
 from pipeline.targets.stage import cache_features, target_files
 from pipeline.tracking.client import optional
 from pipeline.tracking.datasets import log_training_data
@@ -86,7 +87,7 @@ def distill(
         "clips": clips.fingerprint,
         "method": config.distill.method,
         "settings": artifacts.student_settings,
-        "teacher": config.teacher.title,  # also of a student without KD: it has that teacher's design
+        "teacher": teacher_title(config, artifacts.teacher_config),  # without KD: whose design it has
         "trained_on": config.dataset.title,
     }
     if config.distill.distils and inputs.targets_uri is not None:

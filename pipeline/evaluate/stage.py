@@ -34,7 +34,7 @@ from pipeline.evaluate.subjects import Subject, named_model, of_its_system, own_
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
 from pipeline.models import CheckpointHints, SlotModel
-from pipeline.models.build import open_model
+from pipeline.models.build import open_model, title_of
 from pipeline.models.segmenter import Segmenter
 
 ROWS_FOLDER = "rows"  # what each shard's videos scored, until the whole is published
@@ -55,6 +55,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     assert subject.model_uri is not None
     # Also without baselines: a file of which the config says too little is refused before Ray starts.
     opened = open_model(subject.model_uri, subject.hints, best_device()).config
+    if config.evaluate.model:
+        name = title_of(name, opened)
+        models = {name: subject}
     models[name] = of_its_system(subject, opened)
     baselines = trivial_subjects(config, opened.num_slots, models)
     clips = open_clips(artifacts.evaluation_clips)

@@ -17,7 +17,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.log import log
 from pipeline.models import CheckpointHints, SlotModel
-from pipeline.models.build import checkpoint_hints, exported_file, load_model
+from pipeline.models.build import checkpoint_hints, exported_file, load_model, teacher_title
 from pipeline.models.export import hash_weights
 from pipeline.models.segmenter import SegmenterConfig
 from pipeline.tracking.versions import fetch_model
@@ -91,9 +91,14 @@ def run_subject(run_uri: str) -> Subject:
     return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER), tags=_recorded(tags))
 
 
-def teacher_subject(config: Config, teacher_uri: str) -> Subject:
-    """The config's teacher; what a file was trained on is not known."""
-    tags = {"method": "teacher", "teacher": config.teacher.title, **_system_tag(config.teacher.system)}
+def teacher_subject(config: Config, teacher_uri: str, model: SegmenterConfig | None = None) -> Subject:
+    """The config's teacher; what a file was trained on is not known.
+
+    Args:
+        model: its own config, as far as it is known.
+    """
+    system = config.teacher.system if model is None else _system_of(model)
+    tags = {"method": "teacher", "teacher": teacher_title(config, model), **_system_tag(system)}
     if config.teacher.checkpoint is None:
         tags["trained_on"] = config.dataset.title
         run_uri = teacher_uri.removesuffix(f"/{MODEL_FOLDER}")
@@ -109,7 +114,12 @@ def _system_tag(system: str | None) -> dict[str, str]:
 
 def of_its_system(subject: Subject, config: SegmenterConfig) -> Subject:
     """A model that has been opened, with a tag that says which system it is of, if it is no slot model."""
-    return replace(subject, tags={**subject.tags, **_system_tag(config.to_dict().get("system"))})
+    return replace(subject, tags={**subject.tags, **_system_tag(_system_of(config))})
+
+
+def _system_of(model: SegmenterConfig) -> str | None:
+    """None: a slot model."""
+    return model.to_dict().get("system")
 
 
 def baseline_subjects(num_slots: int) -> dict[str, Subject]:
@@ -170,7 +180,7 @@ def own_models(artifacts: Artifacts) -> dict[str, Subject]:
     config = artifacts.config
     models = {config.distill.name or "student": run_subject(finished_student(artifacts))}
     if config.evaluate.teacher and storage.exists(artifacts.teacher.uri):
-        models["teacher"] = teacher_subject(config, artifacts.teacher.uri)
+        models["teacher"] = teacher_subject(config, artifacts.teacher.uri, artifacts.teacher_config)
     return models
 
 

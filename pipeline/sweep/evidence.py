@@ -111,7 +111,7 @@ def _score(artifacts: Artifacts, manifest: SweepManifest, masks: str, *, baselin
     finished = _finished(manifest)
     students = {_title(trial): run_subject(trial.run) for trial in finished}
     teacher_uri = artifacts.require_teacher()
-    teacher = {TEACHER: teacher_subject(artifacts.config, teacher_uri)}
+    teacher = {TEACHER: teacher_subject(artifacts.config, teacher_uri, artifacts.teacher_config)}
     trivial: dict[str, Subject] = {}
     if baselines:
         trivial = baseline_subjects(load_teacher(artifacts.config, teacher_uri).config.num_slots)

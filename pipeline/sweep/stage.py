@@ -261,7 +261,7 @@ def _teachers(plan: Plan) -> dict[str, Subject]:
             known.add(uri)
             # Most sweeps have one; those of several need their names.
             name = "teacher" if not teachers else f"teacher ({setting})"
-            teachers[name] = teacher_subject(artifacts.config, uri)
+            teachers[name] = teacher_subject(artifacts.config, uri, artifacts.teacher_config)
     return teachers
 
 

@@ -26,7 +26,7 @@ TRAINING = {"batch_size": 4, "workers": 0, "log_every": 1, "learning_rate": 0.00
 # What each needs to be small; the rest is its preset's.
 SYSTEMS = {
     "solv": {
-        **tiny_section(32, 48),
+        **{key: value for key, value in tiny_section(32, 48).items() if key != "decoder_hidden_sizes"},
         "solv": {"decoder_size": 32},
         **{"num_slots": 4, "slot_size": 16},
     },
