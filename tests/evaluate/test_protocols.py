@@ -117,7 +117,7 @@ def test_black_borders_are_cut_off_of_frames_and_masks(tmp_path):
     true = true_masks(cut, sorted(i for i, m in cut[0].items() if m.any()), (22, 33))
     expected = mean_best_overlap(true, torch.from_numpy(labels_of(6, (22, 33)))[None], level="video")
     assert score.video_mbo == pytest.approx(expected)
-    panel = video_panel(clips, clips.videos[0], {"truth": None}, protocol=PRESETS["solv"])
+    panel = video_panel(clips, clips.videos[0], {"truth": None}, "", PRESETS["solv"])
     assert panel.frames.shape == (6, 22, 33, 3)
 
 
