@@ -59,10 +59,11 @@ def video_panel(
     return Panel(frames[:length], {name: row[:length] for name, row in labels.items()}, title)
 
 
-def panel_title(video_id: str, scores: Mapping[str, Mapping[str, float]]) -> str:
-    """A video's name over the scores that it has, by row."""
-    of_rows = (f"{name} {100 * of.get(video_id, math.nan):.1f}" for name, of in scores.items())
-    return f"{video_id}\n{', '.join(of_rows)}"
+def panel_title(video_id: str, scores: Mapping[str, Mapping[str, float]], a_line: int = 3) -> str:
+    """A video's name over the scores that it has, by row, so many a line."""
+    of_rows = [f"{name} {100 * of.get(video_id, math.nan):.1f}" for name, of in scores.items()]
+    lines = [", ".join(of_rows[i : i + a_line]) for i in range(0, len(of_rows), a_line)]
+    return "\n".join([video_id, *lines])
 
 
 def _first_clips(clips: ClipSet, video: VideoEntry, *, masks: bool = False) -> Iterator[Clip]:

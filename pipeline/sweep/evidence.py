@@ -208,7 +208,7 @@ def _pictures(config: Config, manifest: SweepManifest, scored: Sequence[MaskScor
     pictures = []
     for number, kind in enumerate(scored):
         title = "Scores on the test split" + (f", masks of {MASKS[kind.masks]}" if len(scored) > 1 else "")
-        chart = sweep_chart(kind.students.results, {TEACHER: kind.others[TEACHER]})
+        chart = sweep_chart(kind.students.results, {TEACHER: kind.others[TEACHER]}, config.evidence.scores)
         link = f"evidence-{kind.masks}.png" if number else PLOT
         pictures.append(
             Picture(chart_png(chart), link, title, "Error bars: sample standard deviation over seeds.")

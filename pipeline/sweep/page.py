@@ -4,6 +4,7 @@ varied, or by setting."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.sweep.results import Best, Result, as_csv, as_json, sweep_table, v
 TABLE_TEXT, TABLE_CSV, TABLE_MD = "table.txt", "table.csv", "table.md"
 NUMBERS, PLOT = "scores.json", "plot.png"
 _WIDTH, _HEIGHT = 10.0, 7.2  # inches
+_NARROWEST = 1.0  # points, of an axis of scores
 _SYMBOLS = {"distill.beta": "β"}
 
 
@@ -87,29 +89,36 @@ def _without_nan(values: Any) -> Any:
 # --- the plot -------------------------------------------------------------------------------------
 
 
-def sweep_chart(results: Sequence[Result], others: Mapping[str, Mapping[str, float]]) -> Figure:
+def sweep_chart(
+    results: Sequence[Result], others: Mapping[str, Mapping[str, float]], scores: Sequence[str] = SCORES
+) -> Figure:
     """One panel a score: the mean with its sample std, every seed as a dot, and teachers as dashed lines.
 
     Args:
         others: models beside the sweep's students, by name; scores are fractions of 1.
+        scores: which are shown.
     """
     key = varied_number(results)
     longest = max(len(result.setting.name) for result in results)
     # Names of settings need room of their own, in lines below each other.
     height = _HEIGHT if key else max(_HEIGHT, 0.5 * len(results) + 3.2)
+    rows, columns = math.ceil(len(scores) / 2), min(2, len(scores))
+    height = 0.8 + (height - 0.8) * rows / 2  # the legend keeps its own
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharex=key is not None, sharey=key is None)
-    for axes, score in zip(panels.flat, SCORES, strict=True):
+    panels = figure.subplots(rows, columns, sharex=key is not None, sharey=key is None, squeeze=False)
+    for axes in panels.flat[len(scores) :]:
+        axes.set_visible(False)
+    for axes, score in zip(panels.flat, scores, strict=False):
         style_axes(axes)
         if key:
             _over_number(axes, results, score, key)
         else:
             _by_setting(axes, results, score, longest)
-        for number, (name, scores) in enumerate(others.items()):
+        for number, (name, of) in enumerate(others.items()):
             line = axes.axhline if key else axes.axvline
             line(
-                100 * scores[score],
+                100 * of[score],
                 color=COLOURS["teacher"] if number == 0 else OTHER_COLOUR,
                 linewidth=1.2,
                 linestyle=(0, (5, 4)),
@@ -117,13 +126,22 @@ def sweep_chart(results: Sequence[Result], others: Mapping[str, Mapping[str, flo
                 label=plain(name),
             )
         axes.set_title(TITLES[score], fontsize=11)
-    for axes in panels[1] if key else []:
+        _no_narrower(axes, "y" if key else "x")
+    for axes in panels[-1] if key else []:
         axes.set_xlabel(_SYMBOLS.get(key or "", key))
-    for axes in panels[:, 0] if key else panels[1]:
+    for axes in panels[:, 0] if key else panels[-1]:
         axes.set_ylabel("score (%)") if key else axes.set_xlabel("score (%)")
     handles, names = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False)
     return figure
+
+
+def _no_narrower(axes: Axes, along: str) -> None:
+    """Scores that are equal to rounding look so."""
+    low, high = getattr(axes, f"get_{along}lim")()
+    if high - low < _NARROWEST:
+        middle = (low + high) / 2
+        getattr(axes, f"set_{along}lim")(middle - _NARROWEST / 2, middle + _NARROWEST / 2)
 
 
 def _over_number(axes: Axes, results: Sequence[Result], score: str, key: str) -> None:

@@ -151,6 +151,16 @@ def test_the_plot_is_over_the_one_number_that_differs():
     assert [x.get_ydata()[0] for x in dashed] == [50]
 
 
+def test_a_plot_of_some_scores_and_of_equal_ones():
+    same = [result(n, [v]) for n, v in (("a", 0.0), ("b", 1e-17))]
+    axes = sweep_chart(same, TEACHER, ["video_mbo"]).axes
+    assert [a.get_title() for a in axes if a.get_visible()] == ["video mBO"]
+    alone = sweep_chart(same, {}, ["image_mbo", "video_mbo", "image_fg_ari"]).axes
+    assert [a.get_visible() for a in alone] == [True, True, True, False]
+    low, high = alone[1].get_xlim()
+    assert high - low == pytest.approx(1), "a difference of rounding is not drawn as one"
+
+
 def test_settings_of_other_kinds_are_listed():
     named = [result("no KD", [0.3]), result("K = 4", [0.4, 0.5], {"targets.views": 4}), result("lost", [])]
     assert varied_number(named) is None
