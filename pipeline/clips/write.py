@@ -110,6 +110,7 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
         fps=settings.fps,
         max_seconds=settings.max_seconds,
         square=settings.pixel_aspect == "square",
+        flow=("forward",) if settings.motion == "dataset" else (),
     )
     frames = with_column(frames, settings.motion)
     rows: list[dict[str, Any]] = []

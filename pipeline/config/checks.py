@@ -78,6 +78,11 @@ def check_dataset(config: Config) -> list[str]:
 
 def _check_motion(config: Config) -> list[str]:
     dataset, motion = config.dataset, config.clips.motion
+    if motion == "dataset" and dataset.kind != "movi":
+        return [
+            f"clips.motion: dataset is the optical flow in MOVi's records, and dataset.kind={dataset.kind} has none; "
+            "nearest valid: flow"
+        ]
     if motion == "files" and dataset.motion is None:
         return ["clips.motion: files needs dataset.motion, the folder of label images; nearest valid: flow"]
     if motion != "files" and dataset.motion is not None:

@@ -109,8 +109,8 @@ class Clips(Section):
     """of each video"""
     codec: Literal["jpeg", "png", "raw"] = "jpeg"
     """how frames are stored"""
-    motion: Literal["none", "flow", "masks", "files"] = "none"
-    """which pixels of what is trained on move, as DIOD needs: by optical flow, all masks, or from dataset.motion"""
+    motion: Literal["none", "flow", "masks", "files", "dataset"] = "none"
+    """which training pixels move, as DIOD needs: by optical flow (dataset: MOVi's own), all masks, or dataset.motion"""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """of JPEG"""
     videos_per_shard: PositiveInt = 16
