@@ -78,11 +78,12 @@ def check_dataset(config: Config) -> list[str]:
 
 def _check_motion(config: Config) -> list[str]:
     dataset, motion = config.dataset, config.clips.motion
-    if motion == "dataset" and dataset.kind != "movi":
-        return [
-            f"clips.motion: dataset is the optical flow in MOVi's records, and dataset.kind={dataset.kind} has none; "
-            "nearest valid: flow"
-        ]
+    for key, value, nearest in (("motion", motion, "flow"), ("flow", config.clips.flow, "none")):
+        if value == "dataset" and dataset.kind != "movi":
+            return [
+                f"clips.{key}: dataset is the optical flow of MOVi's records, which dataset.kind={dataset.kind} lacks; "
+                f"nearest valid: {nearest}"
+            ]
     if motion == "files" and dataset.motion is None:
         return ["clips.motion: files needs dataset.motion, the folder of label images; nearest valid: flow"]
     if motion != "files" and dataset.motion is not None:
@@ -262,6 +263,11 @@ def _check_system(config: Config) -> list[str]:
         problems.append(
             f"clips.motion: none, but {section.system} learns from motion segments; nearest valid: flow (or masks, or "
             "files of your own)"
+        )
+    if section.system == "savi" and section.savi.target == "flow" and config.clips.flow == "none":
+        problems.append(
+            "clips.flow: none, but teacher.savi.target=flow reconstructs it; nearest valid: dataset (MOVi's own), or "
+            "teacher.savi.target=rgb"
         )
     if section.system == "solv" and config.clips.clip_frames < section.solv.window:
         problems.append(

@@ -13,6 +13,7 @@ from pipeline.config.training import TeacherTraining
 
 SlotCount = Annotated[int, Field(ge=1, le=256)]  # labels are bytes
 Colour = tuple[float, float, float]
+USES_BOXES = "conditional, boxes"  # what rows say of a model that is told where objects are
 PositiveColour = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
@@ -129,8 +130,15 @@ class Teacher(Model):
         return self.system == "diod"
 
     @property
+    def uses_boxes(self) -> bool:
+        """Whether its slots start from boxes of objects, in training and in what is scored."""
+        return self.system == "savi" and self.savi.conditioning == "boxes"
+
+    @property
     def title(self) -> str:
         """What tables and tags call it."""
+        if self.uses_boxes:
+            return f"{self.name} ({USES_BOXES})"
         return f"{self.name} (uses motion)" if self.uses_motion else self.name
 
     @property

@@ -115,6 +115,8 @@ def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[st
     tags = {"clips": clips.fingerprint, "method": "teacher", "trained_on": config.dataset.title}
     if config.teacher.uses_motion:
         tags |= {"teacher": config.teacher.title, "motion": config.clips.motion}
+    if config.teacher.uses_boxes:
+        tags["teacher"] = config.teacher.title
     return _train(run, artifacts, tags)
 
 

@@ -24,18 +24,26 @@ from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.compute import best_device, map_tasks, one_ray
 from pipeline.config import Config
+from pipeline.config.models import USES_BOXES
 from pipeline.config.protocols import Protocol, choose_protocol
 from pipeline.evaluate.backbones import SharedBackbones
 from pipeline.evaluate.baselines import BASELINES, Predictor, feature_kmeans
 from pipeline.evaluate.degenerate import score_warnings
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
-from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_table, score_videos
+from pipeline.evaluate.scoring import (
+    VideoScore,
+    boxes_of_samples,
+    mean_scores,
+    model_predictor,
+    score_table,
+    score_videos,
+)
 from pipeline.evaluate.subjects import Subject, named_model, own_models, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
 from pipeline.models import CheckpointHints, SlotModel
 from pipeline.models.build import open_model
-from pipeline.models.segmenter import Segmenter
+from pipeline.models.segmenter import Segmenter, VideoSegmenter
 
 ROWS_FOLDER = "rows"  # what each shard's videos scored, until the whole is published
 
@@ -54,7 +62,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     name, subject = next(iter(models.items()))
     assert subject.model_uri is not None
     # Also without baselines: a file of which the config says too little is refused before Ray starts.
-    slots = open_model(subject.model_uri, subject.hints, best_device()).config.num_slots
+    model = open_model(subject.model_uri, subject.hints, best_device())
+    slots = model.config.num_slots
+    if isinstance(model, VideoSegmenter) and model.start_boxes:
+        name, models = _marked(name, models)
+    del model  # whoever scores needs its memory
     baselines = trivial_subjects(config, slots, models)
     clips = open_clips(artifacts.evaluation_clips)
     results = score_subjects(artifacts, clips, {**baselines, **models})
@@ -62,6 +74,12 @@ def evaluate(config: Config) -> dict[str, Any]:
     print(plain_text(score_table([(n, r.scores) for n, r in results.items()], protocol.warnings)))
     print(f"protocol {protocol.name}: {protocol.in_words}")
     return results[name].summary()
+
+
+def _marked(name: str, models: dict[str, Subject]) -> tuple[str, dict[str, Subject]]:
+    """Models, of which one says that it is told where the objects are, and its new name."""
+    new = f"{name} ({USES_BOXES})"
+    return new, {new if other == name else other: subject for other, subject in models.items()}
 
 
 def score_subjects(
@@ -132,16 +150,19 @@ class ScoreTask:
         (subject, uri), videos = self.work[row["subject"]], self.by_shard[row["shard"]]
 
         def predictor(video: VideoEntry) -> Predictor:
-            return subject_predictor(subject, self._model(subject), video.video_id, self.protocol)
+            return subject_predictor(subject, self._model(subject), self.clips, video, self.protocol)
 
         _score_shard(self.clips, videos, predictor, self.protocol, _rows_uri(uri, row))
         return {"videos": len(videos)}
 
 
-def subject_predictor(subject: Subject, model: Segmenter, video_id: str, protocol: Protocol) -> Predictor:
+def subject_predictor(
+    subject: Subject, model: Segmenter, clips: ClipSet, video: VideoEntry, protocol: Protocol
+) -> Predictor:
     """Labels of what needs a model: its own, or those of k-means on its features."""
     if subject.baseline is None:
-        return model_predictor(model, video_id, protocol)
+        given = boxes_of_samples(model, clips, video, protocol)
+        return model_predictor(model, video.video_id, protocol, given)
     assert isinstance(model, SlotModel)  # see `feature_subjects`
     return feature_kmeans(model, subject.num_slots)
 

@@ -264,8 +264,8 @@ def load_teacher(config: Config, uri: str) -> VideoSegmenter:
     if not model.teaches:
         raise ConfigError(
             f"teacher.checkpoint: {uri} is a {type(model).__name__}, whose slots are not distilled (of a SAVi: "
-            "those that start from boxes, which clips don't have); nearest valid: a SlotContrast, VideoSAUR, DINOSAUR, "
-            "SOLV, STEVE or DIOD file, or a SAVi with learned or drawn slots"
+            "those that start from boxes, which students don't have); nearest valid: a SlotContrast, VideoSAUR, "
+            "DINOSAUR, SOLV, STEVE or DIOD file, or a SAVi with learned or drawn slots (teacher.savi.conditioning=none)"
         )
     if config.targets.teacher_features and not isinstance(model, SlotModel):
         raise ConfigError(

@@ -119,11 +119,12 @@ def test_records_whose_flow_can_not_be_used(tmp_path):
     )
     _, report = clip_set(videos, tmp_path, clip_frames=T, motion="dataset")
     way_out = (
-        "and so no optical flow of its own, which the config asks for (clips.motion=dataset); nearest valid: "
+        "and so no optical flow of its own, which the config asks for (clips.motion=dataset, clips.flow=dataset); "
+        "nearest valid: clips.motion=flow, clips.flow=none"
     )
     reasons = [entry.reason for entry in report.bad]
-    assert reasons[0] == f"it has no feature 'forward_flow', {way_out}clips.motion=flow"
-    assert reasons[1] == f"it has no feature 'metadata/forward_flow_range', {way_out}clips.motion=flow"
+    assert reasons[0] == f"it has no feature 'forward_flow', {way_out}"
+    assert reasons[1] == f"it has no feature 'metadata/forward_flow_range', {way_out}"
     assert reasons[2] == "has 6 frames, but 5 of forward_flow, whose range has 2 limits; expected 2"
     assert reasons[3].startswith("forward_flow 5 can't be decoded (")
     assert reasons[4].startswith(
@@ -135,7 +136,22 @@ def test_records_whose_flow_can_not_be_used(tmp_path):
 
 def test_a_data_set_without_flow():
     with pytest.raises(
-        ConfigError, match=r"^clips.motion: dataset is .* dataset.kind=davis has none; nearest valid: flow"
+        ConfigError, match=r"^clips.motion: dataset is .* dataset.kind=davis lacks; nearest valid: flow"
     ):
         resolve_config({}, ["clips.motion=dataset", "dataset.kind=davis", "dataset.path=D"])
     resolve_config({}, ["clips.motion=dataset", "dataset.kind=movi", "dataset.path=D"])
+
+
+def test_flow_is_kept_to_be_reconstructed(tmp_path):
+    """To the frame before, with or without segments, which are of the flow to the next one; in 16-bit floats."""
+    videos = write_records(tmp_path / "movi", ({}, {}), ({"backward_flow": None}, {}))
+    clips, report = clip_set(videos, tmp_path, clip_frames=4, flow="dataset", motion="dataset")
+    assert [entry.reason.split(",")[0] for entry in report.bad] == ["it has no feature 'backward_flow'"]
+    shard, (flow, moving) = clips.shards[0], true_flow()
+    found = np.concatenate([clips.read_flow(shard, row) for row in range(2)])
+    np.testing.assert_allclose(found, -flow, atol=STEP, rtol=2**-11)
+    segments = np.concatenate([clips.read_motion(shard, row) for row in range(2)])
+    np.testing.assert_array_equal(segments > 0, moving)
+    without, _ = clip_set(videos, tmp_path / "without", clip_frames=4)
+    with pytest.raises(ValueError, match=r"no optical flow; make some that do: clips.flow=dataset"):
+        without.read_flow(shard, 0)

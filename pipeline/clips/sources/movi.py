@@ -167,7 +167,7 @@ def _flow_pictures(
     if lacking := [key for key in (name, f"metadata/{name}_range") if key not in features]:
         raise BadVideo(
             f"it has no feature {lacking[0]!r}, and so no optical flow of its own, which the config asks for "
-            "(clips.motion=dataset); nearest valid: clips.motion=flow"
+            "(clips.motion=dataset, clips.flow=dataset); nearest valid: clips.motion=flow, clips.flow=none"
         )
     pngs, limits = features[name].bytes_list.value, features[f"metadata/{name}_range"].float_list.value
     if len(pngs) != frames or len(limits) != 2:
@@ -192,7 +192,7 @@ def _flow(pictures: tuple[str, Sequence[bytes], np.ndarray], index: int, frame: 
             f"{name} {index} is {found[2]}x{found[1]} pixels of {found[0]}, expected {width}x{height} of two channels "
             "of 16 bits"
         )
-    rows = np.frombuffer(decoded.planes[0], ">u2").reshape(height, -1)  # with padding
+    rows = np.frombuffer(bytes(decoded.planes[0]), ">u2").reshape(height, -1)  # with padding
     return rows[:, : 2 * width].reshape(height, width, 2) / np.float32(65535) * (high - low) + low
 
 
