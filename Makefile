@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := configs/demo.yaml
 
-.PHONY: demo report evidence test test-fast test-integration cluster-up cluster-down lint bench clean help
+.PHONY: demo report evidence rivals test test-fast test-integration cluster-up cluster-down lint bench clean help
 help:
 	@echo "make demo       videos to a registered student, on this machine (results in runs/demo)"
 	@echo "make report     after it: the paper's tables and figures with the demo's numbers"
 	@echo "make evidence   an hour or more: which of the paper's orderings hold at the demo's scale (docs/evidence.md)"
+	@echo "make rivals     hours: SAVi, STEVE, SOLV and DIOD on the demo's videos, beside its own models (docs/rivals.md)"
 	@echo ".venv/bin/slotmatch   lists the stages, which run one by one too"
 	@echo "make test       the tests, but the slow ones;  make test-fast  those without Ray"
 	@echo "make test-integration   S3, jobs, many nodes and every fault, the slow ones too; ends with the fault table"
@@ -30,6 +31,9 @@ report: .venv/.installed
 
 evidence: .venv/.installed
 	$(BIN)/python -m jobs.evidence $(DEMO) configs/sweeps/evidence.yaml
+
+rivals: .venv/.installed
+	$(BIN)/python -m jobs.rivals $(DEMO) configs/systems/demo_rivals.yaml
 
 # By files, two at a time: most of them wait for other processes half of their time.
 IN_PARALLEL := -n 2 --dist loadfile

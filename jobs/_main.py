@@ -34,7 +34,7 @@ STAGES = (
     *("shard", "teacher", "train", "cache", "distill", "evaluate", "register", "pipeline"),
     *("pull", "segment", "export", "lineage"),  # what to do with a registered model
     *("relocate", "prune"),  # a storage.root that was moved, or is full
-    *("sweep", "evidence", "report"),  # comparisons
+    *("sweep", "evidence", "rivals", "report"),  # comparisons
 )
 
 

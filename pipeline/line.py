@@ -18,14 +18,15 @@ from pipeline.clips.library import ClipLibrary, artifacts_of, open_clips, requir
 from pipeline.clips.stage import shard
 from pipeline.clips.table import ClipSet
 from pipeline.compute import OneRay, best_device, gpus_to_use, one_ray, ray_session
-from pipeline.config import Config, ConfigError, with_overrides
+from pipeline.config import Config, ConfigError
 from pipeline.config.protocols import PRESETS
 from pipeline.distill.stage import distill, run_files, train_teacher
+from pipeline.distill.students import students_of
 from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES, model_predictor, score_table
 from pipeline.evaluate.stage import score_subjects
-from pipeline.evaluate.subjects import student_subject, teacher_subject, trivial_subjects
+from pipeline.evaluate.subjects import run_subject, teacher_subject, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import CheckpointHints, load_slot_model
@@ -38,8 +39,6 @@ from pipeline.sweep.stage import sweep_places
 from pipeline.sweep.trials import concurrent_trials
 from pipeline.targets.stage import cache
 
-NO_KD = "student, no KD"
-SLOTMATCH = "SlotMatch"
 _T = TypeVar("_T")
 
 
@@ -88,14 +87,6 @@ def run(config: Config) -> dict[str, Any]:
         "versions": [r["version"] for r in registered],
         "overlay": shown.segmented["overlay"],
         "comparison": str(shown.comparison),
-    }
-
-
-def students_of(config: Config) -> dict[str, Config]:
-    """The line's students by their names: one without distillation, one with SlotMatch."""
-    return {
-        NO_KD: with_overrides(config, {"distill.method": "no_kd", "distill.name": NO_KD}),
-        SLOTMATCH: with_overrides(config, {"distill.name": config.distill.name or SLOTMATCH}),
     }
 
 
@@ -188,10 +179,10 @@ def _evaluate(artifacts: Artifacts, teacher_uri: str, runs: dict[str, str]) -> d
         return {}
     clips = open_clips(artifacts.evaluation_clips)
     _title(5, f"score them on {clips.manifest.videos} videos that nobody trained on")
-    slots = load_teacher(config, teacher_uri).config.num_slots
-    models = {"teacher": teacher_subject(config, teacher_uri)}
-    models |= {name: student_subject(uri) for name, uri in runs.items()}
-    return score_subjects(artifacts, clips, trivial_subjects(config, slots, models) | models)
+    teacher = load_teacher(config, teacher_uri).config
+    models = {"teacher": teacher_subject(config, teacher_uri, teacher)}
+    models |= {name: run_subject(uri) for name, uri in runs.items()}
+    return score_subjects(artifacts, clips, trivial_subjects(config, teacher.num_slots, models) | models)
 
 
 @dataclass(frozen=True)

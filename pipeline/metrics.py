@@ -3,6 +3,9 @@
 Both scores follow from one table per frame: how many pixels ground-truth object c and slot k share.
 A video's table is the sum of its frames' tables. Counting pixels is two orders of magnitude cheaper than
 multiplying one-hot tensors (`benchmarks/scores.py`).
+
+SOLV's authors score otherwise (Aydemir et al. 2023): each object of a video has one slot, and no other slot is any
+object; see `matched_scores`.
 """
 
 from __future__ import annotations
@@ -126,6 +129,40 @@ def best_overlap_per_sample(counts: OverlapCounts) -> tuple[Tensor, Tensor]:
     present = counts.true_area > 0
     objects = present.sum(1)
     return (best * present).sum(1) / objects.clamp(min=1), objects > 0
+
+
+@dataclass(frozen=True)
+class MatchedScores:
+    """What `matched_scores` finds: `slots` `(C,)` of the objects, -1 for none; `ious` `(C,)`; FG-ARI `(S,)`, and where
+    a frame has an object at all `valid` `(S,)`. Objects without a pixel in all of the frames are not among the C.
+    """
+
+    slots: Tensor
+    ious: Tensor
+    fg_ari: Tensor
+    valid: Tensor
+
+
+def matched_scores(counts: OverlapCounts) -> MatchedScores:
+    """Scores of the S frames of one video, whose slots are matched one to one to its objects (Aydemir et al. 2023).
+
+    The IoU of an object and a slot is the mean over the frames where either is; the matching has the highest sum of
+    these. An object's score is that of its slot, 0 without one. FG-ARI is each frame's, after all slots without an
+    object have become one, the background.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    present = counts.true_area.sum(0) > 0
+    shared = counts.shared[:, present]
+    union = counts.true_area[:, present, None] + counts.slot_area[:, None] - shared
+    iou_CK = (shared / union.double().clamp(min=1)).sum(0) / (union > 0).sum(0).clamp(min=1)
+    objects, slots = (torch.from_numpy(part) for part in linear_sum_assignment(iou_CK.numpy(), maximize=True))
+    slot_of, ious = torch.full((len(iou_CK),), -1), torch.zeros(len(iou_CK), dtype=torch.float64)
+    slot_of[objects], ious[objects] = slots, iou_CK[objects, slots]
+    of_objects = shared[:, :, slots]
+    background = shared.sum(2, keepdim=True) - of_objects.sum(2, keepdim=True)
+    merged = torch.cat([of_objects, background], 2)
+    return MatchedScores(slot_of, ious, *ari_per_sample(OverlapCounts(merged, merged.sum(2), merged.sum(1))))
 
 
 def _mean_score(per_sample, true_masks, predicted, level, **flags) -> float:  # type: ignore[no-untyped-def]

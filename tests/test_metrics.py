@@ -1,4 +1,4 @@
-"""FG-ARI and mBO by counting, against a slow and obvious computation from their definitions."""
+"""Scores by counting, against a slow and obvious computation from their definitions."""
 
 import itertools
 import math
@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from golden_numbers import numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import fg_ari, mean_best_overlap
+from pipeline.metrics import count_overlaps, fg_ari, matched_scores, mean_best_overlap
 
 
 def samples(true_masks, predicted, level, ignore_background, ignore_overlaps):
@@ -70,6 +71,54 @@ def test_counting_equals_the_definition(scene, level, ignore_background, ignore_
             assert value == pytest.approx(np.mean([slow(*s) for s in expected]), abs=1e-9)
         else:
             assert math.isnan(value)
+
+
+def mean_iou(object_masks, slot_masks):
+    """Of one object and one slot, over the frames where either is."""
+    pairs = zip(object_masks, slot_masks, strict=True)
+    ious = [(o & s).sum() / (o | s).sum() for o, s in pairs if (o | s).any()]
+    return float(np.mean(ious)) if ious else 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(scenes())
+def test_matching_equals_the_definition(scene):
+    (true_masks, *_), (predicted, *_) = scene  # of one video: (T, C, H, W) and (T, H, W)
+    objects = [mask for mask in true_masks.swapaxes(0, 1) if mask.any()]
+    slots = [predicted == k for k in range(int(predicted.max()) + 1)]
+    ious = np.array([[mean_iou(o, s) for s in slots] for o in objects]).reshape(len(objects), len(slots))
+    few, many = sorted((ious, ious.T), key=len)[0], max(ious.shape)
+    best = max(
+        sum(few[i, j] for i, j in enumerate(order)) for order in itertools.permutations(range(many), len(few))
+    )
+
+    found = matched_scores(count_overlaps(*(torch.from_numpy(x)[None] for x in (true_masks, predicted))))
+    assert found.ious.sum().item() == pytest.approx(best)
+    own = found.slots.tolist()
+    assert found.ious.tolist() == pytest.approx([ious[c, k] if k >= 0 else 0 for c, k in enumerate(own)])
+    taken = [k for k in own if k >= 0]
+    assert len(set(taken)) == len(taken) == len(few)
+    for t, (ari, valid) in enumerate(zip(found.fg_ari, found.valid, strict=True)):
+        assert bool(valid) == any(o[t].any() for o in objects)
+        if valid:
+            labels = [slots[k][t].ravel() for k in taken]
+            background = ~np.logical_or.reduce([*labels, np.zeros(predicted[t].size, bool)])
+            expected = slow_ari([o[t].ravel() for o in objects], [*labels, background])
+            assert ari.item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_matched_scores_are_those_of_solv():
+    """Computed by the public implementation; nothing is in one of the frames."""
+    golden = numbers("rivals/solv_tiny")
+    true, predicted = golden["score_true"].long(), golden["score_predicted"].long()
+    found = matched_scores(
+        count_overlaps(torch.stack([true == c for c in (1, 2, 3)], 1)[None], predicted[None])
+    )
+    torch.testing.assert_close(found.ious, golden["score_object_mious"], atol=1e-5, rtol=0)
+    assert found.ious.mean().item() == pytest.approx(golden["score_miou"].item(), abs=1e-5)
+    assert found.fg_ari[found.valid].mean().item() == pytest.approx(golden["score_fg_ari"].item(), abs=1e-6)
+    matched = sum((predicted == slot) * number for number, slot in enumerate(found.slots.tolist(), 1))
+    assert torch.equal(matched, golden["score_matched"].long())
 
 
 def test_perfect_prediction_scores_one():

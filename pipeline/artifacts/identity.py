@@ -258,6 +258,13 @@ class Artifacts:
         return self._place("students", content)
 
     @property
+    def teacher_settings(self) -> str:
+        """A fingerprint of all that decides a teacher that is trained here but its seed."""
+        content = self.teacher_run.content
+        settings = {key: value for key, value in content["train"].items() if key != "seed"}
+        return storage.fingerprint({**content, "train": settings})
+
+    @property
     def student_settings(self) -> str:
         """A fingerprint of all that decides the student but its seed and name: equal for the seeds of one setting."""
         content = self.student.content

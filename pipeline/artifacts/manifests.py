@@ -100,6 +100,7 @@ class ClipManifest(Manifest):
     dataset: DatasetEntry | None = None  # None: made by a version that did not record it
     settings: dict[str, Any]  # of `clips.*`, as far as they decide the content
     sources: str = ""  # a fingerprint of the videos
+    flow: str | None = None  # what computed it, of clips.motion=flow; decides nothing
     videos: int = 0
     clips: int = 0
     frames: int = 0
@@ -183,6 +184,11 @@ class Rules(Part):
     ignore_overlaps: bool = False
     rollout: str = "forward"
     masks: str = "decoder"
+    mask_stride: int = 1
+    objects: str = "all"
+    min_object_area: int = 0
+    min_objects: int = 0
+    matched: bool = False
     clips: str = ""  # the clip set's fingerprint
     videos: int = 0
     video_ids: str = ""  # a fingerprint of them

@@ -41,10 +41,13 @@ def _with_masks(frames: FrameIterator) -> FrameIterator:
         yield frame._replace(motion=frame.masks)
 
 
-def check_flow(motion: str) -> None:
-    """Raises ConfigError where `clips.motion` asks for flow that can't be computed."""
-    if motion == "flow":
-        _opencv()
+def flow_library(motion: str) -> str | None:
+    """What computes the flow that `clips.motion` asks for, with its version, on which values may depend; else None.
+
+    Raises:
+        ConfigError: flow is asked for, and OpenCV is not installed.
+    """
+    return f"OpenCV {_opencv().__version__}" if motion == "flow" else None
 
 
 def _opencv() -> Any:

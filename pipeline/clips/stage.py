@@ -15,7 +15,7 @@ from pipeline.artifacts.counted import clip_settings
 from pipeline.artifacts.identity import Artifact
 from pipeline.artifacts.manifests import BadVideoEntry, ClipManifest, DatasetEntry, ShardEntry
 from pipeline.artifacts.once import once
-from pipeline.clips.flow import check_flow
+from pipeline.clips.flow import flow_library
 from pipeline.clips.library import ClipLibrary, artifacts_of, check_disjoint, clip_files
 from pipeline.clips.sources import VideoRef
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, SOURCES_FILE
@@ -65,7 +65,7 @@ def shard_split(config: Config, split: str, library: ClipLibrary | None = None) 
         TooManyBadVideos: more than `clips.max_bad_fraction` of them were set aside.
     """
     library = library or ClipLibrary()
-    check_flow(config.clips_of(split).motion)
+    flow = flow_library(config.clips_of(split).motion)
     videos = library.videos(config, split)
     clips = artifacts_of(config, library=library).clips_of(split)
     label = f"shard {split or 'videos'}"
@@ -77,6 +77,10 @@ def shard_split(config: Config, split: str, library: ClipLibrary | None = None) 
     if not needed:
         log(f"{label}: all clips found, reusing {clips.uri}")
     manifest = ClipManifest.read(clips.uri)
+    if manifest.flow not in (None, flow):
+        log(
+            f"{label}: their flow was computed by {manifest.flow}; {flow}, which is installed, may find other segments"
+        )
     keys = {"fingerprint", "videos", "clips", "frames", "annotated_videos", "bad"}
     return {
         "uri": clips.uri,
@@ -115,6 +119,7 @@ class _Sharding:
             dataset=DatasetEntry(kind=dataset.kind, name=dataset.title, path=dataset.path, split=self.split),
             settings=clip_settings(self.config, self.split),
             sources=storage.fingerprint([(v.video_id, v.content) for v in self.videos]),
+            flow=flow_library(self.config.clips_of(self.split).motion),
             videos=len(entries),
             clips=sum(e.clips for e in entries),
             frames=sum(e.frames for e in entries),

@@ -7,11 +7,14 @@ pixels, whenever and wherever each of them runs.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from pipeline.config import Targets
+
+BLACK = 1  # of 255: rows and columns of a lower mean are black
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,22 @@ def central_square(height: int, width: int, noise_seed: int = 0) -> View:
     """The largest square in the middle, without a flip: view 0, and what models are evaluated on."""
     short = min(height, width)
     return View((height - short) // 2, (width - short) // 2, short, short, False, noise_seed)
+
+
+def without_borders(whole: View, chunks: Iterable[np.ndarray]) -> View:
+    """A video without black borders: the leading and trailing rows and columns that are black in all of its frames.
+
+    One is black where its mean is below 1 of 255, as SOLV's authors have it (Aydemir et al. 2023). Of a video that is
+    all black nothing is cut off. chunks: the video's frames `(T, H, W, 3)` uint8.
+    """
+    lit = [np.zeros(whole.height, bool), np.zeros(whole.width, bool)]
+    for frames in chunks:
+        for side, axes in zip(lit, ((2, 3), (1, 3)), strict=True):
+            side |= (frames.mean(axes) >= BLACK).any(0)
+    (top, bottom), (left, right) = (
+        (side.argmax(), len(side) - side[::-1].argmax()) if side.any() else (0, len(side)) for side in lit
+    )
+    return replace(whole, top=int(top), left=int(left), height=int(bottom - top), width=int(right - left))
 
 
 def make_view(

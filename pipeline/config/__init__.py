@@ -5,7 +5,13 @@ value and the nearest valid one. Nothing here touches a disk beyond the YAML fil
 """
 
 from pipeline.config.fields import ConfigError, Section, run_details
-from pipeline.config.loading import load_config, read_settings, resolve_config, with_overrides
+from pipeline.config.loading import (
+    load_config,
+    read_settings,
+    resolve_config,
+    with_overrides,
+    with_presets,
+)
 from pipeline.config.models import Model, ViT
 from pipeline.config.sections import Clips, Config, Dataset, Evaluate, NamedSplit, Sweep, Targets, parse_split
 from pipeline.config.shipped import shipped_configs
@@ -33,4 +39,5 @@ __all__ = [
     "run_details",
     "shipped_configs",
     "with_overrides",
+    "with_presets",
 ]

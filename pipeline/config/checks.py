@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.models import Model, Teacher, ViT
+from pipeline.config.models import Model, ViT
+from pipeline.config.protocols import choose_protocol
+from pipeline.config.rival_checks import check_rival
+from pipeline.config.rivals import RIVALS
 from pipeline.config.sections import GENERATED_SPLITS, Config, Dataset, NamedSplit, parse_split
 from pipeline.config.training import Training, equal_shares
 from pipeline.log import has_password
@@ -54,7 +57,12 @@ def _way_out(key: str, uri: str) -> str:
 
 def check_dataset(config: Config) -> list[str]:
     problems = []
-    for key, split in (("dataset.split", config.dataset.split), ("evaluate.split", config.evaluate.split)):
+    named = {
+        "dataset.split": config.dataset.split,
+        "evaluate.split": config.evaluate.split,
+        "evidence.split": config.evidence.split,
+    }
+    for key, split in named.items():
         try:
             name, _ = parse_split(split or "")
         except ValueError as error:
@@ -193,7 +201,9 @@ def _check_distill(config: Config) -> list[str]:
             else "a live teacher (distill.live_teacher) needs the frames, which stored features spare"
         )
         problems.append(f"student.cached_features: {why}; nearest valid: false")
-    if settings.method == "feature_kd" and not (config.targets.teacher_features or settings.live_teacher):
+    has_features = config.teacher.system not in RIVALS  # of those no way is to be named
+    given = config.targets.teacher_features or settings.live_teacher
+    if settings.method == "feature_kd" and has_features and not given:
         problems.append(
             "distill.method: feature_kd needs the teacher's features: cache them (targets.teacher_features=true) or "
             "run the teacher live (distill.live_teacher=true)"
@@ -234,78 +244,6 @@ def _check_fitted(name: str, model: Model, slot_size: int) -> list[str]:
     return problems
 
 
-def _check_system(config: Config) -> list[str]:
-    """Of a rival that is trained here."""
-    section, problems = config.teacher, []
-    if section.system == "slotcontrast" or section.checkpoint is not None:
-        return []
-    if section.cached_features:
-        problems.append(
-            f"teacher.cached_features: {section.system} is trained on the frames; nearest valid: false"
-        )
-    if section.feature_scale != 1:
-        problems.append(
-            f"teacher.feature_scale: {section.feature_scale}, but {section.system} has none; nearest valid: 1"
-        )
-    if section.initialisation != "default":
-        problems.append(
-            f"teacher.initialisation: {section.initialisation} is slot models' own, and {section.system} is none; "
-            "nearest valid: default"
-        )
-    if section.train.decoder_learning_rate is not None:
-        problems.append(
-            f"teacher.train.decoder_learning_rate: {section.train.decoder_learning_rate:g} is slot models' own, and "
-            f"{section.system} is none; nearest valid: null"
-        )
-    if not section.has_backbone:
-        problems += _check_without_backbone(section)
-    if section.uses_motion and config.clips.motion == "none":
-        problems.append(
-            f"clips.motion: none, but {section.system} learns from motion segments; nearest valid: flow (or masks, or "
-            "files of your own)"
-        )
-    if section.system == "savi" and section.savi.target == "flow" and config.clips.flow == "none":
-        problems.append(
-            "clips.flow: none, but teacher.savi.target=flow reconstructs it; nearest valid: dataset (MOVi's own), or "
-            "teacher.savi.target=rgb"
-        )
-    if section.system == "solv" and config.clips.clip_frames < section.solv.window:
-        problems.append(
-            f"clips.clip_frames: {config.clips.clip_frames} frames are fewer than the window of {section.solv.window} "
-            f"that SOLV looks at (teacher.solv.half_window={section.solv.half_window}); nearest valid: "
-            f"{section.solv.window}"
-        )
-    return problems
-
-
-def _check_without_backbone(section: Teacher) -> list[str]:
-    """Of a rival that sees the pixels."""
-    problems, savi = [], section.savi
-    if section.system != "diod" and section.image_width not in (None, section.image_size):
-        problems.append(
-            f"teacher.image_width: {section.image_width}, but the frames of {section.system} are square; nearest "
-            "valid: null"
-        )
-    if section.save != "whole":
-        problems.append(
-            f"teacher.save: {section.save}, but {section.system} has no frozen backbone to leave out; nearest valid: "
-            "whole"
-        )
-    if section.system == "savi" and savi.encoder_blocks:
-        if len(savi.encoder_blocks) != len(savi.encoder_channels):
-            problems.append(
-                f"teacher.savi.encoder_blocks: {len(savi.encoder_blocks)} stages, but teacher.savi.encoder_channels "
-                f"has {len(savi.encoder_channels)} widths; nearest valid: as many of both"
-            )
-        for width in savi.encoder_channels:
-            if width % 32:
-                problems.append(
-                    f"teacher.savi.encoder_channels: {width} is not a multiple of 32, the groups of the ResNet's "
-                    f"norms; nearest: {max(1, round(width / 32)) * 32}"
-                )
-    return problems
-
-
 def _check_workers(name: str, train: Training) -> list[str]:
     problems, fewest = [], train.fewest_workers
     if fewest and train.batch_size % fewest:
@@ -333,7 +271,7 @@ def _check_workers(name: str, train: Training) -> list[str]:
 
 
 def check_combinations(config: Config) -> list[str]:
-    problems = [*_check_distill(config), *_check_system(config)]
+    problems = [*_check_distill(config), *check_rival(config)]
     runs: list[tuple[str, Training, Model]] = [
         ("teacher.train", config.teacher.train, config.teacher),
         ("distill", config.distill, config.student),
@@ -355,6 +293,12 @@ def check_combinations(config: Config) -> list[str]:
         training = training or "train"
     if trains and config.evaluate.split == training != "":
         problems.append(f"evaluate.split: {config.evaluate.split!r} is the training split (dataset.split)")
+    rules = choose_protocol(config.evaluate)
+    if rules.mask_size and rules.mask_stride > 1:
+        problems.append(
+            f"evaluate.mask_size: {rules.mask_size}, but evaluate.mask_stride ({rules.mask_stride}) also says how "
+            f"large masks are (protocol {rules.name}); use evaluate.mask_stride=1, or evaluate.mask_size=0"
+        )
     if config.clips.clip_frames < 2 and (config.distill.alpha or config.teacher.train.alpha):
         problems.append(
             "clips.clip_frames: 1 leaves no neighbouring frames for the contrastive loss; use alpha=0"

@@ -142,6 +142,14 @@ def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None
     node[last] = value
 
 
+def with_presets(config: Config, *presets: str | Path) -> Config:
+    """The same config with presets laid over it; errors as in `load_config`."""
+    values = config.model_dump(mode="json")
+    for file in presets:
+        _lay_over(values, _read_yaml(file))
+    return _with_absolute_paths(resolve_config(values))
+
+
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """The same config with other values under some keys (`distill.beta`); errors as in `load_config`."""
     values = config.model_dump(mode="json")

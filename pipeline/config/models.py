@@ -13,7 +13,6 @@ from pipeline.config.training import TeacherTraining
 
 SlotCount = Annotated[int, Field(ge=1, le=256)]  # labels are bytes
 Colour = tuple[float, float, float]
-USES_BOXES = "conditional, boxes"  # what rows say of a model that is told where objects are
 PositiveColour = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
@@ -135,11 +134,16 @@ class Teacher(Model):
         return self.system == "savi" and self.savi.conditioning == "boxes"
 
     @property
+    def recorded_system(self) -> str:
+        """What records call its system."""
+        return system_with_boxes(self.system) if self.uses_boxes else self.system
+
+    @property
     def title(self) -> str:
         """What tables and tags call it."""
         if self.uses_boxes:
-            return f"{self.name} ({USES_BOXES})"
-        return f"{self.name} (uses motion)" if self.uses_motion else self.name
+            return using_boxes(self.name)
+        return using_motion(self.name) if self.uses_motion else self.name
 
     @property
     def patch_size(self) -> int | None:
@@ -157,6 +161,21 @@ class Teacher(Model):
         Not defaults of the keys themselves, which would count as said of every public file.
         """
         return {"num_slots": self.num_slots or 15, "slot_size": self.slot_size or 128}
+
+
+def using_motion(name: str) -> str:
+    """The name of a model that learned from motion segments."""
+    return f"{name} (uses motion)"
+
+
+def using_boxes(name: str) -> str:
+    """The name of a model that is told where a video's objects are at first."""
+    return f"{name} (conditional, boxes)"
+
+
+def system_with_boxes(system: str) -> str:
+    """What records call a system whose models start from boxes: another one than that without."""
+    return f"{system}_boxes"
 
 
 class Student(Model):

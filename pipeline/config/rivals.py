@@ -1,11 +1,13 @@
 """The keys that a rival system adds to `teacher`: a section each, which only `teacher.system` of its name uses.
 
-Sizes, backbone, normalisation and what is common to all training are where SlotContrast has them.
+Sizes, backbone, normalisation and what is common to all training are where SlotContrast has them; `RIVALS` says
+which of these each system uses. And the keys of `jobs.rivals`, which compares such systems.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -103,3 +105,49 @@ class DIOD(Section):
     """the taught model's frames are changed in colour, its teacher's are not"""
     batch_statistics: bool = True
     """batch norm by the statistics of the clip at hand, in inference too"""
+
+
+class Rivals(Section):
+    """Which systems `jobs.rivals` trains on a config's videos, and scores beside its own models."""
+
+    systems: dict[str, str] = Field(default={})
+    """the preset of each by a short name: {solv: configs/systems/demo_solv.yaml}"""
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    """each is trained from every one of them (teacher.train.seed)"""
+    train: tuple[str, ...] | None = None
+    """what to train now, [solv, diod:0] is SOLV from all seeds and DIOD from one; null: all; []: nothing, only score"""
+    document: str | None = None
+    """a Markdown file whose marked block is replaced by the table"""
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What of `teacher` a system that is trained here uses, beside what all of them do and its own section.
+
+    keys: of `teacher`. training: of `teacher.train`.
+    """
+
+    keys: frozenset[str]
+    training: frozenset[str] = frozenset({"warmup_steps"})
+
+
+# Which weights and slots there are, and what decides the run, whatever it trains.
+ALL_USE = frozenset(
+    {"name", "checkpoint", "system", "image_size", "image_width", "num_slots", "slot_size", "train"}
+)
+# The number of shares that a contrast has counts as workers in a run's name, also where nothing is contrasted.
+ALL_TRAIN_WITH = frozenset(
+    {"steps", "batch_size", "learning_rate", "gradient_clip", "seed", "workers", "precision", "contrast"}
+)
+# What says of a term or a warm-up that there is none, though it is not the default: no harm in saying it.
+NONE_OF_IT: dict[str, Any] = {"alpha": 0, "warmup_steps": 0}
+
+# By `teacher.system`, as its builder (`pipeline/models/build_teachers.py`) and its objective (`pipeline/distill/`) do.
+RIVALS = {
+    "solv": Uses(
+        frozenset({"backbone", "backbone_weights", "backbone_blocks", "mean", "std", "save"}), frozenset()
+    ),
+    "savi": Uses(frozenset({"initial_slots", "num_iterations", "predictor_heads"})),
+    "steve": Uses(frozenset({"num_iterations", "predictor_heads"})),
+    "diod": Uses(frozenset({"mean", "std"})),
+}

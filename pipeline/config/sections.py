@@ -21,6 +21,7 @@ from pipeline.config.fields import (
     run_detail,
 )
 from pipeline.config.models import Student, Teacher
+from pipeline.config.rivals import Rivals
 from pipeline.config.training import Distill
 
 GENERATED_SPLITS = ("train", "validation", "test")
@@ -213,14 +214,16 @@ class Evaluate(Section):
     """the videos with masks to score on; null: nothing to score"""
     model: str | None = None
     """a folder, a public file or models:/NAME@ALIAS; null: this config's student"""
-    protocol: Literal["paper", "slotcontrast", "videosaur"] = "slotcontrast"
+    protocol: Literal["paper", "slotcontrast", "videosaur", "savi", "steve", "solv", "diod"] = "slotcontrast"
     """decides each rule below that is left empty"""
     clip_frames: NonNegativeInt | None = None
     """frames of a sample; 0: whole videos"""
     mask_size: NonNegativeInt | None = None
     """pixels; 0: as the clips are"""
-    crop: Literal["central", "full"] | None = None
-    """the central square, or the whole frame"""
+    mask_stride: PositiveInt | None = None
+    """masks at one of so many pixels of the clips' rows and columns; 1: all"""
+    crop: Literal["central", "full", "content"] | None = None
+    """the central square, the whole frame, or the frame without black borders"""
     background: Literal["ignore", "object"] | None = None
     """left out of the scores, or scored as one more object"""
     ignore_overlaps: bool | None = None
@@ -229,6 +232,14 @@ class Evaluate(Section):
     """cyclic: the model infers there and back"""
     masks: Literal["decoder", "attention"] | None = None
     """whose masks are scored"""
+    objects: Literal["all", "first"] | None = None
+    """first: those of a sample's first frame; what comes later is background"""
+    min_object_area: NonNegativeInt | None = None
+    """pixels of the clips; what has fewer in a frame is background there"""
+    min_objects: NonNegativeInt | None = None
+    """samples of fewer are left out"""
+    matched: bool | None = None
+    """SOLV's scores beside the others, of slots matched one to one to objects"""
     score: Literal["image_fg_ari", "image_mbo", "video_fg_ari", "video_mbo"] = "video_mbo"
     """the score that students are compared by"""
     teacher: bool = True
@@ -291,6 +302,7 @@ class Config(Section):
     distill: Distill = Distill()
     sweep: Sweep = Sweep()
     evidence: Evidence = Evidence()
+    rivals: Rivals = Rivals()
     evaluate: Evaluate = Evaluate()
     mlflow: MLflow = MLflow()
     ray: Ray = Ray()

@@ -20,8 +20,9 @@ from pipeline import storage
 from pipeline.compute import WATCHER, arrow_filesystem, gpus_to_use, one_ray_has_ended, ray_session
 from pipeline.config import ConfigError, Training
 from pipeline.config.training import equal_shares
+from pipeline.distill.hooks import Hooks, Outcome
 from pipeline.distill.run import OnValidation, Run
-from pipeline.distill.trainer import Hooks, Outcome, Trainer
+from pipeline.distill.trainer import Trainer
 from pipeline.log import log
 from pipeline.segment.figures import Panel, comparison
 from pipeline.tracking import RunLogger

@@ -16,11 +16,12 @@ from pipeline.artifacts.once import is_whole, once, require_files
 from pipeline.artifacts.subjects import model_files
 from pipeline.clips.library import artifacts_of, check_disjoint, clip_files, open_clips
 from pipeline.config import Config, ConfigError, Model
+from pipeline.distill.hooks import Outcome
 from pipeline.distill.ray_train import fit, machines
 from pipeline.distill.run import OnValidation, Run, build
-from pipeline.distill.trainer import Outcome
 from pipeline.distill.validation import Validation
 from pipeline.log import log
+from pipeline.models.build import teacher_title
 from pipeline.targets.stage import cache_features, target_files
 from pipeline.tracking.client import optional
 from pipeline.tracking.datasets import log_training_data
@@ -86,7 +87,7 @@ def distill(
         "clips": clips.fingerprint,
         "method": config.distill.method,
         "settings": artifacts.student_settings,
-        "teacher": config.teacher.title,  # also of a student without KD: it has that teacher's design
+        "teacher": teacher_title(config, artifacts.teacher_config),  # without KD: whose design it has
         "trained_on": config.dataset.title,
     }
     if config.distill.distils and inputs.targets_uri is not None:
@@ -112,11 +113,17 @@ def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[st
     clips = open_clips(artifacts.clips)
     features_uri = _features_uri(artifacts, config.teacher)
     run = Run.teacher(config, artifacts.teacher_run.uri, clips.uri, features_uri=features_uri)
-    tags = {"clips": clips.fingerprint, "method": "teacher", "trained_on": config.dataset.title}
+    tags = {
+        "clips": clips.fingerprint,
+        "method": "teacher",
+        "settings": artifacts.teacher_settings,
+        "teacher": config.teacher.title,
+        "trained_on": config.dataset.title,
+    }
+    if config.teacher.system != "slotcontrast":
+        tags["system"] = config.teacher.recorded_system
     if config.teacher.uses_motion:
-        tags |= {"teacher": config.teacher.title, "motion": config.clips.motion}
-    if config.teacher.uses_boxes:
-        tags["teacher"] = config.teacher.title
+        tags["motion"] = config.clips.motion
     return _train(run, artifacts, tags)
 
 

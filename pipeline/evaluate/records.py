@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import storage, tracking
 from pipeline.artifacts.manifests import MODEL_FOLDER, Rules
 from pipeline.config import Config
-from pipeline.evaluate.scoring import SCORES
+from pipeline.evaluate.scoring import MATCHED_SCORES, SCORES
 from pipeline.log import log
 from pipeline.models import CheckpointHints
 from pipeline.tracking.client import all_pages, optional
@@ -39,6 +39,14 @@ METHODS = {
     "slotmatch": "SlotMatch (ours)",
     "other": "Model",  # of which nobody knows how it was trained
     "baseline": "Trivial baseline",
+}
+# The systems that the paper compares with, as in the tag `system`, and what tables call them.
+RIVALS = {
+    "savi": "SAVi",
+    "savi_boxes": "SAVi (conditional, boxes)",
+    "steve": "STEVE",
+    "solv": "SOLV",
+    "diod": "DIOD (uses motion)",
 }
 
 
@@ -77,6 +85,7 @@ class Record:
     dataset: str  # the data set's name: "MOVi-E"
     trained_on: str  # the same, of what the model was trained on; "" where that is not known
     teacher: str  # the kind of teacher: "SlotContrast"; "" where there is none
+    system: str  # of models of another architecture than slot models its name, a key of RIVALS or "stosavi"; else ""
     beta: float | None
     seed: int | None
     steps: int | None
@@ -90,7 +99,7 @@ class Record:
     run_id: str
 
     def per_video(self) -> list[dict[str, Any]]:
-        """Rows with `video_id` and the four scores (NaN where a video has no object)."""
+        """Rows with `video_id` and the scores (NaN where a video has no object), see `VideoScore`."""
         return _video_rows(self.uri)
 
 
@@ -220,7 +229,8 @@ def _training_run(model_uri: str) -> str | None:
 
 
 def _record(run: Any) -> Record:
-    tags = run.data.tags
+    tags, metrics = run.data.tags, run.data.metrics
+    matched = [key for key in MATCHED_SCORES if key in metrics]  # those of some protocols
 
     def number(key: str, kind: type) -> Any:
         return kind(tags[key]) if tags.get(key) else None
@@ -233,6 +243,7 @@ def _record(run: Any) -> Record:
         dataset=tags["dataset"],
         trained_on=tags.get("trained_on", ""),
         teacher=tags.get("teacher", ""),
+        system=tags.get("system", ""),
         beta=number("beta", float),
         seed=number("seed", int),
         steps=number("steps", int),
@@ -241,7 +252,7 @@ def _record(run: Any) -> Record:
         model_uri=tags.get("model_uri") or None,
         hints=CheckpointHints.from_dict(json.loads(tags.get("hints", "{}"))),
         protocol=Rules.model_validate_json(tags["protocol"]),
-        scores={key: run.data.metrics[key] for key in (*SCORES, "slots_in_use")},
+        scores={key: metrics[key] for key in (*SCORES, *matched, "slots_in_use")},
         videos=int(tags["videos"]),
         run_id=run.info.run_id,
     )

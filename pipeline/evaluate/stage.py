@@ -1,4 +1,4 @@
-"""Stage `evaluate`: FG-ARI and mBO of models and trivial baselines over a clip set with masks, on Ray Data.
+"""Stage `evaluate`: scores of models and trivial baselines over a clip set with masks, on Ray Data.
 
 The unit of work is a subject and a shard; its rows are written as they are made, so that a job that was
 killed goes on with what is missing. An evaluation is a published folder: one Parquet row a video, and the
@@ -24,7 +24,6 @@ from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.compute import best_device, map_tasks, one_ray
 from pipeline.config import Config
-from pipeline.config.models import USES_BOXES
 from pipeline.config.protocols import Protocol, choose_protocol
 from pipeline.evaluate.backbones import SharedBackbones
 from pipeline.evaluate.baselines import BASELINES, Predictor, feature_kmeans
@@ -38,12 +37,12 @@ from pipeline.evaluate.scoring import (
     score_table,
     score_videos,
 )
-from pipeline.evaluate.subjects import Subject, named_model, own_models, trivial_subjects
+from pipeline.evaluate.subjects import Subject, named_model, of_its_system, own_models, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
 from pipeline.models import CheckpointHints, SlotModel
-from pipeline.models.build import open_model
-from pipeline.models.segmenter import Segmenter, VideoSegmenter
+from pipeline.models.build import open_model, title_of
+from pipeline.models.segmenter import Segmenter
 
 ROWS_FOLDER = "rows"  # what each shard's videos scored, until the whole is published
 
@@ -62,24 +61,18 @@ def evaluate(config: Config) -> dict[str, Any]:
     name, subject = next(iter(models.items()))
     assert subject.model_uri is not None
     # Also without baselines: a file of which the config says too little is refused before Ray starts.
-    model = open_model(subject.model_uri, subject.hints, best_device())
-    slots = model.config.num_slots
-    if isinstance(model, VideoSegmenter) and model.start_boxes:
-        name, models = _marked(name, models)
-    del model  # whoever scores needs its memory
-    baselines = trivial_subjects(config, slots, models)
+    opened = open_model(subject.model_uri, subject.hints, best_device()).config
+    if config.evaluate.model:
+        name = title_of(name, opened)
+        models = {name: subject}
+    models[name] = of_its_system(subject, opened)
+    baselines = trivial_subjects(config, opened.num_slots, models)
     clips = open_clips(artifacts.evaluation_clips)
     results = score_subjects(artifacts, clips, {**baselines, **models})
     protocol = results[name].protocol
     print(plain_text(score_table([(n, r.scores) for n, r in results.items()], protocol.warnings)))
     print(f"protocol {protocol.name}: {protocol.in_words}")
     return results[name].summary()
-
-
-def _marked(name: str, models: dict[str, Subject]) -> tuple[str, dict[str, Subject]]:
-    """Models, of which one says that it is told where the objects are, and its new name."""
-    new = f"{name} ({USES_BOXES})"
-    return new, {new if other == name else other: subject for other, subject in models.items()}
 
 
 def score_subjects(
@@ -241,7 +234,10 @@ class _Scoring:
         try:
             means = mean_scores(scores)
         except ValueError as error:
-            raise ValueError(f"{self.clips.uri} can't be scored under {rules.in_words}: {error}") from error
+            way_out = "; try evaluate.min_objects=0 evaluate.min_object_area=0" if rules.min_objects else ""
+            raise ValueError(
+                f"{self.clips.uri} can't be scored under {rules.in_words}: {error}{way_out}"
+            ) from error
         if means["slots_in_use"] < 2 and subject.baseline is None:
             used = means["slots_in_use"]
             log(f"evaluate: WARNING, {name} uses {used:.1f} slots on average: its slots have collapsed")
@@ -268,7 +264,9 @@ def _annotated_videos(clips: ClipSet) -> dict[str, list[VideoEntry]]:
 
 def _write_rows(uri: str, scores: list[VideoScore]) -> None:
     with storage.atomic_write(uri) as file:
-        pq.write_table(pa.Table.from_pylist([asdict(s) for s in scores]), file)
+        # What only some protocols score has no column under the others.
+        rows = [{k: v for k, v in asdict(score).items() if v is not None} for score in scores]
+        pq.write_table(pa.Table.from_pylist(rows), file)
 
 
 def _read_rows(uri: str) -> list[VideoScore]:

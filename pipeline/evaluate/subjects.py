@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
@@ -14,11 +14,14 @@ from pipeline.artifacts.once import missing_files
 from pipeline.artifacts.subjects import baseline_subject, feature_subject, model_files, model_subject
 from pipeline.clips.library import require_clips
 from pipeline.config import Config, ConfigError
+from pipeline.config.models import system_with_boxes
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.log import log
 from pipeline.models import CheckpointHints, SlotModel
-from pipeline.models.build import checkpoint_hints, exported_file, load_model
+from pipeline.models.build import checkpoint_hints, exported_file, load_model, teacher_title
 from pipeline.models.export import hash_weights
+from pipeline.models.segmenter import SegmenterConfig
+from pipeline.models.systems import of_config
 from pipeline.tracking.versions import fetch_model
 
 
@@ -77,24 +80,49 @@ def finished_student(artifacts: Artifacts) -> str:
 
 
 # Of a run's tags, with its scores.
-RECORDED = ("method", "beta", "seed", "steps", "settings", "teacher", "trained_on", "precision")
+RECORDED = ("method", "beta", "seed", "steps", "settings", "teacher", "system", "trained_on", "precision")
 
 
 def _recorded(tags: dict[str, str]) -> dict[str, str]:
     return {key: tags[key] for key in RECORDED if key in tags}
 
 
-def student_subject(run_uri: str) -> Subject:
+def run_subject(run_uri: str) -> Subject:
+    """The model of a finished run, a student's or a teacher's."""
     tags = RunManifest.read(run_uri).tags
     return Subject(model_uri=storage.join(run_uri, MODEL_FOLDER), tags=_recorded(tags))
 
 
-def teacher_subject(config: Config, teacher_uri: str) -> Subject:
-    """The config's teacher; what a file was trained on is not known."""
-    tags = {"method": "teacher", "teacher": config.teacher.title}
+def teacher_subject(config: Config, teacher_uri: str, model: SegmenterConfig | None = None) -> Subject:
+    """The config's teacher; what a file was trained on is not known.
+
+    Args:
+        model: its own config, as far as it is known.
+    """
+    system = config.teacher.recorded_system if model is None else _system_of(model)
+    tags = {"method": "teacher", "teacher": teacher_title(config, model), **_system_tag(system)}
     if config.teacher.checkpoint is None:
         tags["trained_on"] = config.dataset.title
+        run_uri = teacher_uri.removesuffix(f"/{MODEL_FOLDER}")
+        if storage.is_complete(run_uri):
+            tags = {**run_subject(run_uri).tags, **tags}
     return Subject(model_uri=teacher_uri, hints=checkpoint_hints(config), tags=tags)
+
+
+def _system_tag(system: str | None) -> dict[str, str]:
+    """What tells a record that its model is no slot model."""
+    return {"system": system} if system not in (None, "slotcontrast") else {}
+
+
+def of_its_system(subject: Subject, config: SegmenterConfig) -> Subject:
+    """A model that has been opened, with a tag that says which system it is of, if it is no slot model."""
+    return replace(subject, tags={**subject.tags, **_system_tag(_system_of(config))})
+
+
+def _system_of(model: SegmenterConfig) -> str | None:
+    """What records call it; None: a slot model."""
+    name = model.to_dict().get("system")
+    return system_with_boxes(name) if name and of_config(model).uses_boxes(model) else name
 
 
 def baseline_subjects(num_slots: int) -> dict[str, Subject]:
@@ -153,9 +181,9 @@ def _features_of(model: SlotModel) -> dict[str, Any]:
 def own_models(artifacts: Artifacts) -> dict[str, Subject]:
     """The student of a config and, where there is one, its teacher."""
     config = artifacts.config
-    models = {config.distill.name or "student": student_subject(finished_student(artifacts))}
+    models = {config.distill.name or "student": run_subject(finished_student(artifacts))}
     if config.evaluate.teacher and storage.exists(artifacts.teacher.uri):
-        models["teacher"] = teacher_subject(config, artifacts.teacher.uri)
+        models["teacher"] = teacher_subject(config, artifacts.teacher.uri, artifacts.teacher_config)
     return models
 
 

@@ -9,6 +9,7 @@ import torch
 
 from pipeline import storage
 from pipeline.config import Config, ConfigError, Model, ViT
+from pipeline.config.models import using_boxes, using_motion
 from pipeline.log import log
 from pipeline.models import (
     Backbone,
@@ -25,9 +26,13 @@ from pipeline.models.checkpoints import CONFIG_FILE, MODEL_FILES
 from pipeline.models.exported import ONNX_FILE, is_exported, load_exported
 from pipeline.models.initialisation import WithoutDraws
 from pipeline.models.segmenter import Segmenter, SegmenterConfig, VideoSegmenter
+from pipeline.models.systems import of_config
 
-# Hints that only a config of this `teacher.system` gives, as its section has them in any case.
-BESIDE = {"backbone_weights": "solv", "image_size": "savi"}
+# How a config gives hints that its section has in any case.
+BESIDE = {
+    "backbone_weights": "beside teacher.system=solv",
+    "image_size": "beside teacher.system=savi; the default with an equal teacher.image_width",
+}
 
 
 @contextlib.contextmanager
@@ -200,8 +205,10 @@ def checkpoint_hints(config: Config) -> CheckpointHints:
     section = config.teacher
     weights = section.backbone_weights
     lacking = section.system == "solv" and weights not in ("timm", "random")
+    # A size that is the default says nothing, unless the width says it too.
     default_size = type(section).model_fields["image_size"].default
-    sized = not section.has_backbone and section.image_size != default_size
+    both = section.system == "savi" and section.image_width == section.image_size
+    sized = not section.has_backbone and (both or section.image_size != default_size)
     return CheckpointHints(
         section.num_heads,
         section.num_slots,
@@ -230,10 +237,8 @@ def load_model(uri: str, hints: CheckpointHints) -> VideoSegmenter:
         try:
             return load_slot_model(path, **{**hints.to_dict(), "backbone_weights": backbone})
         except HintError as error:
-            system = BESIDE.get(str(error).partition(":")[0])
-            raise ConfigError(
-                f"teacher.{error}{f' (beside teacher.system={system})' if system else ''}"
-            ) from None
+            beside = BESIDE.get(str(error).partition(":")[0])
+            raise ConfigError(f"teacher.{error}{f' ({beside})' if beside else ''}") from None
 
 
 def exported_file(uri: str) -> str | None:
@@ -279,3 +284,16 @@ def load_teacher(config: Config, uri: str) -> VideoSegmenter:
             "or leave it empty"
         )
     return model
+
+
+def title_of(name: str, model: SegmenterConfig) -> str:
+    """What tables and tags call a model: its name, and that it uses motion or boxes where it does."""
+    system = of_config(model)
+    if system.uses_boxes(model):
+        return using_boxes(name)
+    return using_motion(name) if system.uses_motion else name
+
+
+def teacher_title(config: Config, model: SegmenterConfig | None) -> str:
+    """What they call the config's teacher; where it is not there (None), by what the config says that it is."""
+    return config.teacher.title if model is None else title_of(config.teacher.name, model)

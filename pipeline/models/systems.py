@@ -34,7 +34,9 @@ class System:
     model, config: `model(config)` is one with random weights. recognises: whether the content of a public file is of
     this system. read: the config and the tensors, by our names, of a file that others have written (`content, hints,
     source`). tensors: those of a file that has a config of ours. written: what a public file of a model holds, beside
-    that config. allowed: plain classes that its files may hold beside tensors. write: what writes a file.
+    that config. allowed: plain classes that its files may hold beside tensors. write: what writes a file. uses_motion:
+    whether it learns from motion segments, which others do without. uses_boxes: whether a model with this config starts
+    from boxes of objects.
     """
 
     model: Callable[[Any], VideoSegmenter]
@@ -45,6 +47,8 @@ class System:
     written: Callable[[Any], dict[str, Any]]
     allowed: tuple[type, ...] = ()
     write: Callable[[dict[str, Any], str | Path], None] = torch.save
+    uses_motion: bool = False
+    uses_boxes: Callable[[Any], bool] = lambda config: False
 
 
 SLOT_MODEL = System(
@@ -74,6 +78,7 @@ SYSTEMS = {
         diod_files.read,
         diod_files.tensors,
         diod_files.written,
+        uses_motion=True,
     ),
     "steve": System(
         STEVE,
@@ -91,6 +96,7 @@ SYSTEMS = {
         savi_files.tensors,
         savi_files.written,
         write=write_flax,
+        uses_boxes=lambda config: config.initializer == "boxes",
     ),
     "stosavi": System(
         StoSAVi,
@@ -113,6 +119,11 @@ def of_model(model: VideoSegmenter) -> System:
     return next((s for s in SYSTEMS.values() if s.model is type(model)), SLOT_MODEL)
 
 
+def of_config(config: SegmenterConfig) -> System:
+    """The system that a model with this config is of."""
+    return next((s for s in SYSTEMS.values() if s.config is type(config)), SLOT_MODEL)
+
+
 def parse_config(values: dict[str, Any]) -> tuple[System, SegmenterConfig]:
     """The system and the config of a model folder's plain values.
 
@@ -129,4 +140,4 @@ def parse_config(values: dict[str, Any]) -> tuple[System, SegmenterConfig]:
 
 def model_of(config: SegmenterConfig) -> VideoSegmenter:
     """A model with random weights."""
-    return next((s for s in SYSTEMS.values() if s.config is type(config)), SLOT_MODEL).model(config)
+    return of_config(config).model(config)

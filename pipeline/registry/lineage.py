@@ -242,7 +242,7 @@ def _clips(uri: str, missing: list[str]) -> dict[str, Any]:
     link = _link(uri, manifest)
     if manifest is None:
         return link
-    keys = {"created", "dataset", "settings", "videos", "clips", "frames", "annotated_videos", "bad"}
+    keys = {"created", "dataset", "settings", "flow", "videos", "clips", "frames", "annotated_videos", "bad"}
     known = manifest.model_dump(mode="json", include=keys)
     link |= {key: value for key, value in known.items() if value is not None}
     # Clip sets of earlier versions did not say what they were made of; their videos they do name.

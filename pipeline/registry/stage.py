@@ -22,7 +22,7 @@ from pipeline.clips.library import artifacts_of, open_clips
 from pipeline.config import Config
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.stage import score_subjects
-from pipeline.evaluate.subjects import finished_student, student_subject
+from pipeline.evaluate.subjects import finished_student, run_subject
 from pipeline.log import log
 from pipeline.models.checkpoints import WEIGHTS_FILE
 from pipeline.models.exported import ONNX_FILE
@@ -51,7 +51,7 @@ def register(config: Config) -> dict[str, Any]:
     if config.evaluate.split is not None:
         name = config.distill.name or "student"
         clips = open_clips(artifacts.evaluation_clips)
-        evaluation = score_subjects(artifacts, clips, {name: student_subject(run_uri)})[name]
+        evaluation = score_subjects(artifacts, clips, {name: run_subject(run_uri)})[name]
     return register_run(config, run_uri, evaluation)
 
 

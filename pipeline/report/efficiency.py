@@ -25,10 +25,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import BackboneConfig, SlotModel, SlotModelConfig
+from pipeline.models.segmenter import VideoSegmenter
 
 # The models of the paper's Table 2: its YTVIS-2021 column in Table 8 (configs/ytvis2021.yaml).
 PAPER_TEACHER = SlotModelConfig(BackboneConfig("vit_base_patch14_dinov2", 518), num_slots=7, slot_size=64)
@@ -89,18 +92,41 @@ def _macs(model: SlotModel, frames: int, fast_decoder: bool) -> Macs:
     return Macs(*(a + (frames - 1) * (b - a) for a, b in zip(first, two, strict=True)))
 
 
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_ACTIVATIONS, _two_an_element))
+
+
 def _count(model: SlotModel, frames: int) -> tuple[int, int, int]:
     """Multiply-accumulates of layers, activations and attention."""
     config, size = model.config, model.image_size
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_ACTIVATIONS, _two_an_element))
-    with counter, torch.no_grad():
+    with _counter() as counter, torch.no_grad():
         slots = torch.zeros(1, config.num_slots, config.slot_size, device="meta")
         model(torch.zeros(1, frames, 3, size, size, device="meta"), initial_slots=slots)
+    return _counted(counter)
+
+
+def _counted(counter: FlopCounterMode) -> tuple[int, int, int]:
     counts = counter.get_flop_counts()["Global"]
     layers = sum(n for operator, n in counts.items() if operator in _LAYERS)
     activations = sum(n for operator, n in counts.items() if operator in _ACTIVATIONS)
     rest = sum(counts.values()) - layers - activations
     return layers // 2, activations // 2, rest // 2
+
+
+def count_stream(model: VideoSegmenter, frames: np.ndarray) -> Macs:
+    """Counts what a model of any system computes for the slots and masks of one video `(T, h, w, 3)`, uint8.
+
+    It is run, as what some compute depends on what they see; on where boxes are it does not depend. Its parameters have
+    no gradient afterwards.
+    """
+    model.eval().requires_grad_(False)
+    given: dict[str, Any] = {}
+    if model.start_boxes:
+        given["boxes"] = torch.zeros(model.start_boxes, 4, device=model.device)
+    with _counter() as counter, sdpa_kernel(SDPBackend.MATH):  # the fused products are not counted on CPUs
+        for _ in model.stream([frames], **given):
+            pass
+    return Macs(*_counted(counter))
 
 
 def measure_latency(model: SlotModel, frames: int = 1, runs: int = 5, warmup: int = 1) -> float:

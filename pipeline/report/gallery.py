@@ -38,7 +38,7 @@ def video_panel(
     A row of None is the ground truth: objects by number, -1 where there is none. Of a long video only the first frames
     are shown.
     """
-    view = view_of(protocol, video.height, video.width)
+    view = view_of(protocol, clips, video)
     scale = min(1.0, MAX_SIDE / max(view.height, view.width))
     size = (max(1, round(scale * view.height)), max(1, round(scale * view.width)))
     frames, objects = _read(clips, video, view, size)
@@ -83,7 +83,9 @@ def _read(
     frames, labels = [], []
     for clip in _first_clips(clips, video, masks=True):
         cropped = apply_view(clip.frames, view)
-        frames += [np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in cropped]
+        frames += [
+            np.asarray(Image.fromarray(f).resize(size[::-1], Image.Resampling.LANCZOS)) for f in cropped
+        ]
         for objects in clip.masks or [{}] * len(cropped):
             label = np.full(size, -1, np.int16)
             for object_id, mask in objects.items():

@@ -40,7 +40,7 @@ class RowSpec:
 
 
 def accepts(
-    method: str | None, beta: float | None = None, teacher: str | None = None
+    method: str | None, beta: float | None = None, teacher: str | None = None, system: str | None = None
 ) -> Callable[[Record], bool]:
     """Which records fill a row; None leaves a condition out, but for the method: such a row stays empty."""
 
@@ -49,9 +49,15 @@ def accepts(
             record.method == method
             and (beta is None or (record.beta is not None and math.isclose(record.beta, beta)))
             and (teacher is None or record.teacher == teacher)
+            and (system is None or record.system == system)
         )
 
     return test
+
+
+def of_system(system: str) -> Callable[[Record], bool]:
+    """Which records fill a rival's row, however their models came about."""
+    return lambda record: record.system == system
 
 
 def baseline_rows(records: Sequence[Record], more: int = 0) -> list[RowSpec]:

@@ -158,7 +158,8 @@ def select_runs(records: Sequence[Record], beta: float) -> Selection:
 
 
 def _most_steps(records: Sequence[Record]) -> Record | None:
-    return max(records, key=lambda record: record.steps or 0, default=None)
+    """A slot model where there is one: a rival's record is a teacher's too."""
+    return max(records, key=lambda record: (not record.system, record.steps or 0), default=None)
 
 
 def _same_origin(record: Record, other: Record) -> bool:

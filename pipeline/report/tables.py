@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config
-from pipeline.evaluate.records import METHODS, Record
+from pipeline.evaluate.records import METHODS, RIVALS, Record
 from pipeline.evaluate.table import DASH, Cell, Column, Row, Table, listing, one_decimal, plural
 from pipeline.report.scores import (
     SAMPLE_STD,
@@ -23,6 +23,7 @@ from pipeline.report.scores import (
     accepts,
     baseline_rows,
     method_table,
+    of_system,
     protocol_note,
     run_notes,
     score_columns,
@@ -60,14 +61,19 @@ class Setup:
         return title if self.family == TEACHER else f"{title}, teacher {self.family}"
 
     def of(self, records: Sequence[Record]) -> list[Record]:
-        """The records of this setup; one that does not say where it comes from may be from anywhere."""
-        return [
-            record
-            for record in records
-            if record.dataset == self.dataset
-            and record.trained_on in ("", self.trained_on)
-            and record.teacher in ("", self.family)
-        ]
+        """The records of this setup; one that does not say where it comes from may be from anywhere.
+
+        Where the teacher is another system, its own record is among them.
+        """
+        here = [r for r in records if self._is_here(r) and r.teacher in ("", self.family)]
+        return [record for record in here if self.family != TEACHER or not record.system]
+
+    def rivals(self, records: Sequence[Record]) -> list[Record]:
+        """The records of other systems, which stand beside the paper's teacher and its students."""
+        return [r for r in records if self._is_here(r) and r.system in RIVALS and self.family == TEACHER]
+
+    def _is_here(self, record: Record) -> bool:
+        return record.dataset == self.dataset and record.trained_on in ("", self.trained_on)
 
 
 MOVI_E = Setup("MOVi-E", "MOVi-E")
@@ -82,12 +88,16 @@ COCO = Setup("COCO", "COCO", "DINOSAURv2")
 
 
 def recorded_setups(records: Sequence[Record]) -> list[Setup]:
-    """All setups that have a record of a model, and data sets that have nothing but baselines."""
+    """All setups that have a record of a model, and data sets that have nothing but baselines.
+
+    A rival's own record makes no setup of its kind of teacher, as students do that learn from it.
+    """
     models = [record for record in records if record.method != "baseline"]
     families: dict[tuple[str, str], set[str]] = {}
     for record in models:
         key = (record.dataset, record.trained_on or record.dataset)
-        families.setdefault(key, set()).update({record.teacher} - {""})
+        family = TEACHER if record.system in RIVALS else record.teacher
+        families.setdefault(key, set()).update({family} - {""})
     known = {dataset for dataset, _ in families} | {OVIS.dataset, COCO.dataset}
     for record in records:
         if record.dataset not in known:
@@ -107,7 +117,7 @@ def score_tables(config: Config, records: Sequence[Record]) -> list[Table]:
     def setups(of_paper: Sequence[Setup], worth: Callable[[Sequence[Record]], bool]) -> list[Setup]:
         """The paper's, and the others that were recorded and are worth a table; first what has runs."""
         rest = [setup for setup in others if setup not in of_paper and worth(setup.of(records))]
-        return sorted([*of_paper, *rest], key=lambda setup: not setup.of(records))
+        return sorted([*of_paper, *rest], key=lambda setup: not (setup.of(records) or setup.rivals(records)))
 
     with_betas = setups((YTVIS,), lambda found: bool(_betas(found) - {beta}))
     return [
@@ -137,33 +147,45 @@ def _betas(records: Sequence[Record]) -> set[float]:
     return {record.beta for record in records if record.method == "slotmatch" and record.beta}
 
 
-def _rows(lines: Sequence[dict[str, Any]], beta: float) -> list[RowSpec]:
-    """Rows from those of `paper.yaml`; SlotMatch without a weight is the one with weight `beta`."""
+def _rows(lines: Sequence[dict[str, Any]], beta: float, system: str | None = None) -> list[RowSpec]:
+    """Rows from those of `paper.yaml`; SlotMatch without a weight is the one with weight `beta`.
+
+    Those of a method are of models of any system, or with `system=""` of slot models alone.
+    """
     rows = []
     for line in lines:
+        if "system" in line:
+            rows.append(RowSpec(RIVALS[line["system"]], of_system(line["system"]), line.get("scores")))
+            continue
         method = line.get("method")
         weight = line.get("beta", beta if method == "slotmatch" else None)
-        rows.append(RowSpec(line["label"], accepts(method, weight, line.get("teacher")), line.get("scores")))
+        test = accepts(method, weight, line.get("teacher"), system)
+        rows.append(RowSpec(line["label"], test, line.get("scores")))
     return rows
 
 
 def _table_1(setup: Setup, records: Sequence[Record], paper: dict[str, Any], beta: float) -> Table:
+    """What the paper prints of the data set, every way to distil, and each rival that was run."""
     printed = setup in (MOVI_E, YTVIS, DAVIS)
+    found, rivals = setup.of(records), setup.rivals(records)
+    systems = {record.system for record in rivals}
+    unprinted = systems - {line.get("system") for line in paper["table_1"]}
+    more = [{"label": RIVALS[system], "system": system, "scores": {}} for system in sorted(unprinted)]
     lines = [
         {**line, "scores": line["scores"].get(setup.dataset) if printed else None}
-        for line in paper["table_1"]
-        if "method" in line or setup.dataset in line["scores"]
+        for line in (*more, *paper["table_1"])
+        if "method" in line or line.get("system") in systems or (printed and setup.dataset in line["scores"])
     ]
     if not printed:
         labels = {**METHODS, "teacher": f"{setup.family} (teacher)"}
-        lines = [{**line, "label": labels[line["method"]]} for line in lines if "method" in line]
-    found = setup.of(records)
+        lines = [{**line, "label": labels.get(line.get("method", ""), line["label"])} for line in lines]
+    run_ids = {record.run_id for record in (*found, *rivals)}
     return method_table(
         "Table 1",
         "Video object segmentation",
         setup.title,
-        [*_rows(lines, beta), *baseline_rows(found)],
-        found,
+        [*_rows(lines, beta, "" if rivals else None), *baseline_rows(found)],
+        [record for record in records if record.run_id in run_ids],
         paper=printed,
         beta=beta,
         notes=_beta_note(beta, found),

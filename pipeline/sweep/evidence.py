@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from pipeline.evaluate.subjects import (
     Subject,
     baseline_subjects,
     feature_subjects,
-    student_subject,
+    run_subject,
     teacher_subject,
 )
 from pipeline.evaluate.table import (
@@ -46,9 +44,9 @@ from pipeline.evaluate.table import (
     one_decimal,
     plain_text,
 )
-from pipeline.log import log
 from pipeline.models.build import load_teacher
 from pipeline.report.charts import chart_png
+from pipeline.report.document import update_document
 from pipeline.report.render import Page, Picture, markdown
 from pipeline.report.scores import SAMPLE_STD, score_columns
 from pipeline.sweep.comparisons import PerVideo, Scored, claim_table, compare
@@ -61,7 +59,6 @@ from pipeline.sweep.stage import sweep
 
 PAGE, PLOT, CURVES = "evidence.md", "evidence.png", "evidence-curves.png"
 MASKS = {"decoder": "the decoder", "attention": "slot attention"}
-BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 
 
 def evidence(config: Config) -> dict[str, Any]:
@@ -112,9 +109,9 @@ def _score(artifacts: Artifacts, manifest: SweepManifest, masks: str, *, baselin
     """Scores each setting's seeds on the test split, the teacher, and trivial segmentations if they are asked for."""
     test = _on_test_split(artifacts, masks)
     finished = _finished(manifest)
-    students = {_title(trial): student_subject(trial.run) for trial in finished}
+    students = {_title(trial): run_subject(trial.run) for trial in finished}
     teacher_uri = artifacts.require_teacher()
-    teacher = {TEACHER: teacher_subject(artifacts.config, teacher_uri)}
+    teacher = {TEACHER: teacher_subject(artifacts.config, teacher_uri, artifacts.teacher_config)}
     trivial: dict[str, Subject] = {}
     if baselines:
         trivial = baseline_subjects(load_teacher(artifacts.config, teacher_uri).config.num_slots)
@@ -276,7 +273,7 @@ def _write(
     for table in tables:
         print(plain_text(table), end="\n\n", flush=True)
     if config.evidence.document:
-        update_document(config.evidence.document, page, pictures)
+        update_document("evidence", config.evidence.document, page, pictures)
     comparisons = compare(config.evidence.claims, scored[0].students, config.evidence.scores)
     return {
         "uri": folder,
@@ -286,29 +283,3 @@ def _write(
         "table": storage.join(folder, PAGE),
         "plot": storage.join(folder, PLOT),
     }
-
-
-def update_document(document: str, page: str, pictures: Sequence[Picture]) -> None:
-    """Puts the tables between two marks of a document, and the pictures beside it, named after it.
-
-    `FILE.md#NAME` has marks of that name, for documents of several blocks.
-
-    Raises:
-        ValueError: the document has no such marks.
-    """
-    file, _, block = document.partition("#")
-    path, name = Path(file), f"evidence {block}".strip()
-    begin, end = BEGIN.replace("evidence", name), END.replace("evidence", name)
-    old = path.read_text(encoding="utf-8")
-    stem = f"{path.stem}-{block}" if block else path.stem
-    links = {picture.link: picture.link.replace("evidence", stem, 1) for picture in pictures}
-    for link, beside in links.items():
-        page = page.replace(f"]({link})", f"]({beside})")
-    body = re.sub(r"^#", "##", page.split("\n", 2)[2], flags=re.MULTILINE).strip()
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(old):
-        raise ValueError(f"evidence.document: {path} has no {begin} … {end}")
-    path.write_text(pattern.sub(lambda _: f"{begin}\n{body}\n{end}", old), encoding="utf-8")
-    for picture in pictures:
-        path.with_name(links[picture.link]).write_bytes(picture.content)
-    log(f"evidence: wrote {path}")

@@ -1,6 +1,6 @@
 """What a sweep trains: settings from the grid, a random search or named variants, each from every seed.
 
-And what may be claimed of them in the stage `evidence`.
+And what may be claimed of them in the stage `evidence`; and what the stage `rivals` trains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config import Config, ConfigError, Sweep, with_overrides
+from pipeline.config import Config, ConfigError, Sweep, with_overrides, with_presets
 
 # Trials share their clips, are scored alike and are kept in one place.
 FIXED = ("dataset", "clips", "evaluate", "storage", "mlflow", "ray", "sweep")
@@ -313,3 +313,57 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return " ".join(f"{k}={_shown(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+# --- rivals -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One training of a system: as which teacher of which config, from which seed, and whether it is wanted now."""
+
+    system: str  # a key of `rivals.systems`
+    seed: int
+    config: Config
+    wanted: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.config.teacher.title}, seed {self.seed}"
+
+
+def plan_rivals(config: Config) -> list[Rival]:
+    """The trainings of `config.rivals` in the order in which they begin: every system from a seed, then from the next.
+
+    Raises:
+        ConfigError: with one line for everything that can't be run.
+    """
+    rivals, problems = config.rivals, _check_seeds("rivals.seeds", config.rivals.seeds)
+    if not rivals.systems:
+        problems.append("rivals.systems: is empty; nearest: the preset configs/systems/demo_rivals.yaml")
+    if config.evaluate.split is None:
+        problems.append("evaluate.split: is not set; name the videos with masks to score on")
+    wanted = {(system, seed) for system in rivals.systems for seed in rivals.seeds}
+    if rivals.train is not None:
+        known = [*rivals.systems, *(f"{system}:{seed}" for system, seed in sorted(wanted))]
+        unknown = [one for one in rivals.train if one not in known]
+        problems += [f"rivals.train: {one!r} is none of {', '.join(known)}" for one in unknown]
+        wanted = {(s, n) for s, n in wanted if s in rivals.train or f"{s}:{n}" in rivals.train}
+    configs = {}
+    for system, preset in rivals.systems.items():
+        try:
+            configs[system] = with_presets(config, preset)
+        except ConfigError as error:
+            problems += [f"rivals.systems.{system}: {line}" for line in str(error).splitlines()]
+            continue
+        if configs[system].teacher.checkpoint is not None:
+            problems.append(
+                f"rivals.systems.{system}: {preset} trains no teacher; nearest: checkpoint: null in it"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return [
+        Rival(system, seed, with_overrides(of, {"teacher.train.seed": seed}), (system, seed) in wanted)
+        for seed in rivals.seeds
+        for system, of in configs.items()
+    ]

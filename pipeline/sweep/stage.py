@@ -22,7 +22,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import SCORES
 from pipeline.evaluate.stage import score_subjects
-from pipeline.evaluate.subjects import Subject, student_subject, teacher_subject, trivial_subjects
+from pipeline.evaluate.subjects import Subject, run_subject, teacher_subject, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import log
 from pipeline.models import CheckpointHints
@@ -208,7 +208,7 @@ def _conclude(config: Config, plan: Plan) -> dict[str, Any]:
 def _score(config: Config, plan: Plan, ended: dict[str, Ended]) -> Outcome:
     """Every finished student with teachers and baselines, in one pass over the evaluation clips."""
     students = {
-        trial.title: student_subject(trial.run_uri)
+        trial.title: run_subject(trial.run_uri)
         for trial in plan.trials
         if ended[trial.key].status == "finished"
     }
@@ -261,7 +261,7 @@ def _teachers(plan: Plan) -> dict[str, Subject]:
             known.add(uri)
             # Most sweeps have one; those of several need their names.
             name = "teacher" if not teachers else f"teacher ({setting})"
-            teachers[name] = teacher_subject(artifacts.config, uri)
+            teachers[name] = teacher_subject(artifacts.config, uri, artifacts.teacher_config)
     return teachers
 
 

@@ -22,7 +22,8 @@ WORDS = {
     "relocate": ["/old"],
     "segment": ["a.mp4", "model=m", "out=x"],
 }
-CONFIGS = [str(ROOT / "configs" / name) for name in ("demo.yaml", "sweeps/evidence.yaml")]
+PRESETS = ("sweeps/evidence.yaml", "systems/demo_rivals.yaml")
+CONFIGS = [str(ROOT / "configs" / name) for name in ("demo.yaml", *PRESETS)]
 
 
 def test_a_stages_module_only_declares_it():

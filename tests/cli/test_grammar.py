@@ -17,6 +17,7 @@ from pipeline.config import Config, ConfigError, run_details
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 EVIDENCE = str(ROOT / "configs" / "sweeps" / "evidence.yaml")
+RIVALS = str(ROOT / "configs" / "systems" / "demo_rivals.yaml")
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_help_lists_keys_with_type_default_and_a_line_each(slotmatch, monkeypatc
     assert "targets.crop=center of views 1, 2, … (center, random)" in out
     assert "student.num_slots=null slots of a frame (int ≥ 1, ≤ 256 or null)" in out
     assert "teacher.train.similarity=0.0" in out
-    assert "Other sections, which --schema describes: dataset, clips, sweep, evidence." in out
+    assert "Other sections, which --schema describes: dataset, clips, sweep, evidence, rivals." in out
 
 
 def test_every_key_is_described_and_some_are_run_details(slotmatch):
@@ -128,7 +129,7 @@ def test_words_config_presets_settings_and_flags_in_any_order(tmp_path):
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if not find_job(stage).words])
 def test_presets_lie_over_the_config_of_every_stage(stage, capsys):
-    presets = [EVIDENCE, str(ROOT / "configs" / "methods" / "slotmatch_mse.yaml")]
+    presets = [EVIDENCE, RIVALS, str(ROOT / "configs" / "methods" / "slotmatch_mse.yaml")]
     assert run(find_job(stage), [DEMO, *presets, "--dry-run", "distill.beta=0.5"]) == 0
     distill = yaml.safe_load(capsys.readouterr().out)["distill"]
     assert (distill["method"], distill["beta"], distill["workers"]) == ("slotmatch_mse", 0.5, 0)

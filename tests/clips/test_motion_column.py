@@ -1,6 +1,7 @@
 """Motion segments as a column of a clip set: of flow, of masks, or of files."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,8 +9,12 @@ import pytest
 from layout_sets import clip_set, write_images
 from PIL import Image
 
+from pipeline import storage
 from pipeline.artifacts.identity import CLIPS_FORMAT
-from pipeline.clips.flow import check_flow, flowing, with_column, with_flow_segments
+from pipeline.artifacts.manifests import ClipManifest
+from pipeline.clips import flow as flow_module
+from pipeline.clips import stage
+from pipeline.clips.flow import flow_library, flowing, with_column, with_flow_segments
 from pipeline.clips.motion import motion_segments
 from pipeline.clips.sources import list_videos
 from pipeline.clips.sources.base import BadVideo, Frame
@@ -129,11 +134,39 @@ def test_opencvs_flow_finds_what_moves():
 
 def test_flow_without_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    check_flow("masks")
+    assert flow_library("masks") is None
     with pytest.raises(
         ConfigError, match=r"^clips.motion: flow is OpenCV's, .*pip install opencv-python-headless"
     ):
-        check_flow("flow")
+        flow_library("flow")
+
+
+def test_clips_say_what_computed_their_flow(tmp_path, monkeypatch, capsys):
+    """Its version is no part of what they are: with another one they are found, and it is said."""
+    cv2 = pytest.importorskip("cv2")
+    config = resolve_config(
+        {"clips": {"motion": "flow"}, "dataset": {"path": videos(tmp_path, "a")}},
+        [f"storage.root={tmp_path / 'root'}", "evaluate.split=null"],
+    )
+
+    def here(config, task, rows, *, arguments):
+        return [task(row, *arguments) for row in rows]
+
+    monkeypatch.setattr(stage, "map_tasks", here)
+    made = stage.shard_split(config, "")
+    assert ClipManifest.read(made["uri"]).flow == f"OpenCV {cv2.__version__}"
+    assert "flow was computed" not in capsys.readouterr().err
+    monkeypatch.setattr(flow_module, "_opencv", lambda: SimpleNamespace(__version__="1.2"))
+    assert stage.shard_split(config, "")["uri"] == made["uri"]
+    expected = (
+        f"flow was computed by OpenCV {cv2.__version__}; OpenCV 1.2, which is installed, may find other"
+    )
+    assert expected in capsys.readouterr().err
+    values = storage.read_json(f"{made['uri']}/manifest.json")
+    assert (
+        ClipManifest.model_validate({key: value for key, value in values.items() if key != "flow"}).flow
+        is None
+    )
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -360,14 +360,20 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
             "teacher.initialisation: fitted needs",
         ),
         (["dataset.split=train[abc]"], "dataset.split: 'train[abc]' is no split or slice"),
+        (["evidence.split=val[abc]"], "evidence.split: 'val[abc]' is no split or slice"),
         (["dataset.splits={a: {off: val}}"], "dataset.splits.a.of: is missing"),
         (["distill.method=slotmach"], "nearest: slotmatch"),
         (["teacher.train.similarity=0.1"], "use teacher.decoder=slot_mixer"),
         (["teacher.train.reconstruction=0"], "leaves nothing to train for"),
         (["dataset.kind=synthetic", "evaluate.split=tests"], "'tests' is no generated split"),
+        (["dataset.kind=synthetic", "evidence.split=tst"], "evidence.split: 'tst' is no generated split"),
         (["dataset.kind=synthetic", "evaluate.split=train"], "'train' is the training split"),
         (["evaluate.protocol=slotcontrst"], "evaluate.protocol: 'slotcontrst' "),
         (["evaluate.protocol=slotcontrst"], "nearest: slotcontrast"),
+        (
+            ["evaluate.protocol=diod", "evaluate.mask_size=64"],
+            "use evaluate.mask_stride=1, or evaluate.mask_size=0",
+        ),
     ],
 )
 def test_what_can_not_be_combined_says_what_to_do(overrides, message):
@@ -390,13 +396,3 @@ def test_slots_of_two_sizes_need_a_map():
     with pytest.raises(ConfigError, match="slot_size: 64 differs"):
         resolve_config({}, sizes)
     assert resolve_config({}, [*sizes, "distill.slot_map=true"]).student.slot_size == 64
-
-
-@pytest.mark.parametrize("system", ["solv", "savi", "steve", "diod"])
-def test_a_system_lies_over_the_setting_of_davis_for_two_cores(system):
-    """Whatever that sets of slot models alone is set back; what its student or bound can't have beside it is said."""
-    preset = CONFIGS / "systems" / f"{system}.yaml"
-    of_student = ["student.initialisation=default", "distill.initial_slots_from_teacher=null"]
-    config = load_config(CONFIGS / "davis_small.yaml", of_student, presets=[preset])
-    assert (config.teacher.system, config.teacher.feature_scale) == (system, 1)
-    assert config.teacher.train.decoder_learning_rate is None

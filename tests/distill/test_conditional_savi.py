@@ -143,7 +143,7 @@ def test_its_loss_is_that_of_the_flow_as_a_picture(clips, tmp_path):
 @pytest.mark.parametrize("clip_frames", [0, 4])
 def test_what_is_scored_starts_from_boxes_of_its_first_frame(clips, videos, tmp_path, clip_frames):
     model, found = build_teacher(config_of("savi", tmp_path, BOXES)).eval(), ClipSet(clips)
-    protocol = Protocol("own", clip_frames=clip_frames, crop="center")
+    protocol = Protocol("own", clip_frames=clip_frames, crop="central")
     video = found.videos[1]
     frames, masks = videos[video.video_id]
     view, length = central_square(*SIZE), clip_frames or 12

@@ -14,8 +14,10 @@ from pipeline.distill.run import build
 from pipeline.distill.system_objective import SystemBatch
 from pipeline.distill.trainer import Trainer
 from pipeline.models import load_slot_model
-from pipeline.models.build import load_teacher
+from pipeline.models.build import checkpoint_hints, load_teacher
 from pipeline.models.build_teachers import build_teacher
+from pipeline.models.rivals import savi_files
+from pipeline.models.rivals.savi import SAVi, SAViConfig
 
 PIXELS = ("savi", "steve")
 FILES = GOLDEN / "rivals"
@@ -140,7 +142,11 @@ def test_public_files_teach(file, said):
 @pytest.mark.parametrize(
     ("file", "said", "message"),
     [
-        ("savi_learned_tiny.flax", [], r"^teacher.image_size: must be given.*\(beside teacher.system=savi\)"),
+        (
+            "savi_learned_tiny.flax",
+            [],
+            r"^teacher.image_size: must be given.*\(beside teacher.system=savi; .*\)$",
+        ),
         ("savi_gaussian_tiny.flax", ["teacher.image_size=32"], r"^teacher.num_slots: must be given"),
         ("steve_tiny.pt", [], r"^teacher.num_slots: must be given"),
         (
@@ -156,6 +162,27 @@ def test_files_that_can_not_teach(file, said, message):
         load_teacher(config, str(FILES / file))
 
 
+def test_a_size_that_is_the_default_is_said_by_both_sides():
+    """336 pixels by themselves are what every config says, and so are nothing said of a file."""
+    values = {"image_size": 336, "stride": 4, "encoder_channels": (8, 8), "num_slots": 2, "slot_size": 8}
+    model = SAVi(SAViConfig(**values, decoder_grid=84, decoder_channels=(8, 8)))
+    file = FILES / "savi_learned_tiny.flax"
+    said = [f"teacher.checkpoint={file}", "teacher.system=savi", "teacher.image_size=336"]
+    config = resolve_config({}, said)
+    with pytest.raises(
+        ConfigError, match=r"^teacher.image_size: must be given.* an equal teacher.image_width\)$"
+    ):
+        load_teacher(config, str(file))
+    config = resolve_config({}, [*said, "teacher.image_width=336"])
+    assert (
+        savi_files.read(savi_files.written(model), checkpoint_hints(config), "savi.flax")[0] == model.config
+    )
+    with pytest.raises(
+        ValueError, match=r"^image_size: 336, but a decoder of 4 layers .* nearest valid: 32$"
+    ):
+        load_teacher(config, str(file))
+
+
 @pytest.mark.parametrize(
     ("system", "override", "message"),
     [
@@ -166,7 +193,6 @@ def test_files_that_can_not_teach(file, said, message):
         ("steve", "teacher.image_size=18", "image_size: 18 is no multiple .* nearest valid: 20"),
         ("steve", "teacher.steve.decoder_heads=3", "width: 16 is no multiple .* nearest valid: 18"),
         ("savi", "teacher.image_width=32", "^teacher.image_width: 32, but the frames of savi are square"),
-        ("steve", "teacher.save=slim", "^teacher.save: slim, but steve has no frozen backbone"),
         (
             "savi",
             "teacher.savi.encoder_blocks=[1]",
@@ -174,7 +200,6 @@ def test_files_that_can_not_teach(file, said, message):
         ),
         ("savi", "teacher.savi.encoder_blocks=[1, 1]", "encoder_channels: 8 is not a multiple of 32"),
         ("savi", "teacher.savi.decoder_channels=[]", "teacher.savi.decoder_channels"),
-        ("steve", "teacher.cached_features=true", "^teacher.cached_features: steve is trained on the frames"),
     ],
 )
 def test_what_they_can_not_be(tmp_path, system, override, message):

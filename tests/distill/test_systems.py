@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,16 @@ from training_runs import TRAINING, make_targets, student_run
 
 from pipeline import storage
 from pipeline.artifacts.subjects import model_identity
+from pipeline.clips.library import artifacts_of
 from pipeline.config import ConfigError, load_config, resolve_config, with_overrides
+from pipeline.config.models import Teacher
+from pipeline.config.rivals import ALL_USE, RIVALS
 from pipeline.distill.diod import recoloured
 from pipeline.distill.run import Run, build
 from pipeline.distill.system_objective import SystemBatch
+from pipeline.distill.systems import OBJECTIVES
 from pipeline.distill.trainer import NoLogger, Trainer
+from pipeline.evaluate import stage as evaluation
 from pipeline.evaluate.subjects import teacher_subject
 from pipeline.models import load_slot_model, save_slot_model
 from pipeline.models.backbone import Backbone, BackboneConfig
@@ -27,7 +33,8 @@ from pipeline.models.build_teachers import build_teacher
 from pipeline.models.rivals import solv
 from pipeline.models.rivals.solv_files import dinov2_positions
 
-SOLV = {**tiny_section(32, 32), "image_width": 48, "system": "solv", "num_slots": 4, "slot_size": 16}
+VIT = {key: value for key, value in tiny_section(32, 32).items() if key != "decoder_hidden_sizes"}
+SOLV = {**VIT, "image_width": 48, "system": "solv", "num_slots": 4, "slot_size": 16}
 PIXELS = {"image_size": 16, "num_slots": 4, "slot_size": 16}
 DIOD = {"image_size": 32, "image_width": 48, "system": "diod", "num_slots": 4, "slot_size": 16}
 SYSTEMS = {
@@ -47,10 +54,11 @@ def clips(tmp_path_factory):
 
 
 def config_of(system, root, *overrides, clip_frames=6):
+    own = {"alpha": 0} | ({"warmup_steps": 0} if system == "solv" else {})
     values = {
         "storage": {"root": str(root)},
         "clips": {"clip_frames": clip_frames, "motion": "masks"},
-        "teacher": {**SYSTEMS[system], "train": {**TRAINING, **SETTINGS}},
+        "teacher": {**SYSTEMS[system], "train": {**TRAINING, **SETTINGS, **own}},
         "student": tiny_section(32, 32),
     }
     return resolve_config(values, overrides)
@@ -164,8 +172,6 @@ def test_solv_needs_clips_of_a_window(tmp_path):
     [
         ("teacher.num_slots=1", r"^teacher.system=solv: num_slots: 1, but SOLV .* nearest valid: 2$"),
         ("teacher.slot_size=12", r"slot_size: 12 is no multiple of SOLV's 8 heads; nearest valid: 16"),
-        ("teacher.cached_features=true", r"^teacher.cached_features: solv is trained on the frames"),
-        ("teacher.feature_scale=auto", r"^teacher.feature_scale: auto, but solv has none"),
         ("teacher.image_width=50", r"^teacher.image_width: 50 is not a multiple .* nearest: 48 or 56"),
         ("teacher.backbone=test_convnext", "SOLV drops tokens of a plain ViT"),
         ("teacher.system=slov", r"'slov' is not one of slotcontrast, solv.*; nearest: solv"),
@@ -185,6 +191,26 @@ def test_solvs_positions_are_dinov2s_own(tmp_path):
     expected = dinov2_positions(vit["pos_embed"], (4, 6), 1)
     assert torch.equal(model.backbone.model.pos_embed, expected)
     assert torch.equal(model.backbone.model.blocks[0].attn.qkv.weight, vit["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_uses_what_the_config_lets_it_have(system, tmp_path, monkeypatch):
+    """What its builder and its objective read of `teacher`, but for what of a ViT SOLV hands on and can't have."""
+    config, read = config_of(system, tmp_path), set()
+
+    def watched(section, name):
+        if name in type(section).model_fields:
+            read.add(name)
+        return object.__getattribute__(section, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "__getattribute__", watched, raising=False)
+        model = build_teacher(config)
+        OBJECTIVES[system](model, config.teacher)
+    rival, shared = RIVALS[system], ALL_USE - {"name", "checkpoint"}
+    assert read - shared - rival.keys - {system} <= {"stride", "grid"}
+    assert rival.keys - {"save"} <= read
+    assert {system, "system", "image_size", "num_slots", "slot_size", "train"} <= read
 
 
 def test_the_preset_is_the_authors():
@@ -271,7 +297,6 @@ def test_diod_needs_motion_segments(tmp_path):
     [
         ("teacher.num_slots=1", r"^teacher.system=diod: num_slots: 1, but DIOD.* nearest valid: 2$"),
         ("teacher.image_width=50", r"image_width: 50 is no multiple of 4, .* nearest valid: 52"),
-        ("teacher.save=slim", r"^teacher.save: slim, but diod has no frozen backbone to leave out"),
     ],
 )
 def test_what_diod_can_not_be(tmp_path, override, message):
@@ -299,10 +324,39 @@ def test_diods_targets_do_not_depend_on_the_batch(tmp_path):
     torch.testing.assert_close(slots[1:], model(video[1:]).slots)
 
 
-def test_rows_of_diod_say_that_it_uses_motion(tmp_path):
+def test_rows_of_diod_say_that_it_uses_motion(clips, tmp_path):
+    """By what the config says of a teacher that is to be trained, by what a file is of one that is there."""
     config = config_of("diod", tmp_path, "teacher.name=DIOD")
     assert teacher_subject(config, "model").tags["teacher"] == "DIOD (uses motion)"
     assert config_of("solv", tmp_path).teacher.title == "SlotContrast"
+    for file, name in (("diod_tiny.ckpt", "mine (uses motion)"), ("stosavi_mlp_tiny.pth", "mine")):
+        there = resolve_config({"teacher": {"checkpoint": str(GOLDEN / "rivals" / file), "name": "mine"}})
+        artifacts = artifacts_of(there, clips)
+        subject = teacher_subject(there, artifacts.teacher.uri, artifacts.teacher_config)
+        assert subject.tags["teacher"] == name
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("diod_tiny.ckpt", "diod_tiny.ckpt (uses motion)"), ("stosavi_mlp_tiny.pth", "stosavi_mlp_tiny.pth")],
+)
+def test_a_file_that_is_scored_is_named_by_what_it_is(file, name, monkeypatch):
+    """The config need not say `teacher.system`."""
+    seen = []
+
+    def scored(artifacts, clips, subjects):
+        seen.extend(subjects)
+        raise Stopped
+
+    monkeypatch.setattr(evaluation, "artifacts_of", lambda config: SimpleNamespace(evaluation_clips=None))
+    monkeypatch.setattr(evaluation, "open_clips", lambda clips: None)
+    monkeypatch.setattr(evaluation, "score_subjects", scored)
+    model = str(GOLDEN / "rivals" / file)
+    with pytest.raises(Stopped):
+        evaluation.evaluate(
+            resolve_config({"evaluate": {"model": model, "split": "val", "baselines": False}})
+        )
+    assert seen == [name]
 
 
 # --- as teachers -------------------------------------------------------------------------------------------
@@ -348,8 +402,14 @@ def test_students_of_a_system_learn_cached_or_live(taught, clips, tmp_path):
     ],
 )
 def test_what_a_system_can_not_teach(taught, clips, overrides, message):
+    """Also where nothing but its file says that it is one: refused once that is read."""
     config, _, targets = taught
-    config = with_overrides(config, overrides)
+    if "teacher.num_slots" not in overrides:
+        with pytest.raises(
+            ConfigError, match=rf"^{next(iter(overrides))}: .*\(teacher.system\).* nearest valid: "
+        ):
+            with_overrides(config, overrides)
+    config = with_overrides(config, {"teacher.system": "slotcontrast", **overrides})
     with pytest.raises(ConfigError, match=message):
         build(student_run(config, "", clips, teacher_uri=config.teacher.checkpoint, targets_uri=targets))
 

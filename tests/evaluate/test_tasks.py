@@ -53,6 +53,23 @@ def test_trivial_baselines_run_without_what_a_model_needs(tmp_path, asked):
     assert np.isfinite(results["mine"].scores["video_mbo"])
 
 
+def test_a_protocol_that_leaves_no_object_says_which_rules_do(tmp_path, asked):
+    """The objects of these clips have at most 64 pixels, `diod` wants 501."""
+    values = {"storage": {"root": str(tmp_path / "root")}, "evaluate": {"protocol": "diod"}}
+    clips = random_clips(tmp_path / "clips", {"a": 5})
+    subjects = {"grid": Subject(baseline="grid", num_slots=4)}
+    refused = (
+        r"at least 501 pixels, samples of at least 2 objects: not one video has an annotated object .*; "
+        r"try evaluate\.min_objects=0 evaluate\.min_object_area=0"
+    )
+    with pytest.raises(ValueError, match=refused):
+        score_subjects(artifacts_of(resolve_config(values), clips.uri), clips, subjects)
+    values["evaluate"] |= {"min_objects": 0, "min_object_area": 0}
+    found = score_subjects(artifacts_of(resolve_config(values), clips.uri), clips, subjects)["grid"]
+    assert found.protocol.name == "diod, min_object_area=0, min_objects=0"
+    assert found.videos == 1
+
+
 def test_feature_kmeans_is_a_row_of_its_own_beside_the_models(tmp_path, asked):
     """One for each kind of features: students that share a frozen backbone share it, the teacher has its own."""
     config = resolve_config({"storage": {"root": str(tmp_path / "root")}})

@@ -116,7 +116,19 @@ def test_another_protocol_is_another_evaluation(tiny, local_ray, clips, model_ur
     assert paper.protocol.name == "paper, masks=attention"
     expected = mean_scores(scores_of(clips, model_uri, choose_protocol(config.evaluate)))
     assert paper.scores == pytest.approx(expected)
-    assert {r.protocol.name for r in find_records(config)} == {"slotcontrast", "paper, masks=attention"}
+    solv = score(tiny("evaluate.protocol=solv"), clips, subject)["mine"]
+    assert solv.scores.keys() - whole.scores.keys() == {"matched_fg_ari", "matched_miou"}
+    rows = solv.per_video().values()
+    assert solv.scores["matched_miou"] == pytest.approx(
+        np.average([row["matched_miou"] for row in rows], weights=[row["objects"] for row in rows])
+    )
+    assert "objects" not in whole.per_video()["video 1"]
+    records = {record.protocol.name: record.scores for record in find_records(config)}
+    assert records == {
+        "slotcontrast": pytest.approx(whole.scores),
+        "paper, masks=attention": pytest.approx(paper.scores),
+        "solv": pytest.approx(solv.scores),
+    }
 
 
 def test_a_lost_server_loses_no_scores(tiny, local_ray, clips, model_uri, monkeypatch, capfd):

@@ -13,7 +13,7 @@ import pytest
 from helpers import GOLDEN_TEACHER, command_line, is_alive, wait_for
 
 from pipeline import tracking
-from pipeline.line import NO_KD, SLOTMATCH
+from pipeline.distill.students import NO_KD, SLOTMATCH
 
 # Making the clips and a student takes a minute, and several where the machine is busy.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

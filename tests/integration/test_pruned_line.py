@@ -13,8 +13,9 @@ from pipeline.artifacts.once import INPUTS_FILE
 from pipeline.clips.library import artifacts_of
 from pipeline.config import with_overrides
 from pipeline.distill.stage import distill
+from pipeline.distill.students import students_of
 from pipeline.evaluate.stage import evaluate
-from pipeline.line import run, students_of
+from pipeline.line import run
 from pipeline.registry.lineage import trace
 from pipeline.registry.prune import prune as prune_now
 from pipeline.registry.stage import pull, register_run

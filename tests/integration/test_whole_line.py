@@ -7,8 +7,9 @@ import pytest
 from pipeline import tracking
 from pipeline.artifacts.manifests import RunManifest
 from pipeline.compute import OneRay
+from pipeline.distill.students import NO_KD, SLOTMATCH
 from pipeline.evaluate.scoring import SCORES
-from pipeline.line import NO_KD, SLOTMATCH, run
+from pipeline.line import run
 from pipeline.models import load_slot_model
 from pipeline.registry.lineage import trace
 from pipeline.report.stage import report

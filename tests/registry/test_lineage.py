@@ -38,7 +38,7 @@ def root(config, tmp_path):
         pq.write_table(pa.Table.from_pylist(rows), folder / "sources.parquet")
         described = {"kind": "videos", "name": "bikes", "path": "/data/bikes", "split": name}
         bad = [{"video": "cut.mp4", "path": "p", "reason": "is truncated"}] if name == "train" else []
-        more = {"dataset": described, "frames": 28, "bad": bad}
+        more = {"dataset": described, "frames": 28, "bad": bad} | ({"flow": "OpenCV 1.2"} if bad else {})
         edit_json(folder / "manifest.json", lambda manifest, more=more: manifest.update(more))
     (root / "teacher.ckpt").write_bytes(b"weights")
     weights = {"files": ["hash-of-weights"], "hints": None}
@@ -69,6 +69,8 @@ def test_every_link_is_named_down_to_the_videos(config, root):
     assert summary["teacher"]["files"] == ["hash-of-weights"]
     assert summary["clips"]["dataset"]["path"] == "/data/bikes"
     assert summary["clips"]["videos"] == 7
+    assert summary["clips"]["flow"] == "OpenCV 1.2"
+    assert "flow" not in summary["evaluation_clips"]
     assert summary["clips"]["video_ids"] == [f"train-{i}" for i in range(5)]
     assert summary["evaluation"]["scores"] == {"video_mbo": 0.357}
     assert summary["evaluation_clips"]["video_ids"] == ["val-0", "val-1"]

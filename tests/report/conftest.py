@@ -40,6 +40,7 @@ def record():
             "uri": "evaluations/e",
             "trained_on": dataset if model else "",
             "teacher": "SlotContrast" if model and method != "no_kd" else "",
+            "system": "",
             "beta": 0.2 if method.startswith("slotmatch") else None,
             "seed": 42 if model else None,
             "steps": 1000 if model else None,

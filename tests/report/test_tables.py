@@ -123,6 +123,42 @@ def test_another_data_set_gets_the_parts_that_its_runs_can_fill(record):
     assert texts(table, "SlotMatch (ours)") == ["50.0"] * 4
 
 
+def test_rivals_stand_beside_the_papers_numbers_and_with_the_other_models_of_their_data_set(record):
+    def rival(system, score, **values):
+        title = {"solv": "SOLV", "diod": "DIOD (uses motion)", "steve": ""}[system]
+        values = {"method": "teacher", "teacher": title, "system": system, "score": score, **values}
+        return record(values.pop("method"), **values)
+
+    demo = {"dataset": "demo videos"}
+    records = [
+        *(rival("solv", score, seed=seed, **demo) for seed, score in enumerate((0.3, 0.4, 0.5))),
+        rival("diod", 0.8, **demo),
+        record("teacher", score=0.6, **demo),
+        record("slotmatch", score=0.1, teacher="SOLV", **demo),
+        rival("diod", 0.7, dataset="MOVi-E"),
+        rival("steve", 0.2, method="other", trained_on="", dataset="MOVi-E"),  # a public file
+    ]
+    tables = tables_of(*records)
+    here = find(tables, part="demo videos")
+    labels = [row.cells[0].text for row in here.rows]
+    assert labels[:4] == ["SOLV", "SlotContrast (teacher)", "DIOD (uses motion)", "Student (no KD)"]
+    assert texts(here, "SOLV")[0] == "40.0 ± 10.00 (n=3)"
+    assert texts(here, "DIOD (uses motion)")[0] == "80.0"
+    assert texts(here, "SlotContrast (teacher)")[0] == "60.0"
+    assert texts(here, "SlotMatch (ours)")[0] == "–", "its teacher is another"
+    taught = find(tables, part="demo videos, teacher SOLV")
+    assert texts(taught, "SlotMatch (ours)")[0] == "10.0"
+    assert texts(taught, "SOLV (teacher)")[0] == "40.0 ± 10.00 (n=3)"
+    movi = find(tables, part="MOVi-E")
+    assert texts(movi, "DIOD (uses motion)")[:4] == ["70.0", "82.2", "70.0", "–"]
+    assert texts(movi, "STEVE")[:2] == ["20.0", "54.1"]
+    assert texts(movi, "SOLV")[:2] == ["–", "80.8"]
+    assert texts(movi, "SlotContrast (teacher)")[0] == "–"
+    parts = [t.part for t in tables if t.name == "Table 1"]
+    assert len(parts) == len(set(parts)) == 5, "the paper's three, and of the demo's videos by teacher"
+    assert left_out(records, tables) == []
+
+
 def test_zero_shot_and_other_teachers_have_their_own_tables(record):
     records = [
         record("slotmatch", dataset="OVIS", trained_on="YTVIS-2021", score=0.11),
