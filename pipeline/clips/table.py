@@ -164,6 +164,8 @@ class ClipSet:
         )
         self.shards = self.manifest.shard_names
         self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
+        # Beside it, as a thread that decodes ahead for `iter_videos` is at that one while boxes are read.
+        self._box_reader = ShardReader(self.reader.folder)
         self._videos: list[VideoEntry] | None = None
 
     @property
@@ -216,7 +218,7 @@ class ClipSet:
         Raises:
             ValueError: the clip has no masks.
         """
-        values = self.reader.row(shard, row, ["video_id", "height", "width", "masks"]).to_pylist()[0]
+        values = self._box_reader.row(shard, row, ["video_id", "height", "width", "masks"]).to_pylist()[0]
         if values["masks"] is None:
             raise ValueError(
                 f"{self.uri}: {values['video_id']} has no masks, of which boxes are made "

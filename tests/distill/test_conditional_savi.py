@@ -8,21 +8,23 @@ import torch
 from clip_sets import make_clip_set, random_video
 from distill.test_systems import config_of, run_of
 
+from pipeline import line
 from pipeline.clips.library import artifacts_of
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import View, central_square
-from pipeline.config import ConfigError, Evaluate
+from pipeline.config import ConfigError, Evaluate, with_overrides
 from pipeline.config.protocols import Protocol
 from pipeline.distill.system_objective import SystemBatch
 from pipeline.distill.trainer import Trainer
 from pipeline.distill.validation import Validation
 from pipeline.evaluate import stage
 from pipeline.evaluate.scoring import boxes_of_samples, model_predictor
-from pipeline.evaluate.subjects import teacher_subject
+from pipeline.evaluate.subjects import Subject, of_its_system, teacher_subject
 from pipeline.models import load_slot_model, save_slot_model
 from pipeline.models.build import load_teacher
 from pipeline.models.build_teachers import build_teacher
 from pipeline.models.rivals.savi_losses import flow_as_rgb, picture_loss
+from pipeline.report.efficiency import count_stream
 
 BOXES = "teacher.savi.conditioning=boxes"
 FLOW = (
@@ -165,13 +167,44 @@ def test_what_is_scored_starts_from_boxes_of_its_first_frame(clips, videos, tmp_
     assert Validation(clips, evaluate).scores(model, 0, 1)["validation_video_mbo"] > 0
 
 
-def test_its_rows_say_what_it_is_told(tmp_path):
-    config = config_of("savi", tmp_path, BOXES, "teacher.name=SAVi")
-    assert teacher_subject(config, "model").tags["teacher"] == "SAVi (conditional, boxes)"
-    assert config_of("savi", tmp_path, "teacher.name=SAVi").teacher.title == "SAVi"
+@pytest.mark.parametrize(
+    ("override", "title", "system"),
+    [
+        (BOXES, "SAVi (conditional, boxes)", "savi_boxes"),
+        ("teacher.savi.conditioning=none", "SAVi", "savi"),
+    ],
+)
+def test_its_records_say_what_it_is_told(tmp_path, override, title, system):
+    """By what the config says of one that is to be trained, by what a model is of one that is there."""
+    config = config_of("savi", tmp_path, override, "teacher.name=SAVi")
+    model = build_teacher(config).config
+    for subject in (
+        teacher_subject(config, "model"),
+        teacher_subject(with_overrides(config, {"teacher.savi.conditioning": "none"}), "model", model),
+    ):
+        assert (subject.tags["teacher"], subject.tags["system"]) == (title, system)
+    assert of_its_system(Subject(model_uri="savi.flax"), model).tags == {"system": system}
+
+
+def test_its_products_are_counted(tmp_path):
+    """Those of a SAVi with learned slots, and of the MLP that makes slots of boxes."""
+    frames = np.zeros((2, *SIZE, 3), np.uint8)
+    boxes, learned = (build_teacher(config_of("savi", tmp_path, *said)) for said in ([BOXES], []))
+    mlp = boxes.config.initializer_hidden * (4 + boxes.config.slot_size) * boxes.config.num_slots
+    assert count_stream(boxes, frames).layers == count_stream(learned, frames).layers + mlp
+
+
+def test_the_whole_line_does_not_begin_with_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"^teacher.savi.conditioning: boxes, .*nearest valid: none"):
+        line.run(config_of("savi", tmp_path, BOXES))
 
 
 def test_what_lacks(tmp_path):
+    with pytest.raises(
+        ConfigError,
+        match=r"^teacher.initial_slots: random, but slots start from boxes .*nearest valid: learned",
+    ):
+        config_of("savi", tmp_path, BOXES, "teacher.initial_slots=random")
     with pytest.raises(
         ConfigError, match=r"^clips.flow: none, but teacher.savi.target=flow .* nearest valid: dataset"
     ):
@@ -204,9 +237,11 @@ def test_its_scores_are_marked(clips, tmp_path, monkeypatch, capsys):
     artifacts.evaluation_clips = artifacts.clips
     monkeypatch.setattr(stage, "artifacts_of", lambda _: artifacts)
     monkeypatch.setattr(stage, "map_tasks", in_this_process)
-    monkeypatch.setattr(stage, "record_evaluations", lambda *given: recorded.update(given[3]))
+    monkeypatch.setattr(stage, "record_evaluations", lambda *given: recorded.update(given[2]))
     summary = stage.evaluate(config)
-    assert list(recorded) == ["savi (conditional, boxes)"]
+    assert {name: tags["system"] for name, tags in recorded.items()} == {
+        "savi (conditional, boxes)": "savi_boxes"
+    }
     assert "savi (conditional, boxes)" in capsys.readouterr().out
     assert summary["videos"] == VIDEOS
 
