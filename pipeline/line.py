@@ -48,6 +48,11 @@ def run(config: Config) -> dict[str, Any]:
 
     Returns the summary; the table and where to look are printed.
     """
+    if config.teacher.checkpoint is None and config.teacher.uses_boxes:
+        raise ConfigError(  # before hours of training
+            "teacher.savi.conditioning: boxes, from which students can't start, so that it does not teach; nearest "
+            "valid: none, or of the stages only shard, train and evaluate"
+        )
     with one_ray() as session, ThreadPoolExecutor(1) as beside:
         _title(1, "shard the videos")
         library = ClipLibrary()

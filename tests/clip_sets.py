@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.artifacts.manifests import ClipManifest
-from pipeline.clips.schema import clip_schema, encode_frame, encode_masks
+from pipeline.clips.schema import clip_schema, encode_flow, encode_frame, encode_masks
 from pipeline.clips.table import INDEX_FILE, SHARD_FOLDER, ClipSet, VideoEntry
 
 
-def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2, motion=False):
+def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2, motion=False, flow=None):
     """`videos` maps an id to `(frames (T, H, W, 3), masks [{object id: (H, W) bool}] or None)`.
 
-    With `motion`, the masks are also the motion segments.
+    With `motion`, the masks are also the motion segments; `flow` maps ids to `(T, H, W, 2)`.
     """
     entries, rows = [], {}
     for number, (video_id, (frames, masks)) in enumerate(videos.items()):
@@ -42,12 +42,15 @@ def make_clip_set(folder, videos, *, clip_frames=4, videos_per_shard=2, motion=F
             )
             if motion:
                 shard_rows[-1]["motion"] = shard_rows[-1]["masks"]
-    schema = clip_schema("png", motion=motion)
+            if flow:
+                shard_rows[-1]["flow"] = [encode_flow(own) for own in flow[video_id][part]]
+    schema = clip_schema("png", motion=motion, flow=flow is not None)
     for shard, shard_rows in rows.items():
         with storage.atomic_write(storage.join(str(folder), SHARD_FOLDER, shard)) as file:
             pq.write_table(pa.Table.from_pylist(shard_rows, schema), file, row_group_size=2)
     shards = [{"name": shard, "rows": len(shard_rows)} for shard, shard_rows in rows.items()]
-    settings = {"clip_frames": clip_frames, **({"motion": "masks"} if motion else {})}
+    columns = {"motion": "masks" if motion else None, "flow": "dataset" if flow else None}
+    settings = {"clip_frames": clip_frames, **{key: kind for key, kind in columns.items() if kind}}
     return publish_clips(str(folder), entries, shards, settings)
 
 

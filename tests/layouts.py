@@ -273,9 +273,11 @@ def _field(number, content):
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
-def example(features):
-    """A serialised tf.train.Example: lists of bytes, and one list of integers and of floats beside them."""
+def example(features, floats=()):
+    """A serialised tf.train.Example: lists of bytes, and lists of integers and of floats beside them."""
     entries = {name: _field(1, b"".join(_field(1, v) for v in values)) for name, values in features.items()}
+    for name, values in dict(floats).items():
+        entries[name] = _field(2, _field(1, struct.pack(f"<{len(values)}f", *values)))
     entries["metadata/num_frames"] = _field(3, _field(1, _varint(24)))
     entries["camera/focal_length"] = _field(2, _field(1, struct.pack("<f", 35.0)))
     rows = b"".join(_field(1, _field(1, name.encode()) + _field(2, v)) for name, v in sorted(entries.items()))

@@ -1,7 +1,7 @@
 """The column of motion segments of a clip set, as `clips.motion` says: of optical flow, of masks, or of files.
 
-OpenCV's DIS flow (Kroeger et al. 2016) is computed of the frames as they are stored, and cut into segments by
-`motion_segments`; it needs no weights.
+Flow is a data set's own, in the direction of the next frame, or OpenCV's DIS flow (Kroeger et al. 2016), computed of
+the frames as they are stored, which needs no weights. It is cut into segments as by `motion_segments`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def with_column(frames: FrameIterator, motion: str) -> FrameIterator:
         ConfigError: flow is asked for, and OpenCV is not installed.
     """
     if motion == "flow":
-        return with_flow_segments(frames, dis_flow())
+        return with_flow_segments(flowing(frames, dis_flow()))
+    if motion == "dataset":
+        return with_flow_segments((frame, (frame.flow or {})["forward"]) for frame in frames)
     return _with_masks(frames) if motion == "masks" else frames
 
 
@@ -72,11 +74,11 @@ def dis_flow() -> Flow:
     return flow
 
 
-def with_flow_segments(frames: Iterable[Frame], flow: Flow) -> FrameIterator:
+def with_flow_segments(frames: Iterable[tuple[Frame, np.ndarray]]) -> FrameIterator:
     """Frames with the segments that `motion_segments` gives of their flow, a few at a time in memory."""
     held: list[Frame] = []  # in a run of steady frames that is too short so far
     length = 0
-    for frame, flow_HW2 in _flowing(frames, flow):
+    for frame, flow_HW2 in frames:
         steady = is_still(flow_HW2)
         length = length + 1 if steady else 0
         moving = frame._replace(motion=_masks(segmented(flow_HW2)) if steady else {})
@@ -89,7 +91,7 @@ def with_flow_segments(frames: Iterable[Frame], flow: Flow) -> FrameIterator:
     yield from (other._replace(motion={}) for other in held)
 
 
-def _flowing(frames: Iterable[Frame], flow: Flow) -> Iterator[tuple[Frame, np.ndarray]]:
+def flowing(frames: Iterable[Frame], flow: Flow) -> Iterator[tuple[Frame, np.ndarray]]:
     """Each frame with its flow to the next; of the last one from the frame before."""
     earlier: Frame | None = None
     frame: Frame | None = None

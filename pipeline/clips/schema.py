@@ -8,6 +8,7 @@ that overlapping objects and frames without any survive.
 from __future__ import annotations
 
 import io
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,8 @@ SHARD_KEY = b"slotmatch.shard"
 OBJECT = pa.struct([("object_id", pa.int32()), ("counts", pa.binary())])
 
 
-def clip_schema(codec: str, *, motion: bool = False) -> pa.Schema:
-    """The table's schema; with `motion`, that of clips with motion segments."""
+def clip_schema(codec: str, *, motion: bool = False, flow: bool = False) -> pa.Schema:
+    """The table's schema; with `motion` and `flow`, that of clips with motion segments and with optical flow."""
     labels = pa.list_(pa.list_(OBJECT))  # per frame
     return pa.schema(
         [
@@ -36,6 +37,7 @@ def clip_schema(codec: str, *, motion: bool = False) -> pa.Schema:
             pa.field("frames", pa.list_(pa.large_binary()), nullable=False),
             pa.field("masks", labels),  # null: no annotation
             *([pa.field("motion", labels, nullable=False)] if motion else []),
+            *([pa.field("flow", pa.list_(pa.large_binary()), nullable=False)] if flow else []),
         ],
         metadata={CODEC_KEY: codec.encode()},
     )
@@ -71,6 +73,16 @@ def decode_frame(content: bytes, codec: str, height: int, width: int) -> np.ndar
         return np.frombuffer(content, np.uint8).reshape(height, width, 3)
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def encode_flow(flow_HW2: np.ndarray) -> bytes:
+    """Bytes of one frame's optical flow `(H, W, 2)`: 16-bit floats, little endian, deflated."""
+    return zlib.compress(np.ascontiguousarray(flow_HW2, "<f2").tobytes())
+
+
+def decode_flow(content: bytes, height: int, width: int) -> np.ndarray:
+    """The inverse of `encode_flow`, up to its rounding, float32."""
+    return np.frombuffer(zlib.decompress(content), "<f2").reshape(height, width, 2).astype(np.float32)
 
 
 def encode_masks(masks: dict[int, np.ndarray]) -> list[dict[str, object]]:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.artifacts.manifests import ClipManifest
-from pipeline.clips.schema import CODEC_KEY, Clip, decode_frame, decode_masks
+from pipeline.clips.schema import CODEC_KEY, Clip, decode_flow, decode_frame, decode_masks
+from pipeline.clips.views import View, boxes_in_view
 from pipeline.storage.threads import ahead, made_ahead
 
 INDEX_FILE = "index.parquet"
@@ -158,9 +159,13 @@ class ClipSet:
         self.manifest = ClipManifest.read(uri)
         self.fingerprint = self.manifest.fingerprint
         self.clip_frames = self.manifest.clip_frames
-        self.has_motion = self.manifest.settings.get("motion", "none") != "none"
+        self.has_motion, self.has_flow = (
+            self.manifest.settings.get(key, "none") != "none" for key in ("motion", "flow")
+        )
         self.shards = self.manifest.shard_names
         self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
+        # Beside it, as a thread that decodes ahead for `iter_videos` is at that one while boxes are read.
+        self._box_reader = ShardReader(self.reader.folder)
         self._videos: list[VideoEntry] | None = None
 
     @property
@@ -191,6 +196,41 @@ class ClipSet:
             for number, mask in enumerate(decode_masks(objects, *size).values(), 1):
                 frame[mask] = number
         return segments
+
+    def read_flow(self, shard: str, row: int) -> np.ndarray:
+        """A clip's optical flow to the frame before each, `(T, H, W, 2)` float32, pixels down and to the right.
+
+        Raises:
+            ValueError: the clips have none.
+        """
+        if not self.has_flow:
+            raise ValueError(
+                f"{self.uri}: these clips have no optical flow; make some that do: clips.flow=dataset (of MOVi)"
+            )
+        values = self.reader.row(shard, row, ["height", "width", "flow"]).to_pylist()[0]
+        return np.stack([decode_flow(flow, values["height"], values["width"]) for flow in values["flow"]])
+
+    def read_boxes(self, shard: str, row: int, view: View, count: int, first: int = 0) -> np.ndarray:
+        """Boxes `(count, 4)` float32 as `boxes_in_view`, of a clip's first frame from `first` on that shows an object.
+
+        Without so many objects the others are zeros; what is too many is left out.
+
+        Raises:
+            ValueError: the clip has no masks.
+        """
+        values = self._box_reader.row(shard, row, ["video_id", "height", "width", "masks"]).to_pylist()[0]
+        if values["masks"] is None:
+            raise ValueError(
+                f"{self.uri}: {values['video_id']} has no masks, of which boxes are made "
+                "(teacher.savi.conditioning=boxes); nearest valid: teacher.savi.conditioning=none"
+            )
+        boxes = np.zeros((count, 4), np.float32)
+        for objects in values["masks"][first:]:
+            found = boxes_in_view(decode_masks(objects, values["height"], values["width"]), view)[:count]
+            if len(found):
+                boxes[: len(found)] = found
+                break
+        return boxes
 
     def iter_shard(self, shard: str, *, masks: bool = False) -> Iterator[Clip]:
         for row in self.reader.rows(shard, _columns(masks)):

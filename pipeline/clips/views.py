@@ -97,6 +97,24 @@ def labels_in_view(labels_THW: np.ndarray, view: View) -> np.ndarray:
     return np.ascontiguousarray(cropped[:, :, ::-1] if view.flip else cropped)
 
 
+def flow_in_view(flow_THW2: np.ndarray, view: View) -> np.ndarray:
+    """Flow `(T, H, W, 2)`, down and to the right, where and as `apply_view` shows it, `(T, h, w, 2)`."""
+    shown = labels_in_view(flow_THW2, view)
+    return shown * np.array([1, -1], shown.dtype) if view.flip else shown
+
+
+def boxes_in_view(masks: dict[int, np.ndarray], view: View) -> np.ndarray:
+    """Boxes `(K, 4)` float32 of the objects that a view shows, by their numbers: (y0, x0, y1, x1), all of it 0 to 1."""
+    boxes = []
+    for number in sorted(masks):
+        seen = labels_in_view(masks[number][None], view)[0]
+        rows, columns = (np.flatnonzero(seen.any(axis)) for axis in (1, 0))
+        if len(rows):
+            boxes.append([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
+    sides = [view.height, view.width] * 2
+    return (np.array(boxes, np.float32).reshape(-1, 4) / sides).astype(np.float32)
+
+
 def nearest_resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Masks or labels `(…, h, w)` at another size: each pixel is the one under its centre ("nearest-exact")."""
     height, width = labels.shape[-2:]

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.artifacts.manifests import BadVideoEntry
 from pipeline.clips.flow import with_column
-from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_frame, encode_masks
+from pipeline.clips.schema import SHARD_KEY, clip_schema, encode_flow, encode_frame, encode_masks
 from pipeline.clips.sources import read_video
 from pipeline.clips.sources.base import BadVideo, Frame, VideoRef
 from pipeline.clips.table import VideoEntry
 from pipeline.config import Clips
 from pipeline.log import printable
+
+STORED_FLOW = "backward"  # which is what SAVi's authors have it reconstruct
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def write_shard(videos: list[VideoRef], uri: str, settings: Clips) -> ShardRepor
     bad ones with reasons, rows and bytes. At most a row group is held in memory: each video's clips
     go to a temporary file first, and into the shard once the video has been read to its end.
     """
-    schema = clip_schema(settings.codec, motion=settings.motion != "none")
+    schema = clip_schema(settings.codec, motion=settings.motion != "none", flow=settings.flow != "none")
     good: list[VideoEntry] = []
     bad: list[BadVideoEntry] = []
     rows = 0
@@ -110,6 +112,7 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
         fps=settings.fps,
         max_seconds=settings.max_seconds,
         square=settings.pixel_aspect == "square",
+        flow=_directions(settings),
     )
     frames = with_column(frames, settings.motion)
     rows: list[dict[str, Any]] = []
@@ -136,6 +139,8 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
             )
             if settings.motion != "none":
                 rows[-1]["motion"] = [encode_masks(f.motion or {}) for f in group]
+            if settings.flow != "none":
+                rows[-1]["flow"] = [encode_flow((f.flow or {})[STORED_FLOW]) for f in group]
             clips, full, total = clips + 1, full + rows[-1]["full"], total + len(group)
             pending += sum(map(len, encoded))
             if pending >= limit:
@@ -154,6 +159,12 @@ def _spool_video(video: VideoRef, path: Path, schema: pa.Schema, settings: Clips
         "width": shape[1],
         "annotated": annotated,
     }
+
+
+def _directions(settings: Clips) -> list[str]:
+    """Which of a data set's own flow is needed."""
+    needed = {"forward": settings.motion == "dataset", STORED_FLOW: settings.flow == "dataset"}
+    return [direction for direction, is_needed in needed.items() if is_needed]
 
 
 def _batch(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:

@@ -86,6 +86,12 @@ def check_dataset(config: Config) -> list[str]:
 
 def _check_motion(config: Config) -> list[str]:
     dataset, motion = config.dataset, config.clips.motion
+    for key, value, nearest in (("motion", motion, "flow"), ("flow", config.clips.flow, "none")):
+        if value == "dataset" and dataset.kind != "movi":
+            return [
+                f"clips.{key}: dataset is the optical flow of MOVi's records, which dataset.kind={dataset.kind} lacks; "
+                f"nearest valid: {nearest}"
+            ]
     if motion == "files" and dataset.motion is None:
         return ["clips.motion: files needs dataset.motion, the folder of label images; nearest valid: flow"]
     if motion != "files" and dataset.motion is not None:

@@ -129,8 +129,20 @@ class Teacher(Model):
         return self.system == "diod"
 
     @property
+    def uses_boxes(self) -> bool:
+        """Whether its slots start from boxes of objects, in training and in what is scored."""
+        return self.system == "savi" and self.savi.conditioning == "boxes"
+
+    @property
+    def recorded_system(self) -> str:
+        """What records call its system."""
+        return system_with_boxes(self.system) if self.uses_boxes else self.system
+
+    @property
     def title(self) -> str:
         """What tables and tags call it."""
+        if self.uses_boxes:
+            return using_boxes(self.name)
         return using_motion(self.name) if self.uses_motion else self.name
 
     @property
@@ -154,6 +166,16 @@ class Teacher(Model):
 def using_motion(name: str) -> str:
     """The name of a model that learned from motion segments."""
     return f"{name} (uses motion)"
+
+
+def using_boxes(name: str) -> str:
+    """The name of a model that is told where a video's objects are at first."""
+    return f"{name} (conditional, boxes)"
+
+
+def system_with_boxes(system: str) -> str:
+    """What records call a system whose models start from boxes: another one than that without."""
+    return f"{system}_boxes"
 
 
 class Student(Model):

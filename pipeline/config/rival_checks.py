@@ -50,11 +50,17 @@ def _check_used(section: Teacher) -> list[str]:
     used = ALL_USE | rival.keys | {section.system}
     train = ALL_TRAIN_WITH | rival.training | run_details(type(section.train))
     found = [*_said(section, used, "teacher"), *_said(section.train, train, "teacher.train")]
-    return [
+    problems = [
         f"{key}: {_plain(value)}, but {section.system} (teacher.system) does not use it; leave it out (nearest valid: "
         f"{_plain(default)})"
         for key, value, default in found
     ]
+    if section.uses_boxes and section.initial_slots != "learned":
+        problems.append(
+            f"teacher.initial_slots: {section.initial_slots}, but slots start from boxes "
+            "(teacher.savi.conditioning=boxes); nearest valid: learned, or teacher.savi.conditioning=none"
+        )
+    return problems
 
 
 def _said(section: Section, used: frozenset[str], name: str) -> Iterator[tuple[str, Any, Any]]:
@@ -82,6 +88,11 @@ def _check_trained(config: Config) -> list[str]:
         problems.append(
             f"clips.motion: none, but {section.system} learns from motion segments; nearest valid: flow (or masks, or "
             "files of your own)"
+        )
+    if section.system == "savi" and section.savi.target == "flow" and config.clips.flow == "none":
+        problems.append(
+            "clips.flow: none, but teacher.savi.target=flow reconstructs it; nearest valid: dataset (MOVi's own), or "
+            "teacher.savi.target=rgb"
         )
     if section.system == "solv" and config.clips.clip_frames < section.solv.window:
         problems.append(

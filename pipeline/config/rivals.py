@@ -7,7 +7,7 @@ which of these each system uses. And the keys of `jobs.rivals`, which compares s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -39,8 +39,12 @@ class SOLV(Section):
 
 
 class SAVi(Section):
-    """SAVi (Kipf et al. 2022), which starts from learned or drawn slots and gives the frame; defaults are SAVi-S's."""
+    """SAVi (Kipf et al. 2022); defaults are SAVi-S's, but without boxes and flow."""
 
+    conditioning: Literal["none", "boxes"] = "none"
+    """boxes: slots start from those of the first frame's objects, by the clips' masks: as published, and supervision"""
+    target: Literal["rgb", "flow"] = "rgb"
+    """what is reconstructed: the frame or, as published, optical flow, which the clips have with clips.flow"""
     encoder_channels: Widths = (32, 32, 32, 32)
     """of each layer of the CNN, or of each stage of the ResNet, there in multiples of 32"""
     encoder_blocks: tuple[PositiveInt, ...] = ()

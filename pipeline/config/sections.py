@@ -110,8 +110,10 @@ class Clips(Section):
     """of each video"""
     codec: Literal["jpeg", "png", "raw"] = "jpeg"
     """how frames are stored"""
-    motion: Literal["none", "flow", "masks", "files"] = "none"
-    """which pixels of what is trained on move, as DIOD needs: by optical flow, all masks, or from dataset.motion"""
+    motion: Literal["none", "flow", "masks", "files", "dataset"] = "none"
+    """which training pixels move, as DIOD needs: by optical flow (dataset: MOVi's own), all masks, or dataset.motion"""
+    flow: Literal["none", "dataset"] = "none"
+    """dataset: keep MOVi's own optical flow of the training videos, which a SAVi can reconstruct"""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """of JPEG"""
     videos_per_shard: PositiveInt = 16
@@ -307,9 +309,9 @@ class Config(Section):
     storage: Storage = Storage()
 
     def clips_of(self, split: str) -> Clips:
-        """How the clips of a split are made: only those that are trained on have motion segments."""
+        """How the clips of a split are made: only those that are trained on have motion segments and flow."""
         trained_on = split == self.dataset.split
-        return self.clips if trained_on else self.clips.model_copy(update={"motion": "none"})
+        return self.clips if trained_on else self.clips.model_copy(update={"motion": "none", "flow": "none"})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -12,12 +12,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.clips.table import ClipSet, VideoEntry
-from pipeline.clips.views import View, apply_view, labels_in_view, make_view, stable_hash
+from pipeline.clips.views import View, apply_view, flow_in_view, labels_in_view, make_view, stable_hash
 from pipeline.config import Targets
 from pipeline.distill.frame_map import FrameMap
 from pipeline.models.pixels import send
@@ -84,6 +85,8 @@ class RawBatch:
     teacher_features: torch.Tensor | None
     samples: list[Sample]
     motion: list[torch.Tensor] | None = None  # segments `(T, h, w)` uint8, 0 where nothing moves
+    flow: list[torch.Tensor] | None = None  # `(T, h, w, 2)` pixels down and to the right
+    boxes: torch.Tensor | None = None  # `(B, K, 4)` of objects, as `boxes_in_view`
 
     def to(self, device: torch.device) -> RawBatch:
         """On the device, features in fp32; they are sent as they were stored, and widened there.
@@ -107,13 +110,18 @@ class RawBatch:
         self._map(used)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> RawBatch:
+        def each(clips: list[torch.Tensor] | None) -> list[torch.Tensor] | None:
+            return None if clips is None else [function(clip) for clip in clips]
+
         def mapped(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else function(tensor)
 
         return replace(
             self,
-            pixels=None if self.pixels is None else [function(clip) for clip in self.pixels],
-            motion=None if self.motion is None else [function(clip) for clip in self.motion],
+            pixels=each(self.pixels),
+            motion=each(self.motion),
+            flow=each(self.flow),
+            boxes=mapped(self.boxes),
             features=mapped(self.features),
             target_slots=mapped(self.target_slots),
             teacher_features=mapped(self.teacher_features),
@@ -144,6 +152,8 @@ class Loader:
         features_uri: str | None = None,
         teacher_features: bool = False,
         motion: bool = False,
+        flow: bool = False,
+        boxes: int = 0,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
@@ -156,12 +166,13 @@ class Loader:
         Args:
             pixels: read frames; else features, of `features_uri` or, without it, of the targets.
             features_uri: a `FeatureSet` of the clips.
-            motion: read their motion segments too.
+            motion, flow: read their motion segments, their optical flow too.
+            boxes: read so many boxes of objects of each clip.
         """
         self.clips_uri, self.targets_uri, self.features_uri = clips_uri, targets_uri, features_uri
         self.sampler, self.recipe, self.dataset_seed = sampler, recipe, dataset_seed
         self.pixels, self.teacher_features = pixels, teacher_features
-        self.motion = motion
+        self.motion, self.flow, self.boxes = motion, flow, boxes
         self.rank, self.world_size = rank, world_size
         self.start, self.stop = start, stop
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -245,13 +256,6 @@ class Loader:
             views.append(view)
             if self.pixels:
                 pixels.append(torch.from_numpy(apply_view(self._frames(clips, sample), view)))
-        segments = None
-        if self.motion:
-            found_motion = [clips.read_motion(sample.video.shard, sample.row) for sample in samples]
-            segments = [
-                torch.from_numpy(labels_in_view(labels, view))
-                for labels, view in zip(found_motion, views, strict=True)
-            ]
         return RawBatch(
             views=views,
             pixels=pixels if self.pixels else None,
@@ -259,8 +263,25 @@ class Loader:
             target_slots=_stack([t.slots for t in cached]),
             teacher_features=_stack([t.teacher_features for t in cached]),
             samples=samples,
-            motion=segments,
+            **self._read_annotations(clips, samples, views),
         )
+
+    def _read_annotations(self, clips: ClipSet, samples: list[Sample], views: list[View]) -> dict[str, Any]:
+        """What is read of samples beside their pixels, by the names of `RawBatch`, as their views show it."""
+        found: dict[str, Any] = {}
+        seen = [(sample.video.shard, sample.row, view) for sample, view in zip(samples, views, strict=True)]
+        if self.motion:
+            found["motion"] = [
+                torch.from_numpy(labels_in_view(clips.read_motion(shard, row), view))
+                for shard, row, view in seen
+            ]
+        if self.flow:
+            found["flow"] = [
+                torch.from_numpy(flow_in_view(clips.read_flow(shard, row), view)) for shard, row, view in seen
+            ]
+        if self.boxes:
+            found["boxes"] = _stack([clips.read_boxes(*place, self.boxes) for place in seen])
+        return found
 
     def _frames(self, clips: ClipSet, sample: Sample) -> np.ndarray:
         """A clip as it was decoded, now or before."""

@@ -20,14 +20,16 @@ class TrainingObjective(nn.Module):
     """A model and what it is trained for: `objective(batch)` gives the scalars `total` and each term of it.
 
     heads: modules that only training uses, which checkpoints keep and a published model does without. norm_type: which
-    norm of the gradient is clipped, as `torch.nn.utils.clip_grad_norm_` takes it. needs_motion: whether its batches
-    hold motion segments.
+    norm of the gradient is clipped, as `torch.nn.utils.clip_grad_norm_` takes it. needs_motion, needs_flow: whether its
+    batches hold motion segments, and optical flow. needs_boxes: how many boxes of objects they hold for each clip.
     """
 
     model: VideoSegmenter
     heads: nn.ModuleDict
     norm_type = 2.0
     needs_motion = False
+    needs_flow = False
+    needs_boxes = 0
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for module in (self.model, self.heads) for p in module.parameters() if p.requires_grad]

@@ -1,7 +1,9 @@
-"""What SAVi is trained for, without boxes or flow: the frames themselves."""
+"""What SAVi is trained for: the frames themselves or, as published, optical flow as pictures."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.models import Teacher
@@ -16,6 +18,11 @@ class SAViObjective(SystemObjective):
 
     model: SAVi
 
+    def __init__(self, model: SAVi) -> None:
+        super().__init__(model)
+        self.needs_flow = model.config.target == "flow"
+        self.needs_boxes = model.start_boxes
+
     @classmethod
     def of(cls, model: VideoSegmenter, section: Teacher) -> SAViObjective:
         assert isinstance(model, SAVi)
@@ -27,5 +34,16 @@ class SAViObjective(SystemObjective):
 
     def losses(self, batch: SystemBatch) -> dict[str, Tensor]:
         seeds = noise_seeds(len(batch.pixels))
-        losses = self.model.losses(self.model.prepare(batch.pixels), noise_seeds=seeds)
-        return with_total(losses)
+        flow = None if batch.flow is None else self.flow(batch.flow)
+        video = self.model.prepare(batch.pixels)
+        return with_total(self.model.losses(video, flow=flow, boxes=batch.boxes, noise_seeds=seeds))
+
+    def flow(self, clips: list[Tensor]) -> Tensor:
+        """Flow in pixels of the input and at its size, `(B, T, 2, H, W)`; channels stay as they are, as published."""
+        size = self.model.input_size
+        resized = []
+        for clip in clips:
+            scale = clip.new_tensor([new / old for new, old in zip(size, clip.shape[1:3], strict=True)])
+            flow = (clip * scale).permute(0, 3, 1, 2)
+            resized.append(F.interpolate(flow, size, mode="bilinear", antialias=True))
+        return torch.stack(resized)

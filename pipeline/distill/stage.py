@@ -121,7 +121,7 @@ def train_teacher(config: Config, artifacts: Artifacts | None = None) -> dict[st
         "trained_on": config.dataset.title,
     }
     if config.teacher.system != "slotcontrast":
-        tags["system"] = config.teacher.system
+        tags["system"] = config.teacher.recorded_system
     if config.teacher.uses_motion:
         tags["motion"] = config.clips.motion
     return _train(run, artifacts, tags)

@@ -19,13 +19,17 @@ class SystemBatch:
 
     pixels: B clips of uint8 frames `(T, h, w, 3)` on the device, as their views show them. step: from 0 on. seed: of
     all that is drawn in this step, another one for each worker. motion: of an objective that `needs_motion`, segments
-    `(T, h, w)` uint8 of each clip, 0 where nothing moves.
+    `(T, h, w)` uint8 of each clip, 0 where nothing moves. flow: of one that `needs_flow`, `(T, h, w, 2)` of each clip,
+    pixels down and to the right. boxes: of one that `needs_boxes`, `(B, K, 4)` of objects in the first frames, as
+    `boxes_in_view` has them, zeros where there are fewer.
     """
 
     pixels: list[Tensor]
     step: int
     seed: int
     motion: list[Tensor] | None = None
+    flow: list[Tensor] | None = None
+    boxes: Tensor | None = None
 
 
 @contextlib.contextmanager

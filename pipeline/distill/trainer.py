@@ -30,6 +30,7 @@ from pipeline.distill.start import settle_start
 from pipeline.distill.step import Batch, GradientWatch, adam, read_values, training_step
 from pipeline.distill.system_objective import SystemBatch, SystemObjective
 from pipeline.distill.validation import Validation
+from pipeline.evaluate.scoring import given_boxes
 from pipeline.log import Progress, log
 from pipeline.models import SlotModel, save_public_checkpoint, save_slot_model
 from pipeline.models.memory import keep_freed_memory
@@ -185,6 +186,8 @@ class Trainer:
             features_uri=run.features_uri,
             teacher_features=run.terms.feature_kd > 0 and self.targets is not None,
             motion=self.objective.needs_motion,
+            flow=self.objective.needs_flow,
+            boxes=self.objective.needs_boxes,
             rank=self.rank,
             world_size=self.world_size,
             start=self.step,
@@ -219,7 +222,7 @@ class Trainer:
         if isinstance(self.objective, SystemObjective):
             assert raw.pixels is not None
             seed = stable_hash(self.run.settings.seed, "step", self.step, self.rank)
-            return SystemBatch(raw.pixels, self.step, seed, raw.motion)
+            return SystemBatch(raw.pixels, self.step, seed, raw.motion, raw.flow, raw.boxes)
         assert isinstance(self.model, SlotModel)
         return slot_batch(self.model, raw, self.teacher, self.run.config.targets.rollout, self.device)
 
@@ -279,7 +282,8 @@ class Trainer:
         view = make_view(config.targets, config.dataset.seed, video.video_id, 0, 0, video.height, video.width)
         pixels = apply_view(frames, view)
         self.model.eval()
-        *_, (_, _, masks) = self.model.stream([pixels], noise_seed=view.noise_seed)
+        given = given_boxes(self.model, self.clips, video, view)
+        *_, (_, _, masks) = self.model.stream([pixels], noise_seed=view.noise_seed, **given)
         labels = self.model.label_maps(masks, pixels.shape[1:3]).cpu().numpy()
         self.model.train()
         with tempfile.TemporaryDirectory() as scratch:

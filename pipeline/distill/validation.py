@@ -5,11 +5,19 @@ from __future__ import annotations
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.clips.table import ClipSet
+from pipeline.clips.table import ClipSet, VideoEntry
 from pipeline.config import ConfigError, Evaluate
 from pipeline.config.protocols import choose_protocol
 from pipeline.evaluate.backbones import VALIDATION_LIMIT, FeatureMemory, remembering
-from pipeline.evaluate.scoring import SCORES, VideoScore, mean_scores, model_predictor, score_video
+from pipeline.evaluate.baselines import Predictor
+from pipeline.evaluate.scoring import (
+    SCORES,
+    VideoScore,
+    boxes_of_samples,
+    mean_scores,
+    model_predictor,
+    score_video,
+)
 from pipeline.models import VideoSegmenter
 
 
@@ -39,9 +47,7 @@ class Validation:
         """
         with remembering(model, self.memory):
             own = [
-                score_video(
-                    self.clips, video, model_predictor(model, video.video_id, self.protocol), self.protocol
-                )
+                score_video(self.clips, video, self._predictor(model, video), self.protocol)
                 for video in self.videos[rank::world_size]
             ]
         if world_size > 1:
@@ -52,3 +58,7 @@ class Validation:
             return {}
         means = mean_scores(own)
         return {f"validation_{name}": means[name] for name in SCORES}
+
+    def _predictor(self, model: VideoSegmenter, video: VideoEntry) -> Predictor:
+        given = boxes_of_samples(model, self.clips, video, self.protocol)
+        return model_predictor(model, video.video_id, self.protocol, given)

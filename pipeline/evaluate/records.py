@@ -41,7 +41,13 @@ METHODS = {
     "baseline": "Trivial baseline",
 }
 # The systems that the paper compares with, as in the tag `system`, and what tables call them.
-RIVALS = {"savi": "SAVi", "steve": "STEVE", "solv": "SOLV", "diod": "DIOD (uses motion)"}
+RIVALS = {
+    "savi": "SAVi",
+    "savi_boxes": "SAVi (conditional, boxes)",
+    "steve": "STEVE",
+    "solv": "SOLV",
+    "diod": "DIOD (uses motion)",
+}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
-from typing import Any
+from itertools import islice, repeat
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from pipeline.metrics import (
     count_overlaps,
     matched_scores,
 )
-from pipeline.models.segmenter import Segmenter
+from pipeline.models.segmenter import Segmenter, VideoSegmenter
 from pipeline.models.tf32 import without_tf32
 from pipeline.storage.threads import behind
 
@@ -108,17 +108,56 @@ def score_table(rows: Sequence[tuple[str, Mapping[str, float]]], warnings: Seque
     return Table("", "Scores", "", columns, tuple(lines), tuple(warnings))
 
 
-def model_predictor(model: Segmenter, video_id: str, protocol: Protocol) -> Predictor:
-    """Labels of a model, slots carried from chunk to chunk."""
+def model_predictor(
+    model: Segmenter, video_id: str, protocol: Protocol, given: Iterator[dict[str, Any]] | None = None
+) -> Predictor:
+    """Labels of a model, slots carried from chunk to chunk.
+
+    Args:
+        given: `given_boxes` of the video's samples in turn.
+    """
 
     def predict(chunks: Iterator[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+        boxes = {} if given is None else next(given)
         seed = stable_hash("evaluate", video_id)
         for _, _, masks in model.stream(
-            chunks, noise_seed=seed, rollout=protocol.rollout, masks=protocol.masks
+            chunks, noise_seed=seed, rollout=protocol.rollout, masks=protocol.masks, **boxes
         ):
             yield model.label_maps(masks, size).cpu().numpy()
 
     return predict
+
+
+def _starts_from_boxes(model: Segmenter) -> TypeGuard[VideoSegmenter]:
+    return isinstance(model, VideoSegmenter) and model.start_boxes > 0
+
+
+def given_boxes(
+    model: Segmenter, clips: ClipSet, video: VideoEntry, view: View, start: int = 0
+) -> dict[str, Any]:
+    """What `model.stream` needs beside a video's frames from `start` on: boxes, of a model that starts from such.
+
+    These are of the first frame that shows an object; where no frame of its clip does, there are none.
+
+    Raises:
+        ValueError: the video has no masks.
+    """
+    if not _starts_from_boxes(model):
+        return {}
+    clip, frame = divmod(start, clips.clip_frames)
+    boxes = clips.read_boxes(video.shard, video.first_row + clip, view, model.start_boxes, frame)
+    return {"boxes": torch.from_numpy(boxes).to(model.device)}
+
+
+def boxes_of_samples(
+    model: Segmenter, clips: ClipSet, video: VideoEntry, protocol: Protocol
+) -> Iterator[dict[str, Any]]:
+    """`given_boxes` of each sample of a video under a protocol."""
+    if not _starts_from_boxes(model):
+        return repeat({})  # without a look at the video, which `view_of` may take
+    view = view_of(protocol, clips, video)
+    starts = range(0, video.frames, protocol.clip_frames or video.frames)
+    return (given_boxes(model, clips, video, view, start) for start in starts)
 
 
 def score_video(clips: ClipSet, video: VideoEntry, predict: Predictor, protocol: Protocol) -> VideoScore:

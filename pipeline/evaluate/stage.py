@@ -29,7 +29,14 @@ from pipeline.evaluate.backbones import SharedBackbones
 from pipeline.evaluate.baselines import BASELINES, Predictor, feature_kmeans
 from pipeline.evaluate.degenerate import score_warnings
 from pipeline.evaluate.records import VIDEOS_FILE, Evaluation, record_evaluations
-from pipeline.evaluate.scoring import VideoScore, mean_scores, model_predictor, score_table, score_videos
+from pipeline.evaluate.scoring import (
+    VideoScore,
+    boxes_of_samples,
+    mean_scores,
+    model_predictor,
+    score_table,
+    score_videos,
+)
 from pipeline.evaluate.subjects import Subject, named_model, of_its_system, own_models, trivial_subjects
 from pipeline.evaluate.table import plain_text
 from pipeline.log import Progress, log
@@ -136,16 +143,19 @@ class ScoreTask:
         (subject, uri), videos = self.work[row["subject"]], self.by_shard[row["shard"]]
 
         def predictor(video: VideoEntry) -> Predictor:
-            return subject_predictor(subject, self._model(subject), video.video_id, self.protocol)
+            return subject_predictor(subject, self._model(subject), self.clips, video, self.protocol)
 
         _score_shard(self.clips, videos, predictor, self.protocol, _rows_uri(uri, row))
         return {"videos": len(videos)}
 
 
-def subject_predictor(subject: Subject, model: Segmenter, video_id: str, protocol: Protocol) -> Predictor:
+def subject_predictor(
+    subject: Subject, model: Segmenter, clips: ClipSet, video: VideoEntry, protocol: Protocol
+) -> Predictor:
     """Labels of what needs a model: its own, or those of k-means on its features."""
     if subject.baseline is None:
-        return model_predictor(model, video_id, protocol)
+        given = boxes_of_samples(model, clips, video, protocol)
+        return model_predictor(model, video.video_id, protocol, given)
     assert isinstance(model, SlotModel)  # see `feature_subjects`
     return feature_kmeans(model, subject.num_slots)
 

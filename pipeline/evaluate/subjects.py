@@ -14,12 +14,14 @@ from pipeline.artifacts.once import missing_files
 from pipeline.artifacts.subjects import baseline_subject, feature_subject, model_files, model_subject
 from pipeline.clips.library import require_clips
 from pipeline.config import Config, ConfigError
+from pipeline.config.models import system_with_boxes
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.log import log
 from pipeline.models import CheckpointHints, SlotModel
 from pipeline.models.build import checkpoint_hints, exported_file, load_model, teacher_title
 from pipeline.models.export import hash_weights
 from pipeline.models.segmenter import SegmenterConfig
+from pipeline.models.systems import of_config
 from pipeline.tracking.versions import fetch_model
 
 
@@ -97,7 +99,7 @@ def teacher_subject(config: Config, teacher_uri: str, model: SegmenterConfig | N
     Args:
         model: its own config, as far as it is known.
     """
-    system = config.teacher.system if model is None else _system_of(model)
+    system = config.teacher.recorded_system if model is None else _system_of(model)
     tags = {"method": "teacher", "teacher": teacher_title(config, model), **_system_tag(system)}
     if config.teacher.checkpoint is None:
         tags["trained_on"] = config.dataset.title
@@ -118,8 +120,9 @@ def of_its_system(subject: Subject, config: SegmenterConfig) -> Subject:
 
 
 def _system_of(model: SegmenterConfig) -> str | None:
-    """None: a slot model."""
-    return model.to_dict().get("system")
+    """What records call it; None: a slot model."""
+    name = model.to_dict().get("system")
+    return system_with_boxes(name) if name and of_config(model).uses_boxes(model) else name
 
 
 def baseline_subjects(num_slots: int) -> dict[str, Subject]:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import storage
 from pipeline.config import Config, ConfigError, Model, ViT
-from pipeline.config.models import using_motion
+from pipeline.config.models import using_boxes, using_motion
 from pipeline.log import log
 from pipeline.models import (
     Backbone,
@@ -269,8 +269,8 @@ def load_teacher(config: Config, uri: str) -> VideoSegmenter:
     if not model.teaches:
         raise ConfigError(
             f"teacher.checkpoint: {uri} is a {type(model).__name__}, whose slots are not distilled (of a SAVi: "
-            "those that start from boxes, which clips don't have); nearest valid: a SlotContrast, VideoSAUR, DINOSAUR, "
-            "SOLV, STEVE or DIOD file, or a SAVi with learned or drawn slots"
+            "those that start from boxes, which students don't have); nearest valid: a SlotContrast, VideoSAUR, "
+            "DINOSAUR, SOLV, STEVE or DIOD file, or a SAVi with learned or drawn slots (teacher.savi.conditioning=none)"
         )
     if config.targets.teacher_features and not isinstance(model, SlotModel):
         raise ConfigError(
@@ -287,8 +287,11 @@ def load_teacher(config: Config, uri: str) -> VideoSegmenter:
 
 
 def title_of(name: str, model: SegmenterConfig) -> str:
-    """What tables and tags call a model: its name, and that it uses motion where it is of a system that does."""
-    return using_motion(name) if of_config(model).uses_motion else name
+    """What tables and tags call a model: its name, and that it uses motion or boxes where it does."""
+    system = of_config(model)
+    if system.uses_boxes(model):
+        return using_boxes(name)
+    return using_motion(name) if system.uses_motion else name
 
 
 def teacher_title(config: Config, model: SegmenterConfig | None) -> str:

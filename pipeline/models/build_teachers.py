@@ -55,11 +55,12 @@ def _use_historical_positions(backbone: Backbone, source: str) -> None:
 
 def build_savi(section: Teacher) -> SAVi:
     settings = section.savi
-    values: dict[str, Any] = {**section.sizes, **settings.model_dump()}
+    values: dict[str, Any] = {**section.sizes, **settings.model_dump(exclude={"conditioning"})}
+    unconditional = "learned" if section.initial_slots == "learned" else "drawn"
     config = SAViConfig(
         **values,
         image_size=section.image_size,
-        initializer="learned" if section.initial_slots == "learned" else "drawn",
+        initializer="boxes" if section.uses_boxes else unconditional,
         num_iterations=section.num_iterations or (2 if settings.mlp_size else 1),
         predictor_heads=section.predictor_heads or SAViConfig.predictor_heads,
     )

@@ -66,6 +66,9 @@ class VideoSegmenter(OnHub, nn.Module):
     frame_resizing = "bicubic"  # or "bilinear"
     mask_resizing = "bilinear"  # or "nearest"
     teaches = False  # whether students can learn its slots
+    start_boxes = (
+        0  # of objects in a video's first frame, which its slots start from: `stream` takes `boxes` then
+    )
 
     @property
     def input_size(self) -> Grid:

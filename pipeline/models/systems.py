@@ -35,7 +35,8 @@ class System:
     this system. read: the config and the tensors, by our names, of a file that others have written (`content, hints,
     source`). tensors: those of a file that has a config of ours. written: what a public file of a model holds, beside
     that config. allowed: plain classes that its files may hold beside tensors. write: what writes a file. uses_motion:
-    whether it learns from motion segments, which others do without.
+    whether it learns from motion segments, which others do without. uses_boxes: whether a model with this config starts
+    from boxes of objects.
     """
 
     model: Callable[[Any], VideoSegmenter]
@@ -47,6 +48,7 @@ class System:
     allowed: tuple[type, ...] = ()
     write: Callable[[dict[str, Any], str | Path], None] = torch.save
     uses_motion: bool = False
+    uses_boxes: Callable[[Any], bool] = lambda config: False
 
 
 SLOT_MODEL = System(
@@ -94,6 +96,7 @@ SYSTEMS = {
         savi_files.tensors,
         savi_files.written,
         write=write_flax,
+        uses_boxes=lambda config: config.initializer == "boxes",
     ),
     "stosavi": System(
         StoSAVi,

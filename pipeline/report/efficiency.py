@@ -116,11 +116,15 @@ def _counted(counter: FlopCounterMode) -> tuple[int, int, int]:
 def count_stream(model: VideoSegmenter, frames: np.ndarray) -> Macs:
     """Counts what a model of any system computes for the slots and masks of one video `(T, h, w, 3)`, uint8.
 
-    It is run, as what some compute depends on what they see. Its parameters have no gradient afterwards.
+    It is run, as what some compute depends on what they see; on where boxes are it does not depend. Its parameters have
+    no gradient afterwards.
     """
     model.eval().requires_grad_(False)
+    given: dict[str, Any] = {}
+    if model.start_boxes:
+        given["boxes"] = torch.zeros(model.start_boxes, 4, device=model.device)
     with _counter() as counter, sdpa_kernel(SDPBackend.MATH):  # the fused products are not counted on CPUs
-        for _ in model.stream([frames]):
+        for _ in model.stream([frames], **given):
             pass
     return Macs(*_counted(counter))
 

@@ -15,7 +15,7 @@ from pipeline.compute import best_device
 from pipeline.config.protocols import Protocol
 from pipeline.evaluate.baselines import Predictor
 from pipeline.evaluate.records import METHODS
-from pipeline.evaluate.scoring import model_predictor, recorded_protocol, samples, view_of
+from pipeline.evaluate.scoring import boxes_of_samples, model_predictor, recorded_protocol, samples, view_of
 from pipeline.models.build import open_model
 from pipeline.models.segmenter import Segmenter
 from pipeline.report.select import NothingToShow, Selection
@@ -135,13 +135,14 @@ class Gallery:
         if video is None:
             raise NothingToShow(f"{self.clips.uri} has no video {video_id!r}")
         predictors = {
-            name: None
-            if name == GROUND_TRUTH
-            else model_predictor(self._model(name), video_id, self.protocol)
-            for name in rows
+            name: None if name == GROUND_TRUTH else self._predictor(self._model(name), video) for name in rows
         }
         title = panel_title(video_id, {name: self.scores(name) for name in rows if name != GROUND_TRUTH})
         return video_panel(self.clips, video, predictors, title + note, self.protocol)
+
+    def _predictor(self, model: Segmenter, video: VideoEntry) -> Predictor:
+        given = boxes_of_samples(model, self.clips, video, self.protocol)
+        return model_predictor(model, video.video_id, self.protocol, given)
 
     @property
     def protocol(self) -> Protocol:

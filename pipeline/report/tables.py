@@ -169,9 +169,11 @@ def _table_1(setup: Setup, records: Sequence[Record], paper: dict[str, Any], bet
     printed = setup in (MOVI_E, YTVIS, DAVIS)
     found, rivals = setup.of(records), setup.rivals(records)
     systems = {record.system for record in rivals}
+    unprinted = systems - {line.get("system") for line in paper["table_1"]}
+    more = [{"label": RIVALS[system], "system": system, "scores": {}} for system in sorted(unprinted)]
     lines = [
         {**line, "scores": line["scores"].get(setup.dataset) if printed else None}
-        for line in paper["table_1"]
+        for line in (*more, *paper["table_1"])
         if "method" in line or line.get("system") in systems or (printed and setup.dataset in line["scores"])
     ]
     if not printed:

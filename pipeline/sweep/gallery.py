@@ -75,7 +75,7 @@ def _draw(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown], videos:
     for video in videos:
         predictors: dict[str, Predictor | None] = {GROUND_TRUTH: None}
         for name, model in models.items():
-            predictors[name] = subject_predictor(rows[name].subject, model, video, protocol)
+            predictors[name] = subject_predictor(rows[name].subject, model, clips, entries[video], protocol)
         title = panel_title(video, {name: rows[name].scores for name in models}, a_line=2)
         panels.append(video_panel(clips, entries[video], predictors, title, protocol))
     return to_png(comparison(panels, reference=list(rows)[-1]), _MAX_BYTES)

@@ -14,7 +14,7 @@ from pipeline.artifacts.identity import CLIPS_FORMAT
 from pipeline.artifacts.manifests import ClipManifest
 from pipeline.clips import flow as flow_module
 from pipeline.clips import stage
-from pipeline.clips.flow import flow_library, with_column, with_flow_segments
+from pipeline.clips.flow import flow_library, flowing, with_column, with_flow_segments
 from pipeline.clips.motion import motion_segments
 from pipeline.clips.sources import list_videos
 from pipeline.clips.sources.base import BadVideo, Frame
@@ -107,7 +107,7 @@ def test_segments_of_flow_are_those_of_the_whole_video():
         earlier = min(int(one[0, 0, 0]), int(other[0, 0, 0]))
         return flows[earlier] if other[0, 0, 0] > one[0, 0, 0] else -flows[earlier]
 
-    found = list(with_flow_segments(iter(frames), flow))
+    found = list(with_flow_segments(flowing(frames, flow)))
     assert [frame.seconds for frame in found] == list(range(17))
     expected = motion_segments(np.concatenate([flows, flows[-1:]]))
     assert expected.any((1, 2)).tolist() == [False] * 4 + [True] * 5 + [False] * 8

@@ -152,7 +152,7 @@ def test_public_files_teach(file, said):
         (
             "savi_conditional_tiny.flax",
             ["teacher.image_size=32", "teacher.num_slots=5"],
-            "start from boxes, which clips don't have.*nearest valid: .*SAVi with learned or drawn slots",
+            "start from boxes, which students don't have.*nearest valid: .*SAVi with learned or drawn slots",
         ),
     ],
 )

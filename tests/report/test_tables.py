@@ -159,6 +159,24 @@ def test_rivals_stand_beside_the_papers_numbers_and_with_the_other_models_of_the
     assert left_out(records, tables) == []
 
 
+@pytest.mark.parametrize("dataset", ["MOVi-E", "demo videos"])
+def test_a_savi_that_is_told_boxes_has_a_row_of_its_own(record, dataset):
+    """The paper's number is not beside it."""
+    records = [
+        record("teacher", teacher=title, system=system, score=score, dataset=dataset)
+        for title, system, score in (("SAVi", "savi", 0.2), ("SAVi (conditional, boxes)", "savi_boxes", 0.9))
+    ]
+    tables = tables_of(*records)
+    table = find(tables, part=dataset)
+    told = texts(table, "SAVi (conditional, boxes)")
+    if dataset == "MOVi-E":
+        assert texts(table, "SAVi")[:2] == ["20.0", "39.2"]
+        assert told[:2] == ["90.0", "–"]
+    else:
+        assert (texts(table, "SAVi")[0], told[0]) == ("20.0", "90.0")
+    assert left_out(records, tables) == []
+
+
 def test_zero_shot_and_other_teachers_have_their_own_tables(record):
     records = [
         record("slotmatch", dataset="OVIS", trained_on="YTVIS-2021", score=0.11),

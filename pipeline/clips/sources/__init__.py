@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -143,6 +143,7 @@ def read_video(
     fps: float | None = None,
     max_seconds: float | None = None,
     square: bool = True,
+    flow: Sequence[str] = (),
 ) -> FrameIterator:
     """Yields a video's frames in the order they are shown, at most a few at a time in memory.
 
@@ -152,13 +153,16 @@ def read_video(
             Layouts without a clock count frames instead of seconds.
         max_seconds: stop there.
         square: show square pixels where a video file says that its own are none.
+        flow: of `FLOW_DIRECTIONS` those whose flow is wanted too, of a layout that has some: MOVi.
 
     Raises:
         BadVideo: what can't be decoded to its end, or masks that don't fit the frames.
     """
     if video.problem:
         raise BadVideo(video.problem)
-    if video.kind in _SOURCES:
+    if flow:
+        frames = movi.read(video, short_side, flow)
+    elif video.kind in _SOURCES:
         frames = _SOURCES[video.kind].read(video, short_side)
     else:
         frames = videos.read(video, short_side, square=square)

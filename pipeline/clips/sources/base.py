@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+FLOW_DIRECTIONS = ("forward", "backward")  # of a frame: to the next one, and to the one before
+
 
 class VideoRef(NamedTuple):
     """A video that has been found but not opened.
@@ -41,6 +43,8 @@ class Frame(NamedTuple):
 
     Layouts without a clock count frames instead of seconds. `orientation` is EXIF's, which the pixels have been
     turned by. `motion`: masks of what moves (None: nobody has looked), whose numbers mean nothing in other frames.
+    `flow`: optical flow that the data set has and somebody asked for, `(H, W, 2)` pixels down and to the right in
+    `FLOW_DIRECTIONS`.
     """
 
     pixels: np.ndarray
@@ -48,6 +52,7 @@ class Frame(NamedTuple):
     masks: dict[int, np.ndarray] | None
     orientation: int = 1
     motion: dict[int, np.ndarray] | None = None
+    flow: dict[str, np.ndarray] | None = None
 
 
 class BadVideo(Exception):

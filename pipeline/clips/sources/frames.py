@@ -31,7 +31,7 @@ class RawFrame(NamedTuple):
     """A frame in its own size, `(H, W, 3)` uint8, with `(H, W)` bool masks, and what messages call it.
 
     Layouts without a clock give no time; then the frame's number stands for it. `orientation` is EXIF's, which the
-    pixels have been turned by.
+    pixels have been turned by. `flow`: as a `Frame` has it.
     """
 
     name: str
@@ -39,6 +39,7 @@ class RawFrame(NamedTuple):
     masks: dict[int, np.ndarray] | None = None
     seconds: float | None = None
     orientation: int = 1
+    flow: dict[str, np.ndarray] | None = None
 
 
 def reason(error: Exception, path: object = "") -> str:
@@ -163,7 +164,7 @@ def read_images(folder: str, files: Iterable[str]) -> Iterator[RawFrame]:
 
 
 def fitted(frames: Iterable[RawFrame], short_side: int | None) -> FrameIterator:
-    """Frames and masks resized: bicubic, and the nearest pixel's centre.
+    """Frames, masks and flow resized: bicubic, the nearest pixel's centre, and bilinear in pixels of the new size.
 
     Raises:
         BadVideo: frames of differing sizes.
@@ -177,13 +178,22 @@ def fitted(frames: Iterable[RawFrame], short_side: int | None) -> FrameIterator:
                 f"its frame size changes from {first[::-1]} to {(width, height)} (width, height) at frame {frame.name}"
             )
         target = target_size(height, width, short_side)
-        pixels, masks = frame.pixels, frame.masks
+        pixels, masks, flow = frame.pixels, frame.masks, frame.flow
         if target != first:
             image = Image.fromarray(pixels).resize((target[1], target[0]), Image.Resampling.BICUBIC)
             pixels = np.asarray(image)
             masks = None if masks is None else {i: nearest_resize(m, target) for i, m in masks.items()}
+            flow = None if flow is None else {way: _resized_flow(own, target) for way, own in flow.items()}
         seconds = float(index) if frame.seconds is None else frame.seconds
-        yield Frame(pixels, seconds, masks, frame.orientation)
+        yield Frame(pixels, seconds, masks, frame.orientation, flow=flow)
+
+
+def _resized_flow(flow_HW2: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    channels = [
+        np.asarray(Image.fromarray(channel).resize(size[::-1], Image.Resampling.BILINEAR)) * (new / old)
+        for channel, new, old in zip(np.moveaxis(flow_HW2, 2, 0), size, flow_HW2.shape, strict=False)
+    ]
+    return np.stack(channels, 2)
 
 
 def resample(frames: FrameIterator, fps: float | None, max_seconds: float | None) -> FrameIterator:

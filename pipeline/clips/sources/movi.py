@@ -1,8 +1,11 @@
 """MOVi as TFDS stores it: `<name>-<split>.tfrecord-00000-of-01024`, read without TensorFlow.
 
 A record is a `tf.train.Example` with `video`, a list of PNGs, and `segmentations`, a list of PNGs of
-labels (0 background). A file is a row of records: length (8 bytes, little endian), its checksum, data,
-its checksum. Listing reads the lengths, and of local files the headers of pictures.
+labels (0 background). `forward_flow` and `backward_flow` are lists of PNGs of two channels of 16 bits, which go from
+the least to the greatest of `metadata/forward_flow_range` (or `backward…`), pixels.
+
+A file is a row of records: length (8 bytes, little endian), its checksum, data, its checksum. Listing reads the
+lengths, and of local files the headers of pictures.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import av
 import google_crc32c
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from pipeline import storage
@@ -27,6 +32,7 @@ from pipeline.clips.sources.frames import (
     fitted,
     is_one_object,
     only_void,
+    reason,
     with_labels,
 )
 from pipeline.clips.sources.pictures import frame_mark, label_mark
@@ -132,30 +138,78 @@ def _masked_crc(content: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def read(video: VideoRef, short_side: int | None) -> FrameIterator:
-    """Raises BadVideo for a record with a wrong checksum or without frames, or frames and masks that
-    can't be decoded or don't fit each other."""
-    yield from fitted(_decoded(video), short_side)
+def read(video: VideoRef, short_side: int | None, flow: Sequence[str] = ()) -> FrameIterator:
+    """Frames with their flow in some of `FLOW_DIRECTIONS`.
+
+    Raises:
+        BadVideo: a record with a wrong checksum, without frames or without such flow, or frames, masks and flow that
+            can't be decoded or don't fit each other.
+    """
+    yield from fitted(_decoded(video, flow), short_side)
 
 
-def _decoded(video: VideoRef) -> Iterator[RawFrame]:
-    frames, masks = _parse(video.path, video.details["offset"], video.bytes)
+def _decoded(video: VideoRef, flow: Sequence[str]) -> Iterator[RawFrame]:
+    features = _parse(video.path, video.details["offset"], video.bytes)
+    frames, masks = _pictures(features)
     one_object = is_one_object(_kinds(masks or []))
+    flows = {way: _flow_pictures(features, f"{way}_flow", len(frames)) for way in flow}
     for index, png in enumerate(frames):
         frame = decode_frame(png, str(index))
-        yield frame if masks is None else with_labels(frame, masks[index], str(index), one_object)
+        if masks is not None:
+            frame = with_labels(frame, masks[index], str(index), one_object)
+        yield frame._replace(flow={way: _flow(own, index, frame) for way, own in flows.items()} or None)
 
 
-def _parse(uri: str, offset: int, length: int) -> tuple[Sequence[bytes], Sequence[bytes] | None]:
-    """The pictures of a record's frames and of its masks; raises BadVideo."""
+def _flow_pictures(
+    features: Mapping[str, Any], name: str, frames: int
+) -> tuple[str, Sequence[bytes], np.ndarray]:
+    """The name of a record's flow, its PNGs and the range of its values; raises BadVideo."""
+    if lacking := [key for key in (name, f"metadata/{name}_range") if key not in features]:
+        raise BadVideo(
+            f"it has no feature {lacking[0]!r}, and so no optical flow of its own, which the config asks for "
+            "(clips.motion=dataset, clips.flow=dataset); nearest valid: clips.motion=flow, clips.flow=none"
+        )
+    pngs, limits = features[name].bytes_list.value, features[f"metadata/{name}_range"].float_list.value
+    if len(pngs) != frames or len(limits) != 2:
+        raise BadVideo(
+            f"has {frames} frames, but {len(pngs)} of {name}, whose range has {len(limits)} limits; expected 2"
+        )
+    return name, pngs, np.asarray(limits, np.float32)
+
+
+def _flow(pictures: tuple[str, Sequence[bytes], np.ndarray], index: int, frame: RawFrame) -> np.ndarray:
+    """A frame's flow `(H, W, 2)` float32, pixels down and to the right; raises BadVideo."""
+    name, pngs, (low, high) = pictures
+    try:
+        # A decoder for each picture: one that has decoded another takes the next for a change of that.
+        (decoded,) = av.CodecContext.create("png", "r").decode(av.Packet(pngs[index]))
+    except (av.error.FFmpegError, ValueError) as error:
+        raise BadVideo(f"{name} {index} can't be decoded ({reason(error)})") from error
+    height, width = frame.pixels.shape[:2]
+    found = (decoded.format.name, decoded.height, decoded.width)
+    if found != ("ya16be", height, width):
+        raise BadVideo(
+            f"{name} {index} is {found[2]}x{found[1]} pixels of {found[0]}, expected {width}x{height} of two channels "
+            "of 16 bits"
+        )
+    rows = np.frombuffer(bytes(decoded.planes[0]), ">u2").reshape(height, -1)  # with padding
+    return rows[:, : 2 * width].reshape(height, width, 2) / np.float32(65535) * (high - low) + low
+
+
+def _parse(uri: str, offset: int, length: int) -> Mapping[str, Any]:
+    """A record's features by name; raises BadVideo."""
     content = read_part(uri, offset, length + _CHECKSUM.size, "the record")
     data, (checksum,) = content[:length], _CHECKSUM.unpack(content[length:])
     if _masked_crc(data) != checksum:
         raise BadVideo("its data is damaged (wrong checksum)")
     try:
-        features = _example_class().FromString(data).features.feature
+        return _example_class().FromString(data).features.feature
     except message.DecodeError as error:
         raise BadVideo(f"it is no tf.train.Example ({error})") from error
+
+
+def _pictures(features: Mapping[str, Any]) -> tuple[Sequence[bytes], Sequence[bytes] | None]:
+    """The pictures of a record's frames and of its masks; raises BadVideo."""
     if "video" not in features:
         raise BadVideo(f"it has no feature 'video', only {', '.join(sorted(features)) or 'none'}")
     frames = features["video"].bytes_list.value
@@ -172,7 +226,7 @@ def _kinds(masks: Sequence[bytes]) -> Iterator[bool | None]:
 def _mark(uri: str, offset: int, length: int) -> str:
     """What of a record is read otherwise than in earlier versions: "" for most."""
     try:
-        frames, masks = _parse(uri, offset, length)
+        frames, masks = _pictures(_parse(uri, offset, length))
         marks = [frame_mark(io.BytesIO(frame)) for frame in frames]
         marks += [label_mark(io.BytesIO(mask)) for mask in masks or []]
         marks.append("one object" if is_one_object(_kinds(masks or [])) else "")
@@ -183,7 +237,7 @@ def _mark(uri: str, offset: int, length: int) -> str:
 
 @cache
 def _example_class() -> Any:
-    """`tf.train.Example`, of whose features only lists of bytes are needed; others are skipped."""
+    """`tf.train.Example`, of whose features lists of bytes and of floats are needed; others are skipped."""
     file = descriptor_pb2.FileDescriptorProto(name="slotmatch_example.proto", syntax="proto3")
     field = descriptor_pb2.FieldDescriptorProto
 
@@ -195,14 +249,16 @@ def _example_class() -> Any:
             if kind.startswith("."):
                 added.type, added.type_name = field.TYPE_MESSAGE, kind
             else:
-                added.type = field.TYPE_STRING if kind == "string" else field.TYPE_BYTES
+                added.type = getattr(field, f"TYPE_{kind.upper()}")
         if options:
             entry.options.map_entry = True
         return entry
 
     one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
     add(file.message_type, "BytesList", [("value", many, "bytes")])
-    add(file.message_type, "Feature", [("bytes_list", one, ".BytesList")])
+    add(file.message_type, "FloatList", [("value", many, "float")])
+    lists = [("bytes_list", one, ".BytesList"), ("float_list", one, ".FloatList")]
+    add(file.message_type, "Feature", lists)
     features = add(file.message_type, "Features", [("feature", many, ".Features.FeatureEntry")])
     entry_fields = [("key", one, "string"), ("value", one, ".Feature")]
     add(features.nested_type, "FeatureEntry", entry_fields, map_entry=True)

@@ -222,7 +222,8 @@ class SAVi(PixelSlots):
     def __init__(self, config: SAViConfig) -> None:
         super().__init__()
         self.config = config
-        self.teaches = not config.conditional  # clips have no boxes
+        self.teaches = not config.conditional  # students' slots start from nothing that a video comes with
+        self.start_boxes = config.num_slots - 1 if config.initializer == "boxes" else 0
         self.encoder = Encoder(config)
         self.initializer = Initializer(config)
         self.corrector = SlotAttention(config)
