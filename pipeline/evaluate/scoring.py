@@ -320,7 +320,8 @@ def view_of(protocol: Protocol, clips: ClipSet, video: VideoEntry) -> View:
     whole = View(0, 0, video.height, video.width, False, 0)
     if protocol.crop == "full":
         return whole
-    return without_borders(whole, (clip.frames for clip in clips.iter_video(video)))
+    beside = ClipSet(clips.uri)  # a thread that decodes ahead may be at the reader of the other
+    return without_borders(whole, (clip.frames for clip in beside.iter_video(video)))
 
 
 def _score_sample(
