@@ -164,8 +164,8 @@ class ClipSet:
         )
         self.shards = self.manifest.shard_names
         self.reader = ShardReader(storage.join(uri, SHARD_FOLDER))
-        # Beside it, as a thread that decodes ahead for `iter_videos` is at that one while boxes are read.
-        self._box_reader = ShardReader(self.reader.folder)
+        # A reader is one thread's: this one is of that which reads ahead for `iter_videos`.
+        self._ahead_reader = ShardReader(self.reader.folder)
         self._videos: list[VideoEntry] | None = None
 
     @property
@@ -218,7 +218,7 @@ class ClipSet:
         Raises:
             ValueError: the clip has no masks.
         """
-        values = self._box_reader.row(shard, row, ["video_id", "height", "width", "masks"]).to_pylist()[0]
+        values = self.reader.row(shard, row, ["video_id", "height", "width", "masks"]).to_pylist()[0]
         if values["masks"] is None:
             raise ValueError(
                 f"{self.uri}: {values['video_id']} has no masks, of which boxes are made "
@@ -246,7 +246,7 @@ class ClipSet:
     ) -> Generator[Clip, None, None]:
         """Clips of videos in turn, as `iter_video`; read and decoded in threads while those before are used."""
         rows = (
-            self.reader.row(video.shard, row, _columns(masks))
+            self._ahead_reader.row(video.shard, row, _columns(masks))
             for video in videos
             for row in range(video.first_row, video.first_row + video.clips)
         )

@@ -33,9 +33,8 @@ class FeatureMemory:
         """A `Backbone.remember`; backbones with one name share what they give."""
 
         def remember(images_MCHW: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-            if (
-                images_MCHW.device.type != "cpu"
-            ):  # a GPU computes faster than pixels are copied to be looked up
+            # A GPU computes faster than pixels are copied to be looked up.
+            if images_MCHW.device.type != "cpu":
                 return compute(images_MCHW)
             pixels = hashlib.blake2b(images_MCHW.contiguous().numpy().data, digest_size=16)
             pixels.update(f"{whose} {tuple(images_MCHW.shape)} {images_MCHW.dtype}".encode())

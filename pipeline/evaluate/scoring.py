@@ -200,9 +200,8 @@ class _Sample:
         self.protocol = protocol
         self.frames: list[tuple[float, float]] = []  # FG-ARI and mBO of each frame with an object
         self.first: set[int] | None = None  # objects of the first frame, where these alone are scored
-        self._chunks: list[
-            tuple[list[int], OverlapCounts]
-        ] = []  # objects and counts, where slots are matched
+        # Objects and counts, where slots are matched.
+        self._chunks: list[tuple[list[int], OverlapCounts]] = []
         self._shared: dict[int, np.ndarray] = {}  # object id -> pixels shared with each slot
         self._slot_area = np.zeros(MOST_SLOTS, np.int64)
 
@@ -320,8 +319,7 @@ def view_of(protocol: Protocol, clips: ClipSet, video: VideoEntry) -> View:
     whole = View(0, 0, video.height, video.width, False, 0)
     if protocol.crop == "full":
         return whole
-    beside = ClipSet(clips.uri)  # a thread that decodes ahead may be at the reader of the other
-    return without_borders(whole, (clip.frames for clip in beside.iter_video(video)))
+    return without_borders(whole, (clip.frames for clip in clips.iter_video(video)))
 
 
 def _score_sample(
