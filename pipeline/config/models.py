@@ -141,9 +141,7 @@ class Teacher(Model):
     @property
     def title(self) -> str:
         """What tables and tags call it."""
-        if self.uses_boxes:
-            return using_boxes(self.name)
-        return using_motion(self.name) if self.uses_motion else self.name
+        return marked(self.name, boxes=self.uses_boxes, motion=self.uses_motion)
 
     @property
     def patch_size(self) -> int | None:
@@ -163,14 +161,11 @@ class Teacher(Model):
         return {"num_slots": self.num_slots or 15, "slot_size": self.slot_size or 128}
 
 
-def using_motion(name: str) -> str:
-    """The name of a model that learned from motion segments."""
-    return f"{name} (uses motion)"
-
-
-def using_boxes(name: str) -> str:
-    """The name of a model that is told where a video's objects are at first."""
-    return f"{name} (conditional, boxes)"
+def marked(name: str, *, boxes: bool, motion: bool) -> str:
+    """The name of a model that is told where a video's objects are at first, or that learned from motion segments."""
+    if boxes:
+        return f"{name} (conditional, boxes)"
+    return f"{name} (uses motion)" if motion else name
 
 
 def system_with_boxes(system: str) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import storage
 from pipeline.config import Config, ConfigError, Model, ViT
-from pipeline.config.models import using_boxes, using_motion
+from pipeline.config.models import marked
 from pipeline.log import log
 from pipeline.models import (
     Backbone,
@@ -289,9 +289,7 @@ def load_teacher(config: Config, uri: str) -> VideoSegmenter:
 def title_of(name: str, model: SegmenterConfig) -> str:
     """What tables and tags call a model: its name, and that it uses motion or boxes where it does."""
     system = of_config(model)
-    if system.uses_boxes(model):
-        return using_boxes(name)
-    return using_motion(name) if system.uses_motion else name
+    return marked(name, boxes=system.uses_boxes(model), motion=system.uses_motion)
 
 
 def teacher_title(config: Config, model: SegmenterConfig | None) -> str:
