@@ -208,6 +208,11 @@ def _check_distill(config: Config) -> list[str]:
             "distill.method: feature_kd needs the teacher's features: cache them (targets.teacher_features=true) or "
             "run the teacher live (distill.live_teacher=true)"
         )
+    if config.student.initialisation == "teacher" and settings.initial_slots_from_teacher is False:
+        problems.append(
+            "student.initialisation: teacher has the teacher's initial slots too; nearest valid: "
+            "distill.initial_slots_from_teacher=true"
+        )
     train = config.teacher.train
     if not (train.reconstruction or train.similarity):
         problems.append(
@@ -278,6 +283,8 @@ def check_combinations(config: Config) -> list[str]:
     ]
     sizes = config.teacher.sizes
     own = config.teacher.checkpoint is None and config.teacher.system == "slotcontrast"
+    if own and config.teacher.initialisation == "teacher":
+        problems.append("teacher.initialisation: teacher is a student's start; nearest valid: fitted")
     if own:
         problems += _check_fitted("teacher", config.teacher, sizes["slot_size"])
     problems += _check_fitted("student", config.student, config.student.slot_size or sizes["slot_size"])

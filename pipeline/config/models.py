@@ -54,8 +54,9 @@ class Model(Section):
     """numbers of a slot"""
     initial_slots: Literal["learned", "random"] = "learned"
     """random: drawn from a learned distribution"""
-    initialisation: Literal["default", "soft_kmeans", "fitted"] = "default"
-    """of what trains; the paper's: default; fitted: soft_kmeans in the principal components of the clips' features"""
+    initialisation: Literal["default", "soft_kmeans", "fitted", "teacher"] = "default"
+    """of what trains; the paper's: default; fitted: soft_kmeans in the principal components of the clips' features;
+    teacher: a student's slot attention is its teacher's, its projection fitted to that one's"""
     corrector_mlp: bool = True
     """in slot attention; VideoSAUR has none"""
     predictor: bool = True

@@ -202,6 +202,21 @@ class Loader:
             waited = time.monotonic() - waiting
             yield self._there(batch, copied), waited
 
+    def of_pixels(self) -> Loader:
+        """One that reads the frames of the same clips and views, of samples of one's own choice."""
+        return Loader(
+            self.clips_uri,
+            None,
+            self.sampler,
+            recipe=self.recipe,
+            dataset_seed=self.dataset_seed,
+            pixels=True,
+            rank=self.rank,
+            world_size=self.world_size,
+            stop=0,
+            device=self.device,
+        )
+
     def read(self, samples: list[Sample]) -> RawBatch:
         """Samples of one's own choice, on the device."""
         return self._there(*self._pool.submit(self._send, samples).result())

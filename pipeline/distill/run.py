@@ -179,6 +179,28 @@ def _check_components(student: SlotModel, teacher: SlotModel) -> None:
         )
 
 
+def _check_teachers_start(run: Run, student: SlotModel) -> None:
+    """A student with `initialisation: teacher`: what `start_as_teacher` needs, before all that it waits for.
+
+    Raises:
+        ConfigError: no teacher to start from, or one whose slot attention has other parts.
+    """
+    if not run.has_teachers_slots:
+        raise ConfigError(
+            "student.initialisation: teacher starts from a teacher's slots, which must be of SlotContrast's kind and "
+            "of the student's slot_size; nearest valid: distill.initial_slots_from_teacher=true, or "
+            "student.initialisation=soft_kmeans"
+        )
+    assert run.teacher_config is not None
+    for key in ("corrector_mlp", "predictor"):
+        own, other = getattr(student.config, key), getattr(run.teacher_config, key)
+        if own != other:
+            raise ConfigError(
+                f"student.{key}: {own} differs from the teacher's {other}, whose slot attention the student starts "
+                f"with (student.initialisation=teacher); nearest valid: {other}"
+            )
+
+
 def _build_student(run: Run) -> tuple[TrainingObjective, VideoSegmenter | None]:
     config, settings = run.config, run.config.distill
     teacher = None
@@ -188,6 +210,8 @@ def _build_student(run: Run) -> tuple[TrainingObjective, VideoSegmenter | None]:
     if config.student.initialisation == "fitted" and run.has_teachers_slots:
         assert isinstance(teacher, SlotModel)
         _check_components(student, teacher)
+    if config.student.initialisation == "teacher":
+        _check_teachers_start(run, student)
     student.decoder.fast = settings.fast_decoder
     try:
         with seeded(settings.seed):

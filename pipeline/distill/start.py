@@ -2,7 +2,8 @@
 
 Early blocks of a ViT give features that are many times smaller than the last one's, so that their reconstruction would
 weigh nothing beside a distillation term: `feature_scale: auto` is the one number that gives a model's frozen features
-unit variance. `initialisation: fitted` starts slot attention in their principal components.
+unit variance. `initialisation: fitted` starts slot attention in their principal components, `teacher` a student's where
+its teacher's slot attention is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pipeline.distill.data import Loader, Sample
 from pipeline.distill.run import Run
 from pipeline.log import log
 from pipeline.models import SlotModel, VideoSegmenter
-from pipeline.models.initialisation import fit_start
+from pipeline.models.build import load_teacher
+from pipeline.models.initialisation import fit_start, start_as_teacher
 
 SAMPLE_CLIPS = 32
 DIGITS = 4  # fewer than features differ by between machines, or cached and live
@@ -31,7 +33,8 @@ def settle_start(run: Run, model: VideoSegmenter, loader: Loader) -> None:
     The first worker measures, and the others take its numbers. Cached features and the backbone's own give the same.
     """
     section = run.section
-    auto, fitted = section.feature_scale == "auto", section.initialisation == "fitted"
+    auto, start = section.feature_scale == "auto", section.initialisation
+    fitted = start in ("fitted", "teacher")
     if not auto and not fitted:
         return
     assert isinstance(model, SlotModel)  # other systems have neither
@@ -50,11 +53,29 @@ def settle_start(run: Run, model: VideoSegmenter, loader: Loader) -> None:
     if fitted:
         if loader.rank == 0:
             features = torch.cat([f.flatten(0, 1) for f in _features(model, loader, samples)])
-            fit_start(model, features, seed=None if run.has_teachers_slots else run.settings.seed)
-            log(f"{run.label}: started in the features' principal components (initialisation=fitted)")
+            if start == "teacher":
+                _start_as_teacher(run, model, features, loader, samples)
+            else:
+                fit_start(model, features, seed=None if run.has_teachers_slots else run.settings.seed)
+                log(f"{run.label}: started in the features' principal components (initialisation=fitted)")
         if loader.world_size > 1:
             for parameter in model.trainable_parameters():
                 dist.broadcast(parameter.data, 0)
+
+
+def _start_as_teacher(
+    run: Run, model: SlotModel, features_CPF: Tensor, loader: Loader, samples: list[Sample]
+) -> None:
+    assert run.teacher_uri is not None  # as `build` has checked
+    teacher = load_teacher(run.config, run.teacher_uri).to(model.device)
+    assert isinstance(teacher, SlotModel)
+    with torch.no_grad(), loader.of_pixels() as frames:
+        features = [f.flatten(0, 1) for f in _features(teacher, frames, samples)]
+        inputs_CQD = torch.cat([teacher.project(f) for f in features])
+    start_as_teacher(model, features_CPF, teacher, inputs_CQD)
+    log(
+        f"{run.label}: started with the teacher's slot attention and a projection fitted to it (initialisation=teacher)"
+    )
 
 
 def spread_samples(videos: Sequence[VideoEntry]) -> list[Sample]:

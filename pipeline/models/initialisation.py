@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -87,16 +88,9 @@ def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int | None, place
         raise ValueError("a start fitted to features needs initial slots that are learned")
     if model.config.slot_size <= PLACES:
         raise ValueError(f"a start fitted to features needs a slot_size above {PLACES}")
-    norm, first, _, last = cast(
-        tuple[nn.Module, nn.Linear, nn.Module, nn.Linear], tuple(model.encoder.output_transform.layers)
-    )
-    normalised_CPF = norm(model.scaled(features_CPF.to(model.device, torch.float32))).cpu().double()
+    normalised_CPF = _normalised(model, features_CPF)
     linear, mean = _components_and_places(normalised_CPF, model.config.slot_size, model.grid, place_scale)
-    unit = torch.eye(len(mean), dtype=torch.double)
-    first.weight.copy_(torch.cat([unit, -unit]))
-    first.bias.copy_(torch.cat([-mean, mean]))
-    last.weight.copy_(torch.cat([linear, -linear], 1))
-    last.bias.zero_()
+    _set_projection(model, linear, mean, mean.new_zeros(len(linear)))
     corrector = model.processor.corrector
     for compared in (corrector.to_q, corrector.to_k):
         compared.weight[:, -PLACES:] = 0
@@ -107,6 +101,68 @@ def fit_start(model: SlotModel, features_CPF: Tensor, *, seed: int | None, place
     centres, _ = kmeans2(sample, model.config.num_slots, iter=30, minit="++", seed=seed, missing="warn")
     slots = torch.from_numpy(centres).round(decimals=DECIMALS)
     model.initializer.slots.copy_(slots.view_as(model.initializer.slots))
+
+
+@torch.no_grad()
+def start_as_teacher(model: SlotModel, features_CPF: Tensor, teacher: SlotModel, inputs_CQD: Tensor) -> None:
+    """Lets a student group as its teacher does, as far as the student's features allow.
+
+    Slot attention, predictor and initial slots become the teacher's, and the projection the linear map (see
+    `fit_start`) of the student's normalised features that comes nearest to what the teacher's slot attention is given
+    for the same patches (least squares). The decoder, whose outputs are the student's own features, has to learn. Not
+    from the paper; the start of a smaller network from a larger one's weights is that of DistilBERT (Sanh et al. 2019).
+
+    Args:
+        model: the student, of the teacher's slot size, after `start_as_soft_kmeans`.
+        features_CPF: C frames' features as the student's backbone gives them.
+        inputs_CQD: `teacher.project` of the same frames, of the teacher's grid; resampled to the student's.
+
+    Raises:
+        ValueError: the teacher's slot attention or predictor has other parts.
+    """
+    mine, other = model.config, teacher.config
+    for key in ("slot_size", "corrector_mlp", "predictor", "num_slots", "initializer"):
+        if getattr(mine, key) != getattr(other, key):
+            raise ValueError(
+                f"{key}: {getattr(mine, key)!r} differs from the teacher's {getattr(other, key)!r}"
+            )
+    model.processor.load_state_dict(teacher.processor.state_dict())
+    model.initializer.load_state_dict(teacher.initializer.state_dict())
+    wanted = inputs_CQD.cpu().double()
+    if model.grid != teacher.grid:
+        maps = wanted.transpose(1, 2).unflatten(2, teacher.grid)
+        resampled = F.interpolate(maps, model.grid, mode="bilinear", antialias=True)
+        wanted = resampled.flatten(2).transpose(1, 2)
+    given, wanted = _normalised(model, features_CPF).flatten(0, 1), wanted.flatten(0, 1)
+    mean, offset = given.mean(0), wanted.mean(0)
+    centred = given - mean
+    covariance = centred.T @ centred / len(given)
+    products = centred.T @ (wanted - offset) / len(given)
+    linear = _least_squares(covariance, products)
+    _set_projection(model, *(tensor.round(decimals=DECIMALS) for tensor in (linear, mean, offset)))
+
+
+def _normalised(model: SlotModel, features_CPF: Tensor) -> Tensor:
+    """What the projection's linear layers see of features."""
+    norm = cast(nn.Module, model.encoder.output_transform.layers[0])
+    return norm(model.scaled(features_CPF.to(model.device, torch.float32))).cpu().double()
+
+
+def _least_squares(covariance: Tensor, products: Tensor) -> Tensor:
+    """The linear map `(d, F)` from features `(F,)` to numbers `(d,)`, by their products `(F, d)`; all without mean."""
+    return torch.linalg.solve(covariance + 0.01 * torch.eye(len(covariance), dtype=torch.double), products).T
+
+
+def _set_projection(model: SlotModel, linear: Tensor, mean: Tensor, offset: Tensor) -> None:
+    """Makes the projection `linear @ (x - mean) + offset` of a normalised feature x."""
+    _, first, _, last = cast(
+        tuple[nn.Module, nn.Linear, nn.Module, nn.Linear], tuple(model.encoder.output_transform.layers)
+    )
+    unit = torch.eye(len(mean), dtype=torch.double)
+    first.weight.copy_(torch.cat([unit, -unit]))
+    first.bias.copy_(torch.cat([-mean, mean]))
+    last.weight.copy_(torch.cat([linear, -linear], 1))
+    last.bias.copy_(offset)
 
 
 def _components_and_places(
@@ -125,7 +181,7 @@ def _components_and_places(
     places = _places(grid).double()
     # Each frame has the same places, so that their mean over frames is all that the products need.
     products = (features_CPF.mean(0) - mean).T @ places / len(places)
-    told = torch.linalg.solve(covariance + 0.01 * torch.eye(len(covariance), dtype=torch.double), products).T
+    told = _least_squares(covariance, products)
     told = told * place_scale / (told @ covariance * told).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
     return torch.cat([axes, unused, told]).round(decimals=DECIMALS), mean.round(decimals=DECIMALS)
 
