@@ -355,6 +355,11 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
             "student.initialisation: fitted needs initial slots that are learned",
         ),
         (["student.initialisation=fitted", "student.slot_size=4"], "nearest valid: 8"),
+        (["teacher.initialisation=teacher"], "teacher is a student's start; nearest valid: fitted"),
+        (
+            ["student.initialisation=teacher", "distill.initial_slots_from_teacher=false"],
+            "nearest valid: distill.initial_slots_from_teacher=true",
+        ),
         (
             ["teacher.initialisation=fitted", "teacher.initial_slots=random"],
             "teacher.initialisation: fitted needs",

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_design, tiny_model
+from tiny_models import tiny_design, tiny_model, tiny_vit
 from training_runs import make_clips, make_config, make_targets, student_run
 
 from pipeline.clips.table import ClipSet
 from pipeline.clips.views import apply_view, make_view
-from pipeline.config import ConfigError, checks, resolve_config
+from pipeline.config import ConfigError, resolve_config
 from pipeline.distill.checkpoint import latest_checkpoint
 from pipeline.distill.run import Run
 from pipeline.distill.start import spread_samples, unit_variance_scale
 from pipeline.distill.step import Batch, Objective, Terms
 from pipeline.distill.trainer import Trainer
 from pipeline.models import SlotModel, load_slot_model, save_slot_model
-from pipeline.models.initialisation import PLACES, fit_start, start_as_soft_kmeans
+from pipeline.models.initialisation import PLACES, fit_start, start_as_soft_kmeans, start_as_teacher
 from pipeline.models.streaming import StreamingStep
 from pipeline.targets.table import TargetSet
 
@@ -308,16 +308,93 @@ def test_a_fitted_student_of_other_features_does_not_take_its_teachers_slots(roo
         Trainer(run)
 
 
-def test_the_config_knows_how_many_numbers_the_place_takes():
-    """It can't ask the models, which come after it and load PyTorch."""
-    assert checks.PLACES == PLACES
-
-
 def test_drawn_slots_have_no_fitted_start():
     with pytest.raises(ValueError, match="learned"):
         fit_start(tiny_model(3, 12, initializer="random"), torch.randn(2, 4, 16), seed=0)
     with pytest.raises(ValueError, match="slot_size"):
         fit_start(tiny_model(3, 4), torch.randn(2, 4, 16), seed=0)
+
+
+# --- a student's start that is its teacher's ------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_student_with_its_teachers_start_groups_as_it_does_in_other_features(fitted):
+    """The student's backbone turns, scales and shifts what the teacher's gives, and shows it by a finer grid."""
+    features = two_kinds()[0]
+    turn = torch.linalg.qr(torch.randn(24, 16, generator=torch.Generator().manual_seed(2)))[0].T
+
+    def others(of_teacher):
+        same = torch.nn.functional.layer_norm(of_teacher, (16,)) @ turn
+        return 30 * same + torch.linspace(-1, 1, 24)
+
+    for repeat in (1, 2):  # patches of the student a patch of the teacher, each way
+        student = SlotModel(tiny_design(2, 12, vit=tiny_vit(24), image_size=32 * repeat)).eval()
+        start_as_soft_kmeans(student)
+
+        def finer(frames, repeat=repeat):
+            maps = others(frames).unflatten(1, (4, 4))
+            return maps.repeat_interleave(repeat, 1).repeat_interleave(repeat, 2).flatten(1, 2)
+
+        start_as_teacher(student, finer(features), fitted, fitted.project(features))
+        unseen = two_kinds(frames=4, seed=5)[0]
+        slots, attention = student.roll_out(finer(unseen)[:, None])
+        expected, taught = fitted.roll_out(unseen[:, None])
+        assert float(torch.cosine_similarity(slots, expected, dim=-1).mean()) > 0.98
+        if repeat == 1:
+            assert float((attention.argmax(2) == taught.argmax(2)).float().mean()) > 0.98
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_a_students_run_starts_where_its_teacher_is(root, cached):
+    """Of the same backbone, so that it can have the teacher's slots; without distillation too."""
+    settings = (
+        "student.initialisation=teacher",
+        "student.feature_scale=auto",
+        "distill.initial_slots_from_teacher=true",
+        "distill.method=no_kd",
+        f"targets.student_features={cached}",
+        "distill.steps=1",
+        "distill.warmup_steps=1",  # a step of a learning rate of 0
+        "distill.seed=7",  # not the teacher's
+    )
+    config = make_config(root, *SHORT, *settings)
+    teacher = load_slot_model(f"{root}/teacher/model").eval()
+    targets = None
+    if cached == "true":
+        targets = make_targets(config, f"{root}/clips", f"{root}/teacher/model", f"{root}/taught")
+    student = train(root, f"taught {cached}", *settings, targets=targets, teacher=True).model.eval()
+    alone = ("student.initialisation=soft_kmeans", *settings[2:4], *settings[5:])
+    other = train(root, f"not taught {cached}", *alone, teacher=True).model.eval()
+    assert slots_alike(root, student, teacher) > 0.9
+    assert slots_alike(root, other, teacher) < 0.5
+
+
+@torch.no_grad()
+def slots_alike(root, *models):
+    """The mean cosine similarity of two models' slots, slot n to slot n, of all clips."""
+    config, clips = make_config(root), ClipSet(f"{root}/clips")
+    slots = [
+        torch.cat([model.roll_out(features)[0] for features in central_features(model, config, clips)])
+        for model in models
+    ]
+    return float(torch.cosine_similarity(*slots, dim=-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill.method=no_kd"], "nearest valid: distill.initial_slots_from_teacher=true"),
+        (["student.slot_size=24", "distill.slot_map=true"], "of the student's slot_size"),
+        (["student.corrector_mlp=false"], r"student\.corrector_mlp: False.*nearest valid: True"),
+    ],
+)
+def test_a_start_that_no_teacher_gives_is_refused(root, overrides, message):
+    config = make_config(root, *SHORT, "student.initialisation=teacher", *overrides)
+    taught = {} if "distill.method=no_kd" in overrides else {"teacher_uri": f"{root}/teacher/model"}
+    run = student_run(config, f"{root}/refused", f"{root}/clips", **taught)
+    with pytest.raises(ConfigError, match=message):
+        Trainer(run)
 
 
 def test_the_decoder_has_a_learning_rate_of_its_own(root):
