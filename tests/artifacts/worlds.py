@@ -29,9 +29,16 @@ def use_one_decoder(monkeypatch):
     monkeypatch.setattr(identity, "_decoder", lambda: {"av": "1.0", "libavcodec": (1, 2, 3)})
 
 
+FIRST_DEMO = """student.initialisation=soft_kmeans distill.initial_slots_from_teacher=null distill.steps=1000
+distill.checkpoint_every=500 distill.validate_every=500 distill.measure_bound_every=500""".split()
+
+
 def world(name, root, *overrides):
-    """`Artifacts` of `configs/NAME.yaml`, its clips published and its teacher there."""
-    return at(with_overrides(load_config(f"configs/{name}.yaml", overrides), {"storage.root": str(root)}))
+    """`Artifacts` of `configs/NAME.yaml`, its clips published and its teacher there; of the demo the student that it
+    had at first."""
+    of_old = FIRST_DEMO if name == "demo" else []
+    config = load_config(f"configs/{name}.yaml", [*of_old, *overrides])
+    return at(with_overrides(config, {"storage.root": str(root)}))
 
 
 def at(config):
