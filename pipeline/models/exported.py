@@ -25,10 +25,14 @@ Step = Callable[[np.ndarray, Tensor, bool], tuple[Tensor, Tensor, Tensor, Tensor
 
 
 class ExportedModel:
-    """The streaming step of an exported file, called frame by frame; on the CPU."""
+    """The streaming step of an exported file, called frame by frame; on the CPU.
+
+    step: of pixels as `pixels` gives a frame's, the state before it, and whether it is the first; to what
+    `StreamingStep` gives.
+    """
 
     def __init__(self, step: Step, about: dict[str, Any]) -> None:
-        self._step = step
+        self.step = step
         self.about = about
         self.config = SlotModelConfig.from_dict(about["config"])
         grid = about["grid"]
@@ -49,8 +53,8 @@ class ExportedModel:
         first = True
         for frames in chunks:
             outputs = []
-            for frame in self._pixels(frames):
-                *output, state = self._step(frame, state, first)
+            for frame in self.pixels(frames):
+                *output, state = self.step(frame, state, first)
                 outputs.append(tuple(output))
                 first = False
             if back:
@@ -65,13 +69,13 @@ class ExportedModel:
         """Rolls on from the last frame's prediction to frame 0, and puts what this gives in the forward one's place."""
         last = True
         for frames, outputs in reversed(seen):
-            for index, frame in reversed(list(enumerate(self._pixels(frames)))):
+            for index, frame in reversed(list(enumerate(self.pixels(frames)))):
                 if not last:
-                    *output, state = self._step(frame, state, False)
+                    *output, state = self.step(frame, state, False)
                     outputs[index] = tuple(output)
                 last = False
 
-    def _pixels(self, frames: np.ndarray) -> np.ndarray:
+    def pixels(self, frames: np.ndarray) -> np.ndarray:
         """Frames `(t, h, w, 3)` uint8 as the step takes them, `(t, 1, S, S, 3)`."""
         pixels = input_pixels(frames, self.config.backbone.input_size).mul_(255)
         return pixels.permute(0, 2, 3, 1).contiguous().unsqueeze(1).numpy()

@@ -29,8 +29,14 @@ def use_one_decoder(monkeypatch):
     monkeypatch.setattr(identity, "_decoder", lambda: {"av": "1.0", "libavcodec": (1, 2, 3)})
 
 
-FIRST_DEMO = """student.initialisation=soft_kmeans distill.initial_slots_from_teacher=null distill.steps=1000
-distill.checkpoint_every=500 distill.validate_every=500 distill.measure_bound_every=500""".split()
+FIRST_DEMO = [
+    "student.initialisation=soft_kmeans",
+    "distill.initial_slots_from_teacher=null",
+    "distill.steps=1000",
+    "distill.checkpoint_every=500",
+    "distill.validate_every=500",
+    "distill.measure_bound_every=500",
+]
 
 
 def world(name, root, *overrides):
