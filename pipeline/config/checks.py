@@ -208,11 +208,7 @@ def _check_distill(config: Config) -> list[str]:
             "distill.method: feature_kd needs the teacher's features: cache them (targets.teacher_features=true) or "
             "run the teacher live (distill.live_teacher=true)"
         )
-    if config.student.initialisation == "teacher" and settings.initial_slots_from_teacher is False:
-        problems.append(
-            "student.initialisation: teacher has the teacher's initial slots too; nearest valid: "
-            "distill.initial_slots_from_teacher=true"
-        )
+    problems += _check_teachers_start(config)
     train = config.teacher.train
     if not (train.reconstruction or train.similarity):
         problems.append(
@@ -228,6 +224,39 @@ def _check_distill(config: Config) -> list[str]:
             f"teacher.train.similarity: {train.similarity:g} needs a decoder that predicts similarities; use "
             "teacher.decoder=slot_mixer"
         )
+    return problems
+
+
+def _check_teachers_start(config: Config) -> list[str]:
+    """What a student that starts as its teacher does would be refused for when it is built, after teacher and cache."""
+    student, teacher, copied = config.student, config.teacher, config.distill.initial_slots_from_teacher
+    if student.initialisation != "teacher":
+        return []
+    start, otherwise = "student.initialisation: teacher", "student.initialisation=soft_kmeans"
+    if teacher.system in RIVALS:
+        return [
+            f"{start}, but {teacher.system} (teacher.system) groups in another way; nearest valid: {otherwise}"
+        ]
+    if copied is False:
+        return [
+            f"{start} has its teacher's initial slots too, and is not to copy them; nearest valid: {otherwise}"
+        ]
+    problems = []
+    if config.distill.method == "no_kd" and not copied:
+        problems.append(
+            f"{start} needs one without distillation too; nearest valid: distill.initial_slots_from_teacher=true, or "
+            f"{otherwise}"
+        )
+    if teacher.checkpoint is None:
+        for key in ("corrector_mlp", "predictor"):
+            own, other = getattr(student, key), getattr(teacher, key)
+            if own != other:
+                problems.append(f"student.{key}: {own}, but the teacher's, which it starts as, is {other}")
+        if student.slot_size not in (None, teacher.sizes["slot_size"]):
+            problems.append(
+                f"{start} has slots of its teacher's size, not of {student.slot_size} numbers; nearest valid: "
+                f"{otherwise}"
+            )
     return problems
 
 

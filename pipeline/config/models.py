@@ -55,8 +55,7 @@ class Model(Section):
     initial_slots: Literal["learned", "random"] = "learned"
     """random: drawn from a learned distribution"""
     initialisation: Literal["default", "soft_kmeans", "fitted", "teacher"] = "default"
-    """of what trains; the paper's: default; fitted: soft_kmeans in the principal components of the clips' features;
-    teacher: a student's slot attention is its teacher's, its projection fitted to that one's"""
+    """of what trains; default: the paper's; fitted: in the features' principal components; teacher: as its teacher"""
     corrector_mlp: bool = True
     """in slot attention; VideoSAUR has none"""
     predictor: bool = True

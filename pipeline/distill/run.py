@@ -188,8 +188,7 @@ def _check_teachers_start(run: Run, student: SlotModel) -> None:
     if not run.has_teachers_slots:
         raise ConfigError(
             "student.initialisation: teacher starts from a teacher's slots, which must be of SlotContrast's kind and "
-            "of the student's slot_size; nearest valid: distill.initial_slots_from_teacher=true, or "
-            "student.initialisation=soft_kmeans"
+            "of the student's slot_size; nearest valid: student.initialisation=soft_kmeans"
         )
     assert run.teacher_config is not None
     for key in ("corrector_mlp", "predictor"):

@@ -231,7 +231,7 @@ class SlotModel(VideoSegmenter):
         self, features_BTPD: Tensor, state_BND: Tensor, rollout: str
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Slots and attention of each frame of a whole clip."""
-        slots, attention, state_BND = self._advance(features_BTPD, state_BND, first=True)
+        slots, attention, state_BND = self.advance(features_BTPD, state_BND, first=True)
         if rollout == "cyclic" and self.processor.predictor is not None:
             for t in range(features_BTPD.shape[1] - 2, -1, -1):
                 slots[t], attention[t] = self.processor.corrector(
@@ -240,7 +240,7 @@ class SlotModel(VideoSegmenter):
                 state_BND = self.processor.predictor(slots[t])
         return slots, attention
 
-    def _advance(
+    def advance(
         self, features_BTPD: Tensor, state_BND: Tensor, *, first: bool
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Slots and attention of each frame, and the state that starts the frame after them."""
@@ -334,7 +334,7 @@ class SlotModel(VideoSegmenter):
             first = state is None
             if state is None:
                 state = self.initial_slots(1, [noise_seed])
-            slots, attention, state = self._advance(features, state, first=first)
+            slots, attention, state = self.advance(features, state, first=first)
             yield frames, torch.cat(slots), torch.cat(attention)
 
     def _stream_cyclic(

@@ -358,7 +358,23 @@ def test_the_last_preset_wins_and_a_missing_one_is_named(tmp_path):
         (["teacher.initialisation=teacher"], "teacher is a student's start; nearest valid: fitted"),
         (
             ["student.initialisation=teacher", "distill.initial_slots_from_teacher=false"],
-            "nearest valid: distill.initial_slots_from_teacher=true",
+            "is not to copy them; nearest valid: student.initialisation=soft_kmeans",
+        ),
+        (
+            ["student.initialisation=teacher", "distill.method=no_kd"],
+            "nearest valid: distill.initial_slots_from_teacher=true, or student.initialisation=soft_kmeans",
+        ),
+        (
+            ["student.initialisation=teacher", "teacher.system=solv", "distill.method=slotmatch_hungarian"],
+            "solv (teacher.system) groups in another way; nearest valid: student.initialisation=soft_kmeans",
+        ),
+        (
+            ["student.initialisation=teacher", "teacher.corrector_mlp=false"],
+            "student.corrector_mlp: True, but the teacher's, which it starts as, is False",
+        ),
+        (
+            ["student.initialisation=teacher", "student.slot_size=64", "distill.slot_map=true"],
+            "not of 64 numbers",
         ),
         (
             ["teacher.initialisation=fitted", "teacher.initial_slots=random"],

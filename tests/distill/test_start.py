@@ -348,26 +348,24 @@ def test_a_student_with_its_teachers_start_groups_as_it_does_in_other_features(f
 @pytest.mark.parametrize("cached", ["true", "false"])
 def test_a_students_run_starts_where_its_teacher_is(root, cached):
     """Of the same backbone, so that it can have the teacher's slots; without distillation too."""
-    settings = (
-        "student.initialisation=teacher",
-        "student.feature_scale=auto",
+    alone = (
         "distill.initial_slots_from_teacher=true",
         "distill.method=no_kd",
-        f"targets.student_features={cached}",
         "distill.steps=1",
         "distill.warmup_steps=1",  # a step of a learning rate of 0
         "distill.seed=7",  # not the teacher's
     )
+    settings = (*alone, "student.initialisation=teacher", "student.feature_scale=auto")
+    settings += (f"targets.student_features={cached}",)
     config = make_config(root, *SHORT, *settings)
     teacher = load_slot_model(f"{root}/teacher/model").eval()
     targets = None
     if cached == "true":
         targets = make_targets(config, f"{root}/clips", f"{root}/teacher/model", f"{root}/taught")
     student = train(root, f"taught {cached}", *settings, targets=targets, teacher=True).model.eval()
-    alone = ("student.initialisation=soft_kmeans", *settings[2:4], *settings[5:])
-    other = train(root, f"not taught {cached}", *alone, teacher=True).model.eval()
+    other = train(root, f"not taught {cached}", *alone, "student.initialisation=soft_kmeans", teacher=True)
     assert slots_alike(root, student, teacher) > 0.9
-    assert slots_alike(root, other, teacher) < 0.5
+    assert slots_alike(root, other.model.eval(), teacher) < 0.5
 
 
 @torch.no_grad()
@@ -381,20 +379,33 @@ def slots_alike(root, *models):
     return float(torch.cosine_similarity(*slots, dim=-1).mean())
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["distill.method=no_kd"], "nearest valid: distill.initial_slots_from_teacher=true"),
+def test_a_start_that_no_teacher_gives_is_refused(root):
+    """By what only its file says."""
+    given = f"teacher.checkpoint={root}/teacher/model"
+    for overrides, message in (
         (["student.slot_size=24", "distill.slot_map=true"], "of the student's slot_size"),
         (["student.corrector_mlp=false"], r"student\.corrector_mlp: False.*nearest valid: True"),
-    ],
-)
-def test_a_start_that_no_teacher_gives_is_refused(root, overrides, message):
-    config = make_config(root, *SHORT, "student.initialisation=teacher", *overrides)
-    taught = {} if "distill.method=no_kd" in overrides else {"teacher_uri": f"{root}/teacher/model"}
-    run = student_run(config, f"{root}/refused", f"{root}/clips", **taught)
-    with pytest.raises(ConfigError, match=message):
-        Trainer(run)
+        (["student.predictor=false", "distill.alpha=0"], r"student\.predictor: False.*nearest valid: True"),
+    ):
+        config = make_config(root, *SHORT, "student.initialisation=teacher", given, *overrides)
+        run = student_run(config, f"{root}/refused", f"{root}/clips", teacher_uri=f"{root}/teacher/model")
+        with pytest.raises(ConfigError, match=message):
+            Trainer(run)
+
+
+def test_a_student_that_began_as_its_teacher_goes_on_from_its_checkpoint(root, monkeypatch):
+    settings = ("student.initialisation=teacher", "distill.live_teacher=true", "distill.checkpoint_every=2")
+    unbroken = train(root, "taught unbroken", *settings, teacher=True)
+    config = make_config(root, *SHORT, *settings)
+    run = student_run(config, f"{root}/taught broken", f"{root}/clips", teacher_uri=f"{root}/teacher/model")
+    broken = Trainer(run)
+    monkeypatch.setattr(broken, "save", lambda save=broken.save: (save(), stop()))
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    monkeypatch.setattr("pipeline.distill.start.start_as_teacher", lambda *args: pytest.fail("started again"))
+    second = Trainer(run)
+    second.train()
+    assert torch.equal(curve(second), curve(unbroken))
 
 
 def test_the_decoder_has_a_learning_rate_of_its_own(root):

@@ -201,6 +201,21 @@ def test_what_is_bent_in_all_frames_or_much_in_one_is_refused(chunks, tmp_path, 
         check(model, tmp_path / "x.onnx", chunks)
 
 
+def test_a_step_that_is_not_the_models_is_refused(chunks, tmp_path, monkeypatch):
+    """Though the file computes what that step does."""
+    model = build("slotcontrast").eval()
+    advance = StreamingStep._advance
+    monkeypatch.setattr(
+        StreamingStep,
+        "_advance",
+        lambda self, features, state, first: advance(self, features, state, first | True),
+    )
+    path = tmp_path / "model.pt2"
+    write_pt2(trace(model), path, describe(model, "x"))
+    with pytest.raises(ExportError, match="in the median frame's"):
+        check(model, path, chunks)
+
+
 def test_what_cannot_be_opened_says_why(tmp_path):
     for name in ("a.onnx", "a.pt2"):
         (tmp_path / name).write_bytes(b"no such thing")
