@@ -19,6 +19,7 @@ from pipeline.targets.stage import cache
 SMALL = [
     "student.backbone_weights=random",
     "student.image_size=96",
+    "student.initialisation=soft_kmeans",  # of random features nothing leads to the teacher's
     f"teacher.checkpoint={ROOT / 'demo' / 'teacher'}",
 ]
 SMALL += [f"dataset.synthetic.{key}" for key in ("videos=6", "validation_videos=2", "frames=8")]
@@ -52,5 +53,5 @@ def test_a_preset_from_videos_to_exported_files(preset, local_ray, tmp_path):
     assert summary["frames_compared"] == 30
     for file in ("model.onnx", "model.pt2"):
         form = summary["forms"][file]
-        assert form["difference"]["labels_agree"] > 0.99
+        assert max(form["difference"]["slots"], form["difference"]["masks"]) < 1e-4
         assert set(form["scores"]) == set(SCORES)
