@@ -1,6 +1,7 @@
 """The streaming step, exported: in every kind of model what PyTorch computes, in three precisions."""
 
 import contextlib
+import itertools
 import json
 import re
 from types import SimpleNamespace
@@ -27,8 +28,7 @@ from pipeline.models.export import (
     write_onnx,
     write_pt2,
 )
-from pipeline.models.exported import load_exported
-from pipeline.models.pixels import input_pixels
+from pipeline.models.exported import ExportedModel, load_exported
 from pipeline.models.precisions import write_half, write_int8
 from pipeline.models.streaming import StreamingStep
 from pipeline.registry import pyfunc
@@ -161,24 +161,16 @@ def test_a_form_that_differs_is_refused_with_the_largest_difference(exported, ch
         check(model, tmp_path / "other.onnx", chunks)
 
 
-class Bent:
+def bent(model, bend):
     """An exported form whose slots are bent in some frames."""
+    step, frames = StreamingStep(model), itertools.count()
 
-    def __init__(self, model, bend):
-        self.model, self.bend, self.frame = model, bend, -1
+    @torch.no_grad()
+    def bent_step(pixels, state, first):
+        slots, *others = step(torch.from_numpy(pixels), state, torch.tensor([first]))
+        return bend(next(frames), slots), *others
 
-    def pixels(self, frames):
-        return np.stack(
-            [f.permute(1, 2, 0)[None] for f in input_pixels(frames, self.model.input_size).mul_(255)]
-        )
-
-    def step(self, pixels, state, first):
-        self.frame += 1
-        slots, *others = StreamingStep(self.model)(torch.from_numpy(pixels), state, torch.tensor([first]))
-        return self.bend(self.frame, slots), *others
-
-    def stream(self, chunks):
-        return self.model.stream(chunks)
+    return ExportedModel(bent_step, describe(model, "bent"))
 
 
 @pytest.mark.parametrize(
@@ -187,15 +179,13 @@ class Bent:
         (lambda frame, slots: slots * torch.nan, "by inf in the median frame's slots"),
         (lambda frame, slots: slots + 0.0002, "by 0.0002 in the median frame's slots"),
         (lambda frame, slots: slots + 0.02 * (frame == 0), "by 0.02 in a frame's slots"),
-        (
-            lambda frame, slots: slots + 0.001 * (frame == 9),
-            None,
-        ),  # what two competing slots make of rounding
+        # What two competing slots make of rounding.
+        (lambda frame, slots: slots + 0.001 * (frame == 9), None),
     ],
 )
 def test_what_is_bent_in_all_frames_or_much_in_one_is_refused(chunks, tmp_path, monkeypatch, bend, message):
     model = build("slotcontrast").eval()
-    monkeypatch.setattr(exporting, "load_exported", lambda _: Bent(model, bend))
+    monkeypatch.setattr(exporting, "load_exported", lambda _: bent(model, bend))
     refused = pytest.raises(ExportError, match=message) if message else contextlib.nullcontext()
     with refused:
         check(model, tmp_path / "x.onnx", chunks)
@@ -208,7 +198,7 @@ def test_a_step_that_is_not_the_models_is_refused(chunks, tmp_path, monkeypatch)
     monkeypatch.setattr(
         StreamingStep,
         "_advance",
-        lambda self, features, state, first: advance(self, features, state, first | True),
+        lambda self, features, state, first: advance(self, features, state, torch.ones_like(first)),
     )
     path = tmp_path / "model.pt2"
     write_pt2(trace(model), path, describe(model, "x"))
