@@ -165,8 +165,7 @@ def _train(
                     _check_finite(run, outcome)
                 except BaseException as error:
                     assert run.mlflow_run is not None
-                    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-                    tracking.RunLogger(run.config, run.mlflow_run).end(status)
+                    tracking.RunLogger(run.config, run.mlflow_run).end_with(error)
                     raise
             tags = {**tags, "precision": outcome.precision, "workers": str(outcome.workers)}
             _publish(run, outcome, tags, seconds=time.monotonic() - started)

@@ -37,7 +37,7 @@ def parent_run(config: Config, sweep_uri: str) -> Iterator[str]:
     except BaseException as error:
         with contextlib.suppress(Exception):  # what ended the sweep is to be said, and soon
             _end_left_running(config, sweep_uri, parent, within=5.0)
-        logger.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        logger.end_with(error)
         raise
     logger.end("FINISHED")
 
@@ -76,8 +76,8 @@ def nest_runs(
 ) -> None:
     """Nests every trial's run below the parent, also those of students that were there before the sweep.
 
-    A run that was stopped is closed once more: its own process, which saw only its end, called it failed. One that
-    finished while the server was away gets what it missed.
+    A run that was stopped is closed once more, as its process may have been killed before it could. One that finished
+    while the server was away gets what it missed.
     """
     from mlflow.exceptions import MlflowException
 

@@ -157,6 +157,10 @@ class RunLogger:
     def end(self, status: str) -> None:
         self._call("the end of the run", lambda c: c.set_terminated(self.run_id, status), last=True)
 
+    def end_with(self, error: BaseException) -> None:
+        """As failed, or as killed by what ends a process that is in order: Ctrl-C, and Ray Tune, which exits it."""
+        self.end("FAILED" if isinstance(error, Exception) else "KILLED")
+
 
 def git_revision() -> str:
     """`SLOTMATCH_REVISION` where it is set (a submitted job has no .git), else this checkout's commit or "unknown"."""

@@ -7,7 +7,7 @@ from helpers import GOLDEN_TEACHER, kill_with_family, resumed_from, wait_for
 
 from pipeline import storage, tracking
 from pipeline.clips.library import artifacts_of
-from pipeline.clips.stage import shard_split
+from pipeline.clips.stage import shard, shard_split
 from pipeline.config import with_overrides
 from pipeline.distill.stage import distill
 from pipeline.sweep.runs import PARENT_TAG
@@ -154,6 +154,21 @@ def test_asha_stops_what_learns_nothing(tiny, local_ray, capfd):
     again = sweep(config)
     assert again["trials"] == {"finished": 1, "failed": 0, "stopped": 1, "reused": 2}
     assert not storage.is_complete(run), "it is not run again"
+
+
+@pytest.mark.parametrize(("error", "status"), [(SystemExit, "KILLED"), (ZeroDivisionError, "FAILED")])
+def test_a_training_that_tune_exits_ends_its_run_as_killed(tiny, local_ray, error, status):
+    """Tune leaves a stopped trial's process to end by itself, after the sweep's own mark or before it."""
+
+    def stop(step, scores):
+        raise error
+
+    config = tiny(*BASE, "distill.method=no_kd", "distill.validate_every=4")
+    shard(config)
+    with pytest.raises(error):
+        distill(config, on_validation=stop)
+    (run,) = mlflow_runs(config, "tags.role = 'student'")
+    assert run.info.status == status
 
 
 @pytest.mark.slow
