@@ -21,6 +21,7 @@ from pipeline.compute import WATCHER, arrow_filesystem, gpus_to_use, one_ray_has
 from pipeline.config import ConfigError, Training
 from pipeline.config.training import equal_shares
 from pipeline.distill.hooks import Hooks, Outcome
+from pipeline.distill.ray_internals import named_cluster
 from pipeline.distill.run import OnValidation, Run
 from pipeline.distill.trainer import Trainer
 from pipeline.log import log
@@ -204,7 +205,7 @@ def _fit_on_ray(run: Run, callbacks: Sequence[Any]) -> Outcome:
         ),
     )
     try:
-        with _interruptible():
+        with named_cluster(), _interruptible():
             result: Any = trainer.fit()
         return result.return_value
     finally:

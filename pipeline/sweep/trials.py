@@ -14,12 +14,12 @@ from pipeline import storage
 from pipeline.clips.library import artifacts_of
 from pipeline.compute import arrow_filesystem
 from pipeline.config import Config, ConfigError
+from pipeline.distill.ray_internals import has_dashboard, keep_aws_keys_from_tune
 from pipeline.distill.ray_train import worker_places
 from pipeline.distill.stage import distill
 from pipeline.evaluate.scoring import TITLES
 from pipeline.log import log, root_cause
 from pipeline.sweep.ended import Ended, failed, finished, read_ended, write_ended
-from pipeline.sweep.ray_internals import has_dashboard, keep_aws_keys_from_tune, name_this_cluster
 from pipeline.sweep.runs import child_tags, end_child
 from pipeline.sweep.settings import Trial, grace_steps
 
@@ -76,7 +76,6 @@ def trial(options: Mapping[str, Any], jobs: Mapping[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
         settings["train_callbacks"] = [TuneReportCallback()]
-        name_this_cluster()
     try:
         artifacts = artifacts_of(one.config, jobs["clips"])
         distill(one.config, artifacts, title=one.title, run_tags=jobs["tags"], **settings)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -115,3 +117,22 @@ def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, local_r
     names = sorted(os.listdir(Path(run) / "checkpoints"))
     assert names
     load_slot_model(Path(run) / "checkpoints" / names[-1])
+
+
+OTHER_RAY = "import ray, sys; ray.init('local', num_cpus=1); print('there', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.fault(
+    "another Ray on this machine", "distill", "the training knows which it is on, and no longer"
+)
+def test_another_ray_beside_a_training(tiny, local_ray, monkeypatch, capfd):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = tiny("distill.method=no_kd", "distill.workers=1")
+    shard_split(config, "")
+    command = [sys.executable, "-c", OTHER_RAY]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "there\n"
+        summary = distill(config)
+    assert summary["steps"] == config.distill.steps
+    assert "Traceback" not in capfd.readouterr().err
+    assert "RAY_ADDRESS" not in os.environ, "what is started now has a Ray of its own"

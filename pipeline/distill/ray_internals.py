@@ -1,13 +1,14 @@
 """The three things that Ray 2.60 gives no public way for: the one place that reaches into its private modules.
 
 pyproject bounds Ray to the versions that the tests ran with. Where another one has moved what is looked for here, a
-line says which feature suffers, and the sweep goes on.
+line says which feature suffers, and the job goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 
 from pipeline.log import log
@@ -20,22 +21,44 @@ def _reaching(what: str) -> Iterator[None]:
     except (ImportError, AttributeError) as error:
         import ray
 
-        log(f"sweep: Ray {ray.__version__} has no {error.name or error} any more, so {what}")
+        log(f"Ray {ray.__version__} has no {error.name or error} any more, so {what}")
 
 
-def name_this_cluster() -> None:
-    """Lets Ray Train give back what a stopped trial held where several local Rays run on one machine.
+ADDRESS = "RAY_ADDRESS"
+_naming, _trainings, _address_before = threading.Lock(), 0, ""
 
-    Its cleaner, an actor that outlives the trial, asks the dashboard of the one cluster that it finds or that
-    `RAY_ADDRESS` names; with several and no name it dies, and the workers' placement group is never freed.
+
+@contextlib.contextmanager
+def named_cluster() -> Iterator[None]:
+    """A block in which Ray Train, where several Rays run on one machine, knows which of them it is on.
+
+    Its cleaner, an actor that outlives the training and frees what the workers held, asks the dashboard of the one
+    cluster that it finds or that `RAY_ADDRESS` names; with several and no name it dies with a traceback. Processes
+    that are started after the block shall have a Ray of their own, so the name goes with the last training.
     """
+    global _trainings, _address_before
     import ray
 
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    with _reaching("stopped trials may keep their CPUs where several Rays run on one machine"):
+    with _reaching(
+        "CPUs of trainings that were stopped may stay taken where several Rays run on one machine"
+    ):
         from ray.train.v2._internal import constants
 
-        constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+        constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    with _naming:
+        if not _trainings:
+            _address_before = os.environ.get(ADDRESS, "")
+        _trainings += 1
+        os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        with _naming:
+            _trainings -= 1
+            if not _trainings:
+                os.environ[ADDRESS] = _address_before
+                if not _address_before:
+                    del os.environ[ADDRESS]
 
 
 def keep_aws_keys_from_tune() -> None:
