@@ -1,6 +1,6 @@
-"""What the evidence's models see on the test split: the same frames under each, median and worst videos.
+"""What models see: the same frames under each, of the evidence's and the rivals' page.
 
-Videos are chosen by the scores of one setting alone, never by hand.
+Videos are chosen by the scores of one row alone, never by hand.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from pipeline.segment.figures import comparison, to_png
 WORST = 4
 SCORE = "video_mbo"
 _MAX_BYTES = 300_000  # each: documents are kept with the code
+_SEEN = (
+    f"Not picked by hand. The first {MAX_FRAMES} frames of a video are shown; a colour is one slot for all of "
+    "them, and slots of different rows are matched for their colours alone."
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,6 @@ def frames_pictures(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown
     median = nearest_to_quantiles(scores, (0.5, 0.5))
     worst = [video for video in worst_videos(scores, WORST + len(median)) if video not in median][:WORST]
     chosen = f"{TITLES[SCORE]} of {ours}"
-    seen = (
-        f"Not picked by hand. The first {MAX_FRAMES} frames of a video are shown; a colour is one slot for all of "
-        "them, and slots of different rows are matched for their colours alone."
-    )
     parts = {
         "evidence-frames.png": (
             "Frames of the test split",
@@ -58,13 +58,26 @@ def frames_pictures(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown
         ),
     }
     return [
-        Picture(_draw(clips, protocol, rows, videos), link, title, f"{which} {seen}")
+        Picture(_draw(clips, protocol, rows, videos, ours), link, title, f"{which} {_SEEN}")
         for link, (title, which, videos) in parts.items()
         if videos
     ]
 
 
-def _draw(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown], videos: Sequence[str]) -> bytes:
+def median_picture(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown], link: str) -> Picture:
+    """The two videos nearest to the median of the first row's scores, objects and slots on them in one colour."""
+    first = next(iter(rows))
+    videos = nearest_to_quantiles(rows[first].scores, (0.5, 0.5))
+    which = f"The videos nearest to the median {TITLES[SCORE]} of {first}."
+    return Picture(
+        _draw(clips, protocol, rows, videos, GROUND_TRUTH), link, "What they see", f"{which} {_SEEN}"
+    )
+
+
+def _draw(
+    clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown], videos: Sequence[str], reference: str
+) -> bytes:
+    """`reference`: the row that the others' colours follow."""
     entries = {video.video_id: video for video in clips.videos}
     models = {
         name: open_model(row.subject.model_uri, row.subject.hints, best_device())
@@ -78,4 +91,4 @@ def _draw(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown], videos:
             predictors[name] = subject_predictor(rows[name].subject, model, clips, entries[video], protocol)
         title = panel_title(video, {name: rows[name].scores for name in models}, a_line=2)
         panels.append(video_panel(clips, entries[video], predictors, title, protocol))
-    return to_png(comparison(panels, reference=list(rows)[-1]), _MAX_BYTES)
+    return to_png(comparison(panels, reference=reference), _MAX_BYTES)

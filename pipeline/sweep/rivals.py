@@ -25,6 +25,7 @@ from pipeline.clips.stage import shard_split
 from pipeline.clips.table import ClipSet
 from pipeline.compute import one_ray
 from pipeline.config import Config
+from pipeline.config.protocols import choose_protocol
 from pipeline.distill.stage import run_files, train_teacher
 from pipeline.distill.students import students_of
 from pipeline.evaluate.records import METHODS, Evaluation
@@ -37,12 +38,14 @@ from pipeline.models.build import load_model
 from pipeline.report.costs import short_number
 from pipeline.report.document import update_document
 from pipeline.report.efficiency import count_stream
-from pipeline.report.render import Page, markdown
+from pipeline.report.render import Page, Picture, markdown
 from pipeline.report.scores import SAMPLE_STD, score_columns
+from pipeline.report.select import NothingToShow
+from pipeline.sweep.gallery import SCORE, Shown, median_picture
 from pipeline.sweep.settings import Rival, plan_rivals
 from pipeline.tracking.client import optional
 
-PAGE = "rivals.md"
+PAGE, PICTURE = "rivals.md", "rivals-frames.png"
 COUNTED_FRAMES = 10  # of one video, to count what a frame costs
 _COLUMNS = ("seeds", "steps", "s a step", "parameters (M)", "GMAC a frame")
 _COSTS_NOTE = (
@@ -73,13 +76,15 @@ def rivals(config: Config) -> dict[str, Any]:
         entries = [*_own(artifacts), *_trained(plan, library)]
         clips = open_clips(artifacts.evaluation_clips)
         found = _score(artifacts, clips, entries)
-    table = rival_table(config, clips, entries, found)
-    uri = storage.join(storage.absolute(config.storage.root), "rivals", PAGE)
-    page = markdown(Page("Rivals", [_intro(config, entries, found)], [table], [], []))
-    storage.write_bytes(uri, page.encode())
+    table, pictures = rival_table(config, clips, entries, found), _pictures(config, clips, entries, found)
+    folder = storage.join(storage.absolute(config.storage.root), "rivals")
+    page = markdown(Page("Rivals", [_intro(config, entries, found)], [table], pictures, []))
+    for picture in pictures:
+        storage.write_bytes(storage.join(folder, picture.link), picture.content)
+    storage.write_bytes(uri := storage.join(folder, PAGE), page.encode())
     print(plain_text(table), flush=True)
     if config.rivals.document:
-        update_document("rivals", config.rivals.document, page)
+        update_document("rivals", config.rivals.document, page, pictures)
     scores = {entry.title: _means([found[name] for name in entry.subjects]) for entry in entries}
     return {"uri": uri, "scores": scores, "missing": _missing(entries)}
 
@@ -201,6 +206,22 @@ def _frames(clips: ClipSet, count: int) -> np.ndarray:
     video = clips.videos[0]
     with contextlib.closing(clips.iter_videos([video])) as decoded:
         return np.stack(list(islice((frame for clip in decoded for frame in clip.frames), count)))
+
+
+def _pictures(
+    config: Config, clips: ClipSet, entries: Sequence[Entry], found: Mapping[str, Evaluation]
+) -> list[Picture]:
+    """Frames under each system's first seed; none where no video has a score."""
+    rows = {}
+    for entry in entries:
+        for name, subject in islice(entry.subjects.items(), 1):
+            videos = found[name].per_video().items()
+            rows[entry.title] = Shown(subject, {video: scores[SCORE] for video, scores in videos})
+    try:
+        return [median_picture(clips, choose_protocol(config.evaluate), rows, PICTURE)]
+    except NothingToShow as reason:
+        log(f"rivals: no picture, as {reason}")
+        return []
 
 
 def _missing(entries: Sequence[Entry]) -> list[str]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import yaml
+from PIL import Image
 from places import CONFIGS
 from tiny_models import tiny_section
 
@@ -144,6 +145,9 @@ def test_rivals_are_trained_once_and_stand_beside_each_other(tmp_path):
     assert rows["SAVi"][:2] == ["2", "4"]
     assert float(rows["SAVi"][2]) > 0, "MLflow has its speed"
     assert all("(n=2)" in cell for cell in rows["DIOD (uses motion)"][5:])
+    assert "](page-frames.png)" in document.read_text()
+    with Image.open(tmp_path / "page-frames.png") as picture:
+        assert picture.width > 300
 
     report(config, latency_runs=0)
     text = (tmp_path / "root" / "report" / "report.md").read_text()
