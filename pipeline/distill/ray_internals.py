@@ -45,11 +45,12 @@ def named_cluster() -> Iterator[None]:
         from ray.train.v2._internal import constants
 
         constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    address = ray.get_runtime_context().gcs_address
     with _naming:
         if not _trainings:
             _address_before = os.environ.get(ADDRESS, "")
         _trainings += 1
-        os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+        os.environ[ADDRESS] = address
     try:
         yield
     finally:

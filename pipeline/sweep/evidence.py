@@ -229,11 +229,7 @@ def _frames(artifacts: Artifacts, manifest: SweepManifest, scored: MaskScores) -
     rows[TEACHER] = TEACHER
     first_seeds = {trial.setting: _title(trial) for trial in reversed(_finished(manifest))}
     rows |= {name: first_seeds[name] for name in artifacts.config.evidence.pictures if name in first_seeds}
-    shown = {}
-    for row, name in rows.items():
-        subject, evaluation = scored.found[name]
-        videos = evaluation.per_video()
-        shown[row] = Shown(subject, {video: one["video_mbo"] for video, one in videos.items()})
+    shown = {row: Shown.of(*scored.found[name]) for row, name in rows.items()}
     test = _on_test_split(artifacts, scored.masks)
     return frames_pictures(open_clips(test.evaluation_clips), choose_protocol(test.config.evaluate), shown)
 

@@ -12,6 +12,7 @@ from pipeline.clips.table import ClipSet
 from pipeline.compute import best_device
 from pipeline.config.protocols import Protocol
 from pipeline.evaluate.baselines import Predictor
+from pipeline.evaluate.records import Evaluation
 from pipeline.evaluate.scoring import TITLES
 from pipeline.evaluate.stage import subject_predictor
 from pipeline.evaluate.subjects import Subject
@@ -36,6 +37,11 @@ class Shown:
 
     subject: Subject
     scores: Mapping[str, float]
+
+    @classmethod
+    def of(cls, subject: Subject, evaluation: Evaluation) -> Shown:
+        """With the scores that were recorded of it."""
+        return cls(subject, {video: one[SCORE] for video, one in evaluation.per_video().items()})
 
 
 def frames_pictures(clips: ClipSet, protocol: Protocol, rows: Mapping[str, Shown]) -> list[Picture]:

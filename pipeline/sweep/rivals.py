@@ -41,7 +41,7 @@ from pipeline.report.efficiency import count_stream
 from pipeline.report.render import Page, Picture, markdown
 from pipeline.report.scores import SAMPLE_STD, score_columns
 from pipeline.report.select import NothingToShow
-from pipeline.sweep.gallery import SCORE, Shown, median_picture
+from pipeline.sweep.gallery import Shown, median_picture
 from pipeline.sweep.settings import Rival, plan_rivals
 from pipeline.tracking.client import optional
 
@@ -214,9 +214,9 @@ def _pictures(
     """Frames under each system's first seed; none where no video has a score."""
     rows = {}
     for entry in entries:
-        for name, subject in islice(entry.subjects.items(), 1):
-            videos = found[name].per_video().items()
-            rows[entry.title] = Shown(subject, {video: scores[SCORE] for video, scores in videos})
+        if entry.subjects:
+            name, subject = next(iter(entry.subjects.items()))
+            rows[entry.title] = Shown.of(subject, found[name])
     try:
         return [median_picture(clips, choose_protocol(config.evaluate), rows, PICTURE)]
     except NothingToShow as reason:
